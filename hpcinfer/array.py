@@ -1,0 +1,164 @@
+"""NumPy or CuPy behind one name, element types, and the device a rank owns.
+
+Code above this file is written once: it asks `namespace(x)` for the array module of its operands
+and never names NumPy's or CuPy's own functions for data that may live on a device.
+"""
+
+import os
+import sys
+
+import ml_dtypes
+import numpy as np
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": BFLOAT16,
+}
+
+
+def parse_dtype(name):
+    """Element type named `name`.
+
+    Raises
+    ------
+    ValueError
+        If the name is none of float32, float16, bfloat16.
+    """
+    try:
+        return DTYPES[str(name).removeprefix("torch.")]
+    except KeyError:
+        raise ValueError(f"dtype: got {name!r}, need one of {', '.join(DTYPES)}") from None
+
+
+def is_half(dtype):
+    """True for the 16-bit types, which are widened before anything is summed."""
+    return np.dtype(dtype).itemsize == 2
+
+
+def namespace(x):
+    """Array module (numpy or cupy) that owns `x`."""
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and isinstance(x, cupy.ndarray):
+        return cupy
+    return np
+
+
+class Device:
+    """The device one rank owns: host memory with NumPy, or one GPU with CuPy.
+
+    Attributes
+    ----------
+    name : "cpu" or "cuda"
+    xp : array module
+    ordinal : number of the GPU on this node, None on the CPU
+    """
+
+    def __init__(self, name, local_rank=0):
+        self.name, self.ordinal, self.xp = name, None, np
+        if name == "cuda":
+            self.xp = _cupy()
+            self.ordinal = local_rank % self.xp.cuda.runtime.getDeviceCount()
+            self.xp.cuda.Device(self.ordinal).use()
+
+    def put(self, array):
+        """`array` (host) in this device's memory; no copy on the CPU."""
+        return self.xp.asarray(array) if self.name == "cuda" else array
+
+    def empty(self, shape, dtype):
+        """Uninitialised array in this device's memory."""
+        return self.xp.empty(shape, dtype)
+
+    def free_bytes(self):
+        """Memory that this device can still give, in bytes."""
+        if self.name == "cuda":
+            return int(self.xp.cuda.runtime.memGetInfo()[0])
+        return host_free_bytes()
+
+    def __str__(self):
+        return self.name if self.ordinal is None else f"{self.name}:{self.ordinal}"
+
+
+def select_device(choice, local_rank):
+    """Device for `--device cpu|cuda|auto` on the rank that is number `local_rank` of its node."""
+    if choice not in ("cpu", "cuda", "auto"):
+        raise ValueError(f"device: got {choice!r}, need cpu, cuda or auto")
+    if choice == "auto":
+        choice = "cuda" if _gpu_count() else "cpu"
+    if choice == "cuda" and not _gpu_count():
+        raise ValueError("device: got cuda, need a visible GPU and CuPy; use --device cpu")
+    return Device(choice, local_rank)
+
+
+def host(x):
+    """`x` in host memory, as a NumPy array."""
+    return x if namespace(x) is np else namespace(x).asnumpy(x)
+
+
+def synchronize(x):
+    """Wait until the device has written `x`; nothing to do on the CPU."""
+    xp = namespace(x)
+    if xp is not np:
+        xp.cuda.get_current_stream().synchronize()
+
+
+def widen(x):
+    """`x` in float32; no copy if it is float32 already."""
+    if x.dtype == BFLOAT16:
+        xp = namespace(x)
+        return (x.view(xp.uint16).astype(xp.uint32) << 16).view(xp.float32)
+    return x if x.dtype == np.float32 else x.astype(np.float32)
+
+
+def narrow(x, dtype):
+    """`x` (float32) rounded to `dtype`, nearest even; no copy if it has that type."""
+    return x if x.dtype == dtype else x.astype(dtype)
+
+
+def host_free_bytes():
+    """Host memory still free for this process, in bytes: the least of machine and control group."""
+    import psutil
+
+    free = psutil.virtual_memory().available
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        (
+            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        ),
+    ):
+        try:
+            with open(limit) as a, open(used) as b:
+                free = min(free, int(a.read()) - int(b.read()))
+        except (OSError, ValueError):
+            continue
+    return max(0, free)
+
+
+def peak_memory_bytes():
+    """Largest resident size of this process so far, in bytes."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def threads_per_rank():
+    """Threads that numerical libraries may use, as the environment says; None if it does not."""
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    return None
+
+
+def _cupy():
+    import cupy
+
+    return cupy
+
+
+def _gpu_count():
+    try:
+        return _cupy().cuda.runtime.getDeviceCount()
+    except Exception:  # no CuPy, no driver, or no device: all mean that there is no GPU to use
+        return 0

@@ -1,0 +1,132 @@
+"""Options that the commands on a loaded model share."""
+
+import shlex
+
+from hpcinfer.errors import UsageError
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+
+
+def add_model_options(parser):
+    """Options of every command that loads a model."""
+    parser.add_argument("model", metavar="MODEL", help="Hugging Face directory or converted .h5")
+    parser.add_argument("--input", required=True, metavar="FILE", help="requests: .jsonl or .txt")
+    parser.add_argument(
+        "--output",
+        required=True,
+        action="append",
+        metavar="FILE",
+        help="results: .h5 or .jsonl; may be given more than once",
+    )
+    group = parser.add_argument_group("layout and machine")
+    group.add_argument("--layout", metavar="AXES", help='such as "tp=2"; default: all ranks in tp')
+    group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    group.add_argument("--device", choices=("cpu", "cuda", "auto"), default="cpu")
+    group.add_argument(
+        "--kv-memory",
+        type=size,
+        metavar="SIZE",
+        help="cache per rank, such as 500M or 8GiB; default: half of the free memory of the node, "
+        "shared by its ranks",
+    )
+    group.add_argument(
+        "--step-tokens",
+        type=positive,
+        default=2048,
+        metavar="N",
+        help="tokens of one step at most; longer prompts go in chunks",
+    )
+    group.add_argument(
+        "--sequences",
+        type=positive,
+        default=256,
+        metavar="N",
+        help="sequences that run at a time at most",
+    )
+    group.add_argument(
+        "--context",
+        type=positive,
+        metavar="N",
+        help="positions to allow instead of the model's own number",
+    )
+    group.add_argument(
+        "--seed", type=int, default=0, help="of requests that do not give their own (default 0)"
+    )
+    group.add_argument("--show", action="store_true", help="print each result as it finishes")
+    group.add_argument(
+        "--trace",
+        metavar="FOLDER",
+        help="write every MPI call of every rank as a timeline (Chrome, Perfetto)",
+    )
+
+
+def run_batch(kind, arguments, sampling):
+    """Load the model, run the input through it, and print the report on the first rank."""
+    from hpcinfer import collectives
+    from hpcinfer.engine import batch
+    from hpcinfer.engine.api import load
+    from hpcinfer.grid import world
+    from hpcinfer.io.trace import write_trace
+
+    comm = world()
+    n_lines = batch.check_files(comm, arguments.input, arguments.output)
+    collectives.ledger.tracing = arguments.trace is not None
+    engine = load(
+        arguments.model,
+        comm,
+        arguments.layout,
+        arguments.dtype,
+        arguments.device,
+        kv_memory=arguments.kv_memory,
+        step_tokens=arguments.step_tokens,
+        sequences=arguments.sequences,
+        context=arguments.context,
+        seed=arguments.seed,
+    )
+    facts = {
+        "command": shlex.join(arguments.command_line),
+        "model": arguments.model,
+        "model_checksum": engine.checksum,
+        "layout": str(engine.grid.layout),
+        "dtype": str(engine.model.dtype),
+        "seed": arguments.seed,
+    }
+    finished, refused = batch.run(
+        engine, kind, arguments.input, arguments.output, n_lines, sampling, facts, arguments.show
+    )
+    report = engine.record.report(engine)
+    if arguments.trace:
+        write_trace(arguments.trace, comm.rank, collectives.ledger.events)
+    if report is not None:
+        print(*report, sep="\n")
+        print(
+            f"done      {finished} requests finished, {refused} refused -> "
+            + ", ".join(arguments.output)
+        )
+
+
+def positive(text):
+    """Positive whole number of the command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"got {text!r}, need a whole number of 1 or more")
+    return int(text)
+
+
+def size(text):
+    """Bytes written as 500M, 8GB or 8GiB."""
+    number = text.rstrip("bBkKmMgGtTi")
+    unit = text[len(number) :].lower()
+    binary = unit.endswith("ib") or unit.endswith("i")
+    letter = unit.rstrip("b").rstrip("i")
+    try:
+        value = float(number)
+        factor = _UNITS[letter]
+    except (ValueError, KeyError):
+        raise UsageError(
+            f"got size {text!r}, need a number with unit, such as 500M or 8GiB"
+        ) from None
+    if not 0 < value < 1e18:
+        raise UsageError(f"got size {text!r}, need more than nothing")
+    if binary:
+        factor = 1024 ** {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}[letter]
+    return int(value * factor)

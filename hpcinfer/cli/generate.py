@@ -1,0 +1,48 @@
+"""hpcinfer generate MODEL --input F --output F: answer prompts."""
+
+from hpcinfer.cli import common
+
+# Options that stand in for what a request leaves out: name, type, help.
+_SAMPLING = (
+    ("max_tokens", int, "new tokens at most"),
+    ("min_tokens", int, "new tokens at least"),
+    ("temperature", float, "0 is greedy"),
+    ("top_k", int, "keep the k most probable tokens; 0 is off"),
+    ("top_p", float, "keep the smallest set of this probability"),
+    ("min_p", float, "keep tokens of at least this share of the largest probability"),
+    ("repetition_penalty", float, "over prompt and answer; 1 is off"),
+    ("presence_penalty", float, "over the answer; 0 is off"),
+    ("frequency_penalty", float, "over the answer; 0 is off"),
+    ("n", int, "samples per prompt"),
+    ("logprobs", int, "report log-probabilities of the chosen token and of this many others"),
+)
+
+
+def add(commands):
+    """The command's parser."""
+    parser = commands.add_parser(
+        "generate",
+        help="answer the prompts of a file",
+        description="Answer the prompts of a file. Sampling options hold for requests that do not "
+        "say otherwise; what neither says comes from the model's generation_config.json.",
+    )
+    common.add_model_options(parser)
+    group = parser.add_argument_group("sampling")
+    for name, kind, text in _SAMPLING:
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text, metavar="X")
+    group.add_argument("--stop", action="append", metavar="TEXT", help="ends an answer; repeatable")
+    group.add_argument(
+        "--ignore-eos",
+        action="store_true",
+        default=None,
+        help="generate past the end-of-text token",
+    )
+    return parser
+
+
+def run(arguments):
+    """Run the command."""
+    sampling = {name: getattr(arguments, name) for name, _, _ in _SAMPLING}
+    sampling["stop"] = tuple(arguments.stop) if arguments.stop else None
+    sampling["ignore_eos"] = arguments.ignore_eos
+    common.run_batch("generate", arguments, sampling)

@@ -1,0 +1,88 @@
+"""Entry point of the command: parse, run, and end every rank with the right exit code."""
+
+import argparse
+import os
+import sys
+import time
+import traceback
+
+from hpcinfer import __version__
+from hpcinfer.cli import convert, generate, inspect, score
+from hpcinfer.errors import DONE, UsageError, exit_code, is_agreed, one_line
+from hpcinfer.grid import launcher_rank
+
+COMMANDS = (generate, score, convert, inspect)
+
+# Seconds that other ranks leave the first one to report an error that all may have.
+_GRACE_S = 1.0
+
+
+class Parser(argparse.ArgumentParser):
+    """Parser whose errors are exceptions, and which speaks on the first rank only."""
+
+    def error(self, message):
+        raise UsageError(f"{self.prog}: {message}; see {self.prog} --help")
+
+    def _print_message(self, message, file=None):
+        if launcher_rank() == 0:
+            super()._print_message(message, file)
+
+
+def parser():
+    """Parser of the whole command line."""
+    top = Parser(
+        prog="hpcinfer",
+        description="Large-language-model inference as an MPI program: mpirun -n 4 hpcinfer ...",
+    )
+    top.add_argument("--version", action="version", version=f"hpcinfer {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for module in COMMANDS:
+        sub = module.add(commands)
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        sub.set_defaults(run=module.run)
+    return top
+
+
+def main(argv=None):
+    """Run one command and exit: 0 done, 1 failed, 2 usage."""
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = None
+    try:
+        arguments = parser().parse_args(argv)
+        arguments.command_line = ["hpcinfer", *argv]
+        arguments.run(arguments)
+    except Exception as error:
+        _end(error, "--debug" in argv)
+    sys.stdout.flush()
+    sys.exit(DONE)
+
+
+def _end(error, debug):
+    """Report an error once and end the whole job with its code."""
+    alone = is_agreed(error) or not _in_parallel()
+    if alone and launcher_rank() != 0:
+        sys.exit(exit_code(error))
+    if not alone and launcher_rank() != 0:
+        time.sleep(_GRACE_S)
+    where = "" if alone or launcher_rank() == 0 else f" (rank {launcher_rank()})"
+    if debug:
+        traceback.print_exception(error)
+    sys.stdout.flush()
+    print(f"hpcinfer{where}: {one_line(error)}", file=sys.stderr, flush=True)
+    if alone:
+        sys.exit(exit_code(error))
+
+    # Abort may return before it takes effect; leave without the exit handlers, which would wait.
+    sys.modules["mpi4py.MPI"].COMM_WORLD.Abort(exit_code(error))
+    os._exit(exit_code(error))
+
+
+def _in_parallel():
+    """True if MPI runs with other ranks, which an error here would leave waiting."""
+    MPI = sys.modules.get("mpi4py.MPI")
+    return (
+        MPI is not None
+        and MPI.Is_initialized()
+        and not MPI.Is_finalized()
+        and MPI.COMM_WORLD.size > 1
+    )

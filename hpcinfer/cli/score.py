@@ -1,0 +1,19 @@
+"""hpcinfer score MODEL --input F --output F: log-probabilities of given texts."""
+
+from hpcinfer.cli import common
+
+
+def add(commands):
+    """The command's parser."""
+    parser = commands.add_parser(
+        "score",
+        help="log-probabilities and perplexity of the texts of a file",
+        description="Log-probability of every token of every text, given the tokens before it.",
+    )
+    common.add_model_options(parser)
+    return parser
+
+
+def run(arguments):
+    """Run the command."""
+    common.run_batch("score", arguments, {})

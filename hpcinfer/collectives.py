@@ -1,0 +1,213 @@
+"""MPI collectives on NumPy and CuPy arrays, each entered in the ledger.
+
+Functions carry the MPI verb's name and take the communicator first. Device arrays are made ready
+(stream synchronised), contiguous, and staged through host memory where MPI cannot read device
+memory. Reductions run in float32 (or integers): a sum in half precision would depend on the number
+of ranks.
+
+Bytes are counted as sent per rank by the ring algorithms, n being the bytes of the whole array::
+
+    Allgather (P-1) n_own · ReduceScatter n - n_own · Allreduce 2 n (P-1)/P · Bcast n at the root ·
+    Alltoall n - n_own · Gather n_own except at the root · Sendrecv n
+"""
+
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import numpy as np
+from mpi4py import MPI
+
+from hpcinfer import array
+
+
+@dataclass
+class Entry:
+    """Sum over the calls of one verb on one axis for one purpose."""
+
+    calls: int = 0
+    sent_bytes: float = 0.0
+    time_s: float = 0.0
+
+
+@dataclass
+class Ledger:
+    """What this rank has sent: totals per (verb, axis, purpose), and on request every call.
+
+    Attributes
+    ----------
+    entries : dict (verb, axis, purpose) -> Entry
+    events : list of (verb, axis, purpose, start_s, time_s, sent_bytes), filled only if `tracing`
+    """
+
+    tracing: bool = False
+    entries: dict = field(default_factory=lambda: defaultdict(Entry))
+    events: list = field(default_factory=list)
+
+    def enter(self, verb, comm, purpose, sent_bytes, start_s):
+        """Record one call that began at `start_s` (time.perf_counter) and has just ended."""
+        time_s = time.perf_counter() - start_s
+        axis = axis_name(comm)
+        entry = self.entries[verb, axis, purpose]
+        entry.calls += 1
+        entry.sent_bytes += sent_bytes
+        entry.time_s += time_s
+        if self.tracing:
+            self.events.append((verb, axis, purpose, start_s, time_s, sent_bytes))
+
+    def sent_bytes(self, verb=None, axis=None, purpose=None):
+        """Bytes sent by this rank in the calls that match every argument that is given."""
+        return sum(e.sent_bytes for e in self._select(verb, axis, purpose))
+
+    def calls(self, verb=None, axis=None, purpose=None):
+        """Number of the calls that match every argument that is given."""
+        return sum(e.calls for e in self._select(verb, axis, purpose))
+
+    def clear(self):
+        """Forget everything recorded so far."""
+        self.entries.clear()
+        self.events.clear()
+
+    def _select(self, *wanted):
+        for key, entry in self.entries.items():
+            if all(w is None or w == k for w, k in zip(wanted, key, strict=True)):
+                yield entry
+
+
+ledger = Ledger()
+_names = {}
+
+
+def axis_name(comm):
+    """Name of the grid axis that `comm` runs along (its MPI name)."""
+    name = _names.get(comm.handle)
+    if name is None:
+        name = _names[comm.handle] = comm.Get_name() or "comm"
+    return name
+
+
+def Allreduce(comm, x, op=MPI.SUM, purpose=""):
+    """Reduce `x` over the ranks, in place.
+
+    Parameters
+    ----------
+    x : any shape, float32, float64 or integers; equal shape on every rank
+    op : MPI operation
+    purpose : word for the ledger
+
+    Returns
+    -------
+    x, now holding the reduction.
+
+    Raises
+    ------
+    TypeError
+        For 16-bit floating types, whose sums would depend on P.
+    """
+    if x.dtype.kind not in "fiub" or array.is_half(x.dtype):
+        raise TypeError(f"Allreduce: got {x.dtype}, need float32, float64 or integers")
+    start_s = time.perf_counter()
+    buffer = _to_host(x)
+    comm.Allreduce(MPI.IN_PLACE, buffer, op)
+    _from_host(buffer, x)
+    ledger.enter("Allreduce", comm, purpose, 2 * x.nbytes * (comm.size - 1) / comm.size, start_s)
+    return x
+
+
+def Allgather(comm, x, counts=None, axis=0, purpose=""):
+    """Gather the ranks' parts of one axis, in rank order.
+
+    Parameters
+    ----------
+    x : this rank's part; the ranks' shapes differ at most along `axis`
+    counts : length of every rank's part along `axis`; None if all are equal
+    axis : the cut axis
+
+    Returns
+    -------
+    array of x's type whose `axis` has length sum(counts), equal on all ranks.
+    """
+    xp = array.namespace(x)
+    counts = [x.shape[axis]] * comm.size if counts is None else list(counts)
+    if len(counts) != comm.size or counts[comm.rank] != x.shape[axis]:
+        raise ValueError(
+            f"Allgather: got {x.shape[axis]} items on rank {comm.rank}, need counts {counts}"
+        )
+    start_s = time.perf_counter()
+
+    # Move the cut axis to the front, so that each rank's part is one run of memory.
+    part = _to_host(xp.moveaxis(x, axis, 0))
+    row = part.nbytes // part.shape[0] if part.shape[0] else _row_bytes(part)
+    whole = np.empty((sum(counts), *part.shape[1:]), part.dtype)
+    sizes = [c * row for c in counts]
+    comm.Allgatherv(_raw(part), [_raw(whole), sizes, _starts(sizes), MPI.BYTE])
+
+    result = xp.ascontiguousarray(xp.moveaxis(xp.asarray(whole), 0, axis))
+    ledger.enter("Allgather", comm, purpose, part.nbytes * (comm.size - 1), start_s)
+    return result
+
+
+def ReduceScatter(comm, x_sum, counts, axis=0, purpose=""):
+    """Sum `x_sum` over the ranks and keep this rank's part of one axis.
+
+    Parameters
+    ----------
+    x_sum : partial sum, equal shape on every rank, float32 or float64
+    counts : length of every rank's part along `axis`, adding up to its length
+    axis : the axis that is cut
+
+    Returns
+    -------
+    this rank's part of the sum: `axis` has length counts[rank].
+    """
+    if x_sum.dtype.kind != "f" or array.is_half(x_sum.dtype):
+        raise TypeError(f"ReduceScatter: got {x_sum.dtype}, need float32 or float64")
+    if len(counts) != comm.size or sum(counts) != x_sum.shape[axis]:
+        raise ValueError(f"ReduceScatter: got {x_sum.shape[axis]} items, need counts {counts}")
+    xp = array.namespace(x_sum)
+    start_s = time.perf_counter()
+    whole = _to_host(xp.moveaxis(x_sum, axis, 0))
+    part = np.empty((counts[comm.rank], *whole.shape[1:]), whole.dtype)
+    row = int(np.prod(whole.shape[1:], dtype=np.int64))
+    comm.Reduce_scatter(whole, part, [c * row for c in counts])
+    result = xp.ascontiguousarray(xp.moveaxis(xp.asarray(part), 0, axis))
+    ledger.enter("ReduceScatter", comm, purpose, whole.nbytes - part.nbytes, start_s)
+    return result
+
+
+def Bcast(comm, x, root=0, purpose=""):
+    """Copy `x` of rank `root` into `x` of every rank; returns x."""
+    start_s = time.perf_counter()
+    buffer = _to_host(x)
+    comm.Bcast(_raw(buffer), root)
+    _from_host(buffer, x)
+    sent_bytes = x.nbytes if comm.rank == root and comm.size > 1 else 0
+    ledger.enter("Bcast", comm, purpose, sent_bytes, start_s)
+    return x
+
+
+def _to_host(x):
+    """Contiguous host array with x's values that MPI may read: x itself where it is one."""
+    array.synchronize(x)
+    return np.ascontiguousarray(array.host(x))
+
+
+def _from_host(buffer, x):
+    """Write what MPI left in `buffer` back to `x`, unless the two are one."""
+    if array.namespace(x) is not np:
+        x.set(buffer)
+    elif buffer is not x and not np.shares_memory(buffer, x):
+        x[...] = buffer
+
+
+def _raw(x):
+    """The bytes of a contiguous host array, which MPI moves whatever the element type."""
+    return x.reshape(-1).view(np.uint8)
+
+
+def _row_bytes(part):
+    return int(np.prod(part.shape[1:], dtype=np.int64)) * part.dtype.itemsize
+
+
+def _starts(sizes):
+    return [sum(sizes[:r]) for r in range(len(sizes))]

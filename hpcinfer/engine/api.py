@@ -1,0 +1,224 @@
+"""The Python interface: load a model over the ranks of a communicator, then generate and score.
+
+    import hpcinfer
+
+    model = hpcinfer.load("data/model", layout="tp=2")
+    for result in model.generate(["Once upon a time"], max_tokens=32, temperature=0):
+        print(result.choices[0].text)
+    print(model.score(["Once upon a time"])[0].perplexity)
+
+Every rank makes the same calls and gets the same answers. The input of the first rank counts.
+"""
+
+import time
+
+from hpcinfer import array, collectives
+from hpcinfer.engine.feed import Feed
+from hpcinfer.engine.formats import Limits as PromptLimits
+from hpcinfer.engine.formats import RequestReader, defaults_from
+from hpcinfer.engine.generate import generate
+from hpcinfer.engine.pages import Pages, pages_for
+from hpcinfer.engine.record import Record
+from hpcinfer.engine.request import BadRequest
+from hpcinfer.engine.scheduler import Limits, Scheduler
+from hpcinfer.engine.score import score
+from hpcinfer.engine.text import Text
+from hpcinfer.errors import UsageError, agreed
+from hpcinfer.grid import Grid, agree_all, parse_layout, world
+from hpcinfer.io.checkpoint import open_checkpoint
+from hpcinfer.model.families import read_architecture
+from hpcinfer.model.forward import Model
+from hpcinfer.model.weights import check
+
+# Share of the free memory that the cache takes where --kv-memory does not say.
+_KV_SHARE = 0.5
+
+
+def load(
+    path,
+    comm=None,
+    layout=None,
+    dtype=None,
+    device="cpu",
+    kv_memory=None,
+    step_tokens=2048,
+    sequences=256,
+    context=None,
+    seed=0,
+):
+    """Load a model; every rank of the communicator calls this and reads its own shard.
+
+    Parameters
+    ----------
+    path : Hugging Face directory or converted .h5
+    comm : communicator, COMM_WORLD by default
+    layout : such as "tp=2"; all ranks along tp by default
+    dtype : "float32", "bfloat16" or "float16"; as the checkpoint's config says by default
+    device : "cpu", "cuda" or "auto"
+    kv_memory : bytes of the cache per rank; by default half of what is free, shared by the node's
+    ranks
+    step_tokens, sequences : bounds of one step of the engine
+    context : positions to allow, instead of the model's own number
+    seed : of requests that do not give their own
+
+    Returns
+    -------
+    Engine
+
+    Raises
+    ------
+    ValueError
+        On every rank, in one line, if the model or an argument cannot be used.
+    """
+    comm = world() if comm is None else comm
+    grid = Grid(comm, parse_layout(layout, comm.size))
+    _refuse_unbuilt(grid.layout)
+    return agree_all(
+        comm,
+        lambda: Engine(
+            path, grid, dtype, device, kv_memory, Limits(step_tokens, sequences), context, seed
+        ),
+    ).ready()
+
+
+class Engine:
+    """A loaded model with its cache and queue, on one rank.
+
+    Attributes
+    ----------
+    model : hpcinfer.model.forward.Model
+    text : Text
+    grid : Grid
+    context : positions that a sequence may have
+    scheduler : Scheduler
+    record : Record, what the run has cost so far
+    """
+
+    def __init__(self, path, grid, dtype, device, kv_memory, limits, context, seed):
+        start_s = time.perf_counter()
+        self.grid, self.limits, self.seed = grid, limits, seed
+        device = array.select_device(device, grid.node.rank)
+        with open_checkpoint(path) as checkpoint:
+            arch = read_architecture(checkpoint.config)
+            check(arch, checkpoint.tensors)
+            dtype = arch.dtype if dtype is None else array.parse_dtype(dtype)
+            self.text = Text(checkpoint)
+            self.generation_config = checkpoint.generation_config
+            self.checksum = checkpoint.checksum
+            self.model = Model(arch, checkpoint, grid, device, dtype)
+            self.record = Record(grid, checkpoint.bytes_read, checkpoint.file_bytes)
+        self.context = _context(arch, context)
+        self._kv_memory = kv_memory
+        self._stops = {}
+        self.record.load_s = time.perf_counter() - start_s
+
+    def ready(self):
+        """Give every rank the same number of cache pages, the most that all can hold."""
+        model, comm = self.model, self.grid.comm
+        if self._kv_memory is None:
+            local_bytes = int(_KV_SHARE * model.device.free_bytes()) // self.grid.node.size
+        else:
+            local_bytes = self._kv_memory
+        most = pages_for(self.context) * self.limits.sequences
+        pages = min(most, local_bytes // model.page_bytes if model.page_bytes else most)
+        pages = min(comm.allgather(pages))
+        if pages < 1:
+            page_bytes = max(comm.allgather(model.page_bytes))
+            raise agreed(
+                ValueError(
+                    f"kv-memory: got {local_bytes} bytes, need {page_bytes} or more, one page; "
+                    "raise --kv-memory or use more ranks"
+                )
+            )
+        model.allocate_cache(pages)
+        self.scheduler = Scheduler(Pages(pages), self.limits, model.arch.rope)
+        self.record.kv_bytes = pages * model.page_bytes
+        collectives.ledger.clear()
+        return self
+
+    def stops(self, sampling):
+        """Token ids that end a sequence with this sampling."""
+        stops = self._stops.get(sampling)
+        if stops is None:
+            eos = () if sampling.ignore_eos else self.text.eos_ids
+            stops = self._stops[sampling] = frozenset(eos) | frozenset(sampling.stop_token_ids)
+        return stops
+
+    def generate(self, items, **sampling):
+        """Answer prompts.
+
+        Parameters
+        ----------
+        items : list of str, of lists of token ids, or of dicts as in a line of JSONL input
+        sampling : fields of `hpcinfer.engine.request.Sampling`, defaults for items that do not say
+
+        Returns
+        -------
+        list of Result in the order of `items`, on every rank
+
+        Raises
+        ------
+        ValueError
+            If an item cannot be used.
+        """
+        return self._run(generate, self.reader(sampling), items)
+
+    def score(self, items):
+        """Log-probabilities of texts.
+
+        Parameters
+        ----------
+        items : list of str, of lists of token ids, or of dicts as in a line of JSONL input
+
+        Returns
+        -------
+        list of Score in the order of `items`, on every rank
+        """
+        return self._run(score, self.reader({}, score=True), items)
+
+    def reader(self, sampling, plain=False, score=False):
+        """Reader of requests for this model.
+
+        Parameters
+        ----------
+        sampling : dict, defaults for the requests' sampling; None values are left out
+        plain : True if the input is one prompt a line
+        score : True if the texts are scored as they stand
+        """
+        defaults = defaults_from(self.generation_config, sampling)
+        limits = PromptLimits(self.model.arch.V, self.context)
+        return RequestReader(self.text, defaults, limits, plain, score)
+
+    def _run(self, loop, reader, items):
+        finished = {}
+
+        def deliver(outcome):
+            index = outcome.index if isinstance(outcome, BadRequest) else outcome.request.index
+            finished[index] = outcome
+
+        loop(self, Feed(self.grid.comm, reader.read_items(items)), deliver)
+        for outcome in finished.values():
+            if isinstance(outcome, BadRequest):
+                raise agreed(ValueError(f"item {outcome.index}: {outcome.message}"))
+        return [finished[index] for index in sorted(finished)]
+
+
+def _context(arch, context):
+    """Positions to allow: the model's, or what the user asks for where the model can take it."""
+    if context is None:
+        return arch.context
+    if arch.learned_positions and context > arch.learned_positions:
+        raise ValueError(
+            f"context: got {context}, need at most {arch.learned_positions}, the positions that "
+            "this model has learned"
+        )
+    return context
+
+
+def _refuse_unbuilt(layout):
+    """Refuse the axes that no strategy serves yet."""
+    for axis in ("pp", "dp", "cp"):
+        if getattr(layout, axis) > 1:
+            raise UsageError(
+                f"layout: got {axis}={getattr(layout, axis)}, need {axis}=1 in this version; use tp"
+            )

@@ -1,0 +1,162 @@
+"""A whole run over files: requests from an input, results to outputs, progress and report."""
+
+import os
+import sys
+import time
+from contextlib import ExitStack
+
+from tqdm import tqdm
+
+from hpcinfer.engine.feed import Feed
+from hpcinfer.engine.formats import completion_line, generate_record, score_line, score_record
+from hpcinfer.engine.generate import generate
+from hpcinfer.engine.request import BadRequest
+from hpcinfer.engine.score import score
+from hpcinfer.errors import agreed
+from hpcinfer.grid import agree
+from hpcinfer.io.lines import read_lines
+from hpcinfer.io.results import open_results
+
+_EXTENSIONS = (".h5", ".jsonl")
+_LOOPS = {"generate": (generate, generate_record), "score": (score, score_record)}
+
+# Seconds between two lines of progress: on a terminal, and in the log of a job.
+_TERMINAL_S, _LOG_S = 0.2, 10.0
+
+
+def check_files(comm, source, outputs):
+    """Refuse, before a model is loaded, files that cannot be read or written.
+
+    Returns
+    -------
+    number of lines of the input, on every rank
+    """
+    return agree(comm, _check_files, source, outputs)
+
+
+def run(engine, kind, source, outputs, n_lines, sampling, facts, show=False):
+    """Answer or score every request of a file; every rank calls this.
+
+    Parameters
+    ----------
+    engine : Engine
+    kind : "generate" or "score"
+    source : path of the input, .jsonl or .txt
+    outputs : paths of the results, .jsonl or .h5
+    n_lines : lines of the input, for the progress
+    sampling : dict, defaults of the command line for requests that do not say
+    facts : dict, kept in .h5 results: command, model and the like
+    show : True to print every prompt with its text as it finishes
+
+    Returns
+    -------
+    (finished, refused) : numbers of requests, on every rank
+
+    Raises
+    ------
+    ValueError
+        On every rank, if not one request could be run.
+    """
+    loop, record_of = _LOOPS[kind]
+    comm, counts = engine.grid.comm, [0, 0]
+    reader = engine.reader(sampling, source.lower().endswith(".txt"), kind == "score")
+    lines = reader.read(read_lines(source)) if comm.rank == 0 else None
+    with ExitStack() as stack:
+        out = _Output(engine, kind, source, n_lines, show) if comm.rank == 0 else None
+        agree(comm, lambda: out.open(stack, outputs, facts))
+
+        def deliver(outcome):
+            counts[isinstance(outcome, BadRequest)] += 1
+            if out is not None:
+                out.write(record_of(outcome))
+
+        loop(engine, Feed(comm, lines), deliver)
+    if not counts[0]:
+        raise agreed(
+            ValueError(
+                f"input: got {counts[1]} requests in {source} and none that can be run, need at "
+                "least one; see the error records in the output"
+            )
+        )
+    return tuple(counts)
+
+
+class _Output:
+    """The root's side of a run: the files of results, the progress, and what is shown."""
+
+    def __init__(self, engine, kind, source, n_lines, show):
+        self._engine, self._kind, self._source = engine, kind, source
+        self._n_lines, self._show = n_lines, show
+        self._writers, self._began_s = [], time.perf_counter()
+
+    def open(self, stack, outputs, facts):
+        """Open the files and the progress bar; `stack` closes them."""
+        name = os.path.basename(os.path.normpath(facts["model"]))
+        created = int(os.stat(self._source).st_mtime)
+
+        def format_line(record):
+            if self._kind == "score":
+                return score_line(record)
+            return completion_line(record, name, created, self._engine.text)
+
+        for path in outputs:
+            writer = open_results(path, self._kind, facts, format_line)
+            self._writers.append(stack.enter_context(writer))
+        self._bar = stack.enter_context(
+            tqdm(
+                total=self._n_lines,
+                desc=self._kind,
+                unit=" requests",
+                mininterval=_TERMINAL_S if sys.stderr.isatty() else _LOG_S,
+                dynamic_ncols=True,
+            )
+        )
+
+    def write(self, record):
+        """Write the record of one finished request."""
+        for writer in self._writers:
+            writer.write(record)
+        counter = self._engine.record
+        tokens = counter.prefill.tokens + counter.decode.tokens
+        self._bar.set_postfix_str(
+            f"{tokens / (time.perf_counter() - self._began_s):.0f} tokens/s", refresh=False
+        )
+        self._bar.update()
+        if self._show:
+            self._bar.write(_shown(record, self._engine.text), file=sys.stdout)
+
+
+def _shown(record, text):
+    """A prompt with its text, or a refusal, for human eyes."""
+    name = record["custom_id"]
+    if record["error"] is not None:
+        return f"[{name}] line {record['line']}: {record['error']}"
+    if "choices" not in record:
+        return (
+            f"[{name}] {len(record['token_ids'])} tokens, log-probability "
+            f"{record['sum_logprob']:.3f}, perplexity {record['perplexity']:.3f}"
+        )
+    prompt = text.decode(record["prompt_token_ids"])
+    prompt = prompt if len(prompt) <= 200 else f"{prompt[:60]} ... {prompt[-130:]}"
+    answers = "\n".join(f"    > {choice['text']!r}" for choice in record["choices"])
+    return f"[{name}] {prompt!r}\n{answers}"
+
+
+def _check_files(source, outputs):
+    """Number of lines of the input, when all files can be used."""
+    for path in outputs:
+        folder = os.path.dirname(os.path.abspath(path))
+        if os.path.splitext(path)[1].lower() not in _EXTENSIONS:
+            raise ValueError(f"output: got {path}, need a name that ends in .h5 or .jsonl")
+        if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+            raise ValueError(f"output: got {path}, need a folder that exists and can be written")
+        if os.path.isdir(path) or os.path.realpath(path) == os.path.realpath(source):
+            raise ValueError(f"output: got {path}, need a file that is not the input or a folder")
+    if len({os.path.realpath(path) for path in outputs}) < len(outputs):
+        raise ValueError("output: got one file twice, need each once")
+    if os.path.splitext(source)[1].lower() not in (".jsonl", ".txt"):
+        raise ValueError(f"input: got {source}, need a name that ends in .jsonl or .txt")
+    n_lines = sum(1 for _ in read_lines(source))
+    if not n_lines:
+        raise ValueError(f"input: got no request in {source}, need at least one line")
+    return n_lines

@@ -1,0 +1,237 @@
+"""Which tokens of which sequences are computed in the next step: continuous batching.
+
+Running sequences go first, oldest first, then waiting ones as long as there are pages and room in
+the step. A prompt longer than the step's room is computed in chunks. Where pages run out, the
+youngest sequence gives up its pages and waits; it is computed again later, from pages that are
+still there. Every rank of a replica comes to the same decision from the same requests, without a
+message.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from hpcinfer.engine.pages import digests, pages_for
+from hpcinfer.model.cache import PAGE
+from hpcinfer.model.step import Step
+
+
+@dataclass(eq=False)
+class Sequence:
+    """Tokens of one sample of a request, and how far they are computed.
+
+    Attributes
+    ----------
+    request : Request
+    sample : number of the sample within the request
+    tokens : prompt, then the tokens generated so far
+    n_prompt : tokens of the prompt
+    target : tokens that must be in the cache before the next one can be chosen
+    computed : tokens that are in the cache
+    pages : pages that hold them
+    all_rows : True if every token's hidden state is wanted, not only the last one's
+    digests : hashes of the full pages of the text, as far as they were needed
+    siblings : all samples of the request
+    stream : text of the generated tokens, watched for stop strings
+    history : tokens seen so far, kept where penalties need them
+    logprobs, top_logprobs : of the generated (or scored) tokens
+    finish_reason : "stop" or "length" when the sequence has ended, else None
+    """
+
+    request: object
+    sample: int
+    tokens: list
+    n_prompt: int
+    all_rows: bool = False
+    computed: int = 0
+    pages: list = field(default_factory=list)
+    digests: list = field(default_factory=list)
+    siblings: list = field(default_factory=list)
+    stream: object = None
+    history: object = None
+    logprobs: list = field(default_factory=list)
+    top_logprobs: list = field(default_factory=list)
+    finish_reason: str | None = None
+
+    @property
+    def target(self):
+        """Tokens to compute before the next is chosen; a scored text's last predicts nothing."""
+        return len(self.tokens) - 1 if self.all_rows else len(self.tokens)
+
+    @property
+    def n_new(self):
+        """Tokens generated so far."""
+        return len(self.tokens) - self.n_prompt
+
+
+@dataclass
+class Limits:
+    """Bounds of one step.
+
+    Attributes
+    ----------
+    tokens : tokens computed in a step at most
+    sequences : sequences that run at a time at most
+    """
+
+    tokens: int = 2048
+    sequences: int = 256
+
+
+class Scheduler:
+    """The queue of sequences before a cache.
+
+    Parameters
+    ----------
+    pages : Pages
+    limits : Limits
+    rope : Rope or None, asked whether a token's key depends on the length of its text
+    """
+
+    def __init__(self, pages, limits, rope=None):
+        self.pages, self.limits = pages, limits
+        self.rope = rope if rope is not None and rope.depends_on_length else None
+        self.waiting, self.running = deque(), []
+        self.preemptions = self.reused_tokens = 0
+
+    def add(self, sequence):
+        """Put a sequence at the end of the queue."""
+        self.waiting.append(sequence)
+
+    def next_step(self):
+        """Sequences of the next step with the number of tokens to compute of each.
+
+        Returns
+        -------
+        list of (Sequence, n), empty when nothing waits or runs
+        """
+        room = self.limits.tokens
+        plan, preempted = [], False
+
+        # Go on with what runs; the youngest gives way where pages run out.
+        position = 0
+        while position < len(self.running) and room:
+            sequence = self.running[position]
+            n = min(room, sequence.target - sequence.computed)
+            missing = pages_for(sequence.computed + n) - len(sequence.pages)
+            if missing > self.pages.free:
+                self._preempt(self.running.pop())
+                preempted = True
+                continue
+            self._plan(plan, sequence, n)
+            room -= n
+            position += 1
+
+        # Admit what waits, while there are pages for its whole text.
+        while self.waiting and room and not preempted and len(self.running) < self.limits.sequences:
+            sequence = self.waiting[0]
+            found = self._found(sequence)
+            needed = pages_for(sequence.target) - len(found) + self.pages.unheld(found)
+            if needed > self.pages.free:
+                break
+            self.waiting.popleft()
+            self.running.append(sequence)
+            self.pages.hold(found)
+            sequence.pages, sequence.computed = list(found), len(found) * PAGE
+            self.reused_tokens += sequence.computed
+            n = min(room, sequence.target - sequence.computed)
+            self._plan(plan, sequence, n)
+            room -= n
+        return plan
+
+    def finish(self, sequence):
+        """Take a finished sequence out and release its pages."""
+        self.running.remove(sequence)
+        self.pages.release(sequence.pages)
+        sequence.pages = []
+
+    def _plan(self, plan, sequence, n):
+        """Enter n tokens of a sequence in the step, with the pages that they need."""
+        end = sequence.computed + n
+        sequence.pages += self.pages.take(pages_for(end) - len(sequence.pages))
+        plan.append((sequence, n))
+
+        # The step writes its keys before any is read, so its full pages can be shared at once.
+        known = self._digests(sequence, end)
+        for page in range(sequence.computed // PAGE, len(known)):
+            self.pages.name(sequence.pages[page], known[page])
+
+    def _found(self, sequence):
+        """Cached pages of a waiting sequence's beginning; its last token is always computed."""
+        return self.pages.find(self._digests(sequence, sequence.target - 1))
+
+    def _digests(self, sequence, end):
+        """Hashes of the full pages in the first `end` tokens; none where pages are not shared."""
+        if sequence.all_rows:
+            return []
+        if self.rope is not None:
+            end = min(end, sequence.n_prompt)
+        if len(sequence.digests) < end // PAGE:
+            seed = b""
+            if self.rope is not None:
+                seed = str(self.rope.length_class(sequence.n_prompt)).encode()
+            sequence.digests = digests(sequence.tokens[:end], sequence.digests, seed)
+        return sequence.digests[: end // PAGE]
+
+    def _preempt(self, sequence):
+        """Send a running sequence back to the head of the queue, without its pages."""
+        self.pages.release(sequence.pages)
+        sequence.pages, sequence.computed = [], 0
+        self.waiting.appendleft(sequence)
+        self.preemptions += 1
+
+
+def build_step(plan, rope=None):
+    """Arrays of one step, from the scheduler's plan, whose tokens count as computed afterwards.
+
+    Parameters
+    ----------
+    plan : list of (Sequence, n)
+    rope : Rope or None
+
+    Returns
+    -------
+    Step; its `rows` are the last token of every sequence that is then complete, or all tokens of a
+    sequence with `all_rows`
+    """
+    counts = np.array([n for _, n in plan])
+    bounds = np.concatenate([[0], np.cumsum(counts)])
+    lengths = np.array([sequence.computed + n for sequence, n in plan])
+    positions = np.arange(bounds[-1]) - np.repeat(bounds[:-1] - (lengths - counts), counts)
+
+    # One page table a sequence, padded with page 0, which no length reaches.
+    tables = np.zeros((len(plan), max(len(s.pages) for s, _ in plan)), np.int32)
+    for b, (sequence, _) in enumerate(plan):
+        tables[b, : len(sequence.pages)] = sequence.pages
+    owner = np.repeat(np.arange(len(plan)), counts)
+    slots = tables[owner, positions // PAGE].astype(np.int64) * PAGE + positions % PAGE
+
+    token_ids, rows = [], []
+    for b, (sequence, n) in enumerate(plan):
+        token_ids += sequence.tokens[sequence.computed : sequence.computed + n]
+        if sequence.all_rows:
+            rows += range(bounds[b], bounds[b + 1])
+        elif lengths[b] == sequence.target:
+            rows.append(bounds[b + 1] - 1)
+        sequence.computed += n
+    return Step(
+        token_ids=np.array(token_ids, np.int32),
+        positions=positions.astype(np.int32),
+        bounds=bounds,
+        tables=tables,
+        lengths=lengths,
+        slots=slots,
+        rows=np.array(rows, np.int64),
+        length_classes=_length_classes(plan, owner, positions, rope),
+    )
+
+
+def _length_classes(plan, owner, positions, rope):
+    """Class of the text's length for every token: the prompt's, then its own position + 1."""
+    if rope is None or not rope.depends_on_length:
+        return None
+    prompts = np.array([sequence.n_prompt for sequence, _ in plan])
+    lengths = np.maximum(prompts[owner], positions + 1)
+    classes, which = np.unique(lengths, return_inverse=True)
+    return np.array([rope.length_class(int(n)) for n in classes])[which]

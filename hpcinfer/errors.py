@@ -1,0 +1,39 @@
+"""Errors that end a command, and the exit code each one means.
+
+Input and arguments raise ValueError, the machine raises RuntimeError; both carry one line of the
+form ``<room>: got X, need Y; remedy``. `UsageError` is a ValueError about the command line itself.
+"""
+
+DONE, FAILED, USAGE, REQUEUE = 0, 1, 2, 75
+
+
+class UsageError(ValueError):
+    """The command line cannot be run as it stands (exit code 2)."""
+
+
+def agreed(error):
+    """`error`, marked as raised on every rank, so that all can end in order; returns it."""
+    error.agreed = True
+    return error
+
+
+def is_agreed(error):
+    """True if every rank raises this error too."""
+    return isinstance(error, UsageError) or getattr(error, "agreed", False)
+
+
+def exit_code(error):
+    """Exit code of a command that ends with `error`."""
+    return USAGE if isinstance(error, UsageError) else FAILED
+
+
+def one_line(error):
+    """Text of `error` on one line, with the class only where it was not raised on purpose."""
+    text = " ".join(str(error).split())
+    if isinstance(error, (ValueError, RuntimeError)) and text:
+        return text
+    if isinstance(error, MemoryError):
+        return f"memory: {text or 'allocation refused'}; use more ranks or a smaller --kv-memory"
+    if isinstance(error, OSError) and error.filename:
+        return f"file: {error.strerror or text}: {error.filename}"
+    return f"{type(error).__name__}: {text}"

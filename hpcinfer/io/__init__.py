@@ -1,0 +1,15 @@
+"""The only floor that opens files: weights, metadata, input lines and results.
+
+    checkpoint   one interface to a model on disk: `open_checkpoint`
+    safetensors  Hugging Face directories (config.json, *.safetensors, index)
+    hdf5         converted models (.h5): layout, opening, writing, checksums
+    metadata     config, tokenizer and chat template of a model
+    convert      Hugging Face directory -> .h5
+    inspect      what is in a model or results file, as text
+    lines        input files line by line in bounded memory
+    jsonl        lines of output that survive a killed job
+    results      what `generate` and `score` write: JSONL or HDF5
+    atomic       a file appears whole under its name or not at all
+
+Nothing is imported here, so that h5py is loaded only where a file needs it.
+"""

@@ -1,0 +1,118 @@
+"""A file appears whole under its name or not at all, and a write that fails says so in one line.
+
+The new content goes to ``<path>.partial`` in the same folder (a rename works within one file system
+only) and takes the name when it is complete.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+
+REMEDIES = {
+    errno.ENOSPC: "no space left on the device; free space or choose another folder",
+    errno.EDQUOT: "the disk quota is used up; free space or choose another folder",
+    errno.EFBIG: "the file would exceed the size limit; raise `ulimit -f` or choose another folder",
+    errno.EACCES: "permission denied; choose a folder you may write to",
+    errno.EPERM: "permission denied; choose a folder you may write to",
+    errno.EROFS: "the file system is read-only; choose another folder",
+    errno.ENOENT: "its folder does not exist; create it first",
+    errno.ENOTDIR: "its folder is not a folder; choose another path",
+    errno.EAGAIN: "another run is writing it; wait for that run or choose another name",
+    errno.EISDIR: "it is a folder; give the name of a file",
+}
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Turn an OSError of the body into one line that names `path` and the remedy.
+
+    Raises
+    ------
+    RuntimeError
+        Instead of any OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RuntimeError(f"output: cannot write {path}: {_remedy(error)}") from error
+
+
+@contextlib.contextmanager
+def replacing(path, sync=True):
+    """Yield the name of a temporary file that becomes `path` if the body succeeds.
+
+    Parameters
+    ----------
+    path : str, output file; an existing one is replaced at the end
+    sync : bool, wait until the content is on the disk before the name changes
+
+    Raises
+    ------
+    RuntimeError
+        If it cannot be written; the temporary file is removed and `path` is as it was before.
+    """
+    partial = f"{path}.partial"
+    with writing(path):
+        refuse_directory(path)
+        with _locked(partial) as descriptor:
+            try:
+                yield partial
+                if sync:
+                    os.fsync(descriptor)
+                os.replace(partial, path)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(partial)
+                raise
+        if sync:
+            _sync_folder(os.path.dirname(os.path.abspath(path)))
+
+
+def lock(descriptor):
+    """Take the only right to write an open file, as long as it is open.
+
+    Two runs with one output would otherwise spoil it. File systems without locks are written as
+    they are.
+
+    Raises
+    ------
+    BlockingIOError
+        If another run has it.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return
+
+
+def refuse_directory(path):
+    """Raise IsADirectoryError if `path` is a folder."""
+    if os.path.isdir(path):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+
+
+@contextlib.contextmanager
+def _locked(path):
+    """Yield a descriptor of the file `path`, made if need be, that no other run has locked."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+    try:
+        lock(descriptor)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folder(path):
+    """Bring a rename in the folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remedy(error):
+    return REMEDIES.get(error.errno) or " ".join(str(error).split())

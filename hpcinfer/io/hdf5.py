@@ -1,0 +1,349 @@
+"""Converted models: one .h5 that holds weights, config, tokenizer and chat template.
+
+Layout, format version 1::
+
+    /                   attributes: format = "hpcinfer-model", format_version = 1,
+                        hpcinfer_version, and as JSON text: config, generation_config,
+                        tokenizer_config, special_tokens_map
+    /tokenizer/tokenizer_json   text of tokenizer.json           (absent if the model has none)
+    /tokenizer/chat_template    text of the Jinja template       (absent if the model has none)
+    /weights/<tensor name>      one contiguous dataset per tensor, dots kept in the name;
+                                attribute crc32: zlib.crc32 of its bytes
+
+bfloat16 is a 16-bit float type of its own (8 exponent bits, 7 mantissa bits), so any HDF5 tool
+reads it as float32. Datasets are neither chunked nor compressed nor external: each is one run of
+bytes in this file. So the HDF5 library finds them, while their parts are read as those of a
+safetensors file are, see `hpcinfer.io.checkpoint`; many ranks then read one file without locks.
+"""
+
+import contextlib
+import io
+import json
+import os
+import zlib
+
+import h5py
+import numpy as np
+
+from hpcinfer import __version__
+from hpcinfer.array import BFLOAT16
+from hpcinfer.io.atomic import replacing
+from hpcinfer.io.checkpoint import Checkpoint, raw, table_entry
+from hpcinfer.io.metadata import MAX_JSON_BYTES, MAX_TOKENIZER_BYTES, Metadata, parse_object
+
+FORMAT, FORMAT_VERSION = "hpcinfer-model", 1
+OBJECTS = ("config", "generation_config", "tokenizer_config", "special_tokens_map")
+TEXTS = ("tokenizer_json", "chat_template")
+
+# Datasets from this size on begin at a page, so that mapping them maps nothing else
+ALIGN_BYTES = 1 << 12
+MODEL_OPTIONS = {"alignment_threshold": 1 << 16, "alignment_interval": ALIGN_BYTES}
+
+BF16_TYPE = h5py.h5t.IEEE_F32LE.copy()
+BF16_TYPE.set_fields(15, 7, 8, 0, 7)
+BF16_TYPE.set_size(2)
+BF16_TYPE.set_ebias(127)
+
+FILE_TYPES = {
+    BFLOAT16: BF16_TYPE,
+    **{
+        np.dtype(code): h5py.h5t.py_create(np.dtype(code), logical=True)
+        for code in "<f8 <f4 <f2 ? <i8 <i4 <i2 |i1 <u8 <u4 <u2 |u1".split()
+    },
+}
+
+
+def open_model(path):
+    """Open a converted model and check its table of tensors against the file.
+
+    Returns
+    -------
+    Checkpoint
+
+    Raises
+    ------
+    ValueError
+        If it is no HDF5 file, is truncated, has another format or version, or declares tensors
+        that do not lie whole and plain inside the file.
+    """
+    with open_h5(path) as file:
+        try:
+            _check_format(path, file)
+            metadata = _read_metadata(path, file)
+            tensors = _read_table(path, file)
+        except (OSError, RuntimeError, KeyError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"checkpoint: got {path} which is damaged ({reason}); convert the model again"
+            ) from error
+    return Checkpoint(path, "hdf5", metadata, tensors)
+
+
+def open_h5(path):
+    """Open the HDF5 file `path` for reading, without locking it (a finished file never changes).
+
+    Raises
+    ------
+    ValueError
+        If it is no HDF5 file or is truncated.
+    """
+    try:
+        return h5py.File(path, "r", locking=False)
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"checkpoint: got {path} which does not open as HDF5 ({reason}); make it again"
+        ) from None
+
+
+def file_format(file):
+    """Name that an open HDF5 file gives its own format, "" if none."""
+    return _attribute(file, "format") or ""
+
+
+def verify_checksums(path):
+    """Read every tensor of a converted model and compare it with its stored checksum.
+
+    Yields
+    ------
+    name : str, a tensor whose bytes do not have the stored checksum
+    stored : int or None (none is stored)
+    computed : int
+    """
+    with open_model(path) as model:
+        for name, info in model.tensors.items():
+            computed = 0
+            for _, block in model.stream(name):
+                computed = zlib.crc32(raw(block), computed)
+            if computed != info.crc32:
+                yield name, info.crc32, computed
+
+
+class Disk(io.FileIO):
+    """The file under a new HDF5 file, which keeps a failed write to itself until it is asked.
+
+    Where the disk is full the HDF5 library fails again and again while it closes its objects, and
+    may crash. So a write that fails is noted, it and later ones are dropped, and `check` raises.
+    """
+
+    def __init__(self, path):
+        super().__init__(path, "w+")
+        self._error = None
+
+    def write(self, data):
+        data = memoryview(data).cast("B")
+        done = 0
+        while done < len(data) and self._error is None:
+            try:
+                done += super().write(data[done:])
+            except OSError as error:
+                self._error = error
+        return len(data)
+
+    def truncate(self, size=None):
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self._error = self._error or error
+            return size
+
+    def check(self):
+        """Raise the OSError of the first write that failed, if one did."""
+        if self._error:
+            raise self._error
+
+
+@contextlib.contextmanager
+def replacing_h5(path, sync=True, **options):
+    """Yield a new HDF5 file, and the `Disk` under it, that becomes `path` if the body succeeds.
+
+    Parameters
+    ----------
+    path, sync : see `hpcinfer.io.atomic.replacing`
+    options : of h5py.File
+
+    Raises
+    ------
+    RuntimeError
+        If it cannot be written. The body should call `Disk.check` now and then, to end early.
+    """
+    with replacing(path, sync) as partial, Disk(partial) as disk:
+        try:
+            with h5py.File(disk, "w", **options) as file:
+                yield file, disk
+        finally:
+            disk.check()
+
+
+class ModelWriter:
+    """Writes a converted model: metadata first, then tensor by tensor.
+
+    Parameters
+    ----------
+    file : h5py.File, new, made by `replacing_h5` with `MODEL_OPTIONS`
+    disk : Disk
+    metadata : Metadata
+    """
+
+    def __init__(self, file, disk, metadata):
+        self._disk = disk
+        file.attrs["format"], file.attrs["format_version"] = FORMAT, FORMAT_VERSION
+        file.attrs["hpcinfer_version"] = __version__
+        for name in OBJECTS:
+            file.attrs[name] = json.dumps(getattr(metadata, name))
+        tokenizer = file.create_group("tokenizer")
+        for name in TEXTS:
+            if getattr(metadata, name) is not None:
+                tokenizer[name] = getattr(metadata, name)
+        self._weights = file.create_group("weights")
+
+    def add(self, info, stream):
+        """Write one tensor.
+
+        Parameters
+        ----------
+        info : TensorInfo
+        stream : iterable of (start, block), as `Checkpoint.stream` gives it
+
+        Returns
+        -------
+        int, zlib.crc32 of the tensor's bytes
+        """
+        if "/" in info.name or info.name in ("", "."):
+            raise ValueError(f"convert: got tensor name {info.name!r}, need one without '/'")
+
+        # Declare the dataset, its bytes unbroken in the file
+        space = _space(info.shape)
+        plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        plan.set_layout(h5py.h5d.CONTIGUOUS)
+        plan.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+        type_id = FILE_TYPES[info.dtype]
+        data = h5py.h5d.create(self._weights.id, info.name.encode(), type_id, space, plan)
+
+        # Move the bits block by block
+        crc = 0
+        for start, block in stream:
+            crc = zlib.crc32(raw(block), crc)
+            bits = block.view(np.uint16) if info.dtype == BFLOAT16 else block
+            if info.shape:
+                space.select_hyperslab(start, block.shape)
+            data.write(_space(block.shape), space, bits, mtype=type_id)
+            self._disk.check()
+        h5py.Dataset(data).attrs["crc32"] = np.uint32(crc)
+        return crc
+
+
+def _check_format(path, file):
+    found, version = file_format(file), _attribute(file, "format_version")
+    if found != FORMAT:
+        raise ValueError(
+            f"checkpoint: got {path} of format {found!r}, need {FORMAT!r}; make one with "
+            "`hpcinfer convert`"
+        )
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"checkpoint: got {path} of format version {version}, need {FORMAT_VERSION}; convert "
+            "the model again with this version of hpcinfer"
+        )
+
+
+def _read_metadata(path, file):
+    objects = {}
+    for name in OBJECTS:
+        text = _attribute(file, name)
+        if not isinstance(text, str) or len(text) > MAX_JSON_BYTES:
+            raise ValueError(f"checkpoint: got {path} without attribute {name}, need JSON text")
+        objects[name] = parse_object(text, f"attribute {name} of {path}")
+    tokenizer = _own(file, "tokenizer")
+    if tokenizer is not None and not isinstance(tokenizer, h5py.Group):
+        raise ValueError(f"checkpoint: got /tokenizer in {path} which is no group, need one")
+    texts = {name: _read_text(path, tokenizer, name) for name in TEXTS}
+    return Metadata(**objects, **texts)
+
+
+def _attribute(item, name):
+    """Scalar attribute of a file or dataset as str or int; None if there is none of that kind."""
+    if name not in item.attrs or item.attrs.get_id(name).shape != ():
+        return None
+    value = item.attrs[name]
+    if isinstance(value, np.integer):
+        return int(value)
+    return value if isinstance(value, str) else None
+
+
+def _own(group, name):
+    """Object `name` of a group; None if there is none or only a link, perhaps to another file."""
+    links, key = group.id.links, name.encode()
+    if links.exists(key) and links.get_info(key).type == h5py.h5l.TYPE_HARD:
+        return group[name]
+    return None
+
+
+def _read_text(path, group, name):
+    """Text of the scalar string dataset `name`, None if there is none."""
+    data = None if group is None else _own(group, name)
+    if data is None:
+        return None
+    if (
+        not isinstance(data, h5py.Dataset)
+        or data.shape != ()
+        or h5py.check_string_dtype(data.dtype) is None
+        or data.id.get_create_plist().get_external_count()
+    ):
+        raise ValueError(f"checkpoint: got /tokenizer/{name} in {path} which is no text, need one")
+    text = data[()]
+    if len(text) > MAX_TOKENIZER_BYTES:
+        raise ValueError(
+            f"checkpoint: got {len(text)} bytes of /tokenizer/{name} in {path}, need at most "
+            f"{MAX_TOKENIZER_BYTES}"
+        )
+    return text.decode()
+
+
+def _read_table(path, file):
+    """dict name -> TensorInfo of group /weights."""
+    weights, size = _own(file, "weights"), os.path.getsize(path)
+    if not isinstance(weights, h5py.Group):
+        raise ValueError(f"checkpoint: got {path} without group /weights, need one")
+    return {name: _table_entry(path, weights, name, size) for name in weights}
+
+
+def _table_entry(path, weights, name, file_size):
+    """TensorInfo of dataset `name`, once it is known to lie plain and whole inside the file."""
+    data = _own(weights, name)
+    if not isinstance(data, h5py.Dataset) or data.shape is None:
+        raise ValueError(
+            f"checkpoint: got /weights/{name} in {path} which is no dataset of this file, need one"
+        )
+    plan = data.id.get_create_plist()
+    if plan.get_layout() != h5py.h5d.CONTIGUOUS or plan.get_external_count() or plan.get_nfilters():
+        raise ValueError(
+            f"checkpoint: got /weights/{name} in {path} chunked, compressed, virtual or external, "
+            "need it contiguous; convert the model again"
+        )
+    dtype = _element_type(path, name, data)
+
+    # The declared bytes must stand in the file
+    offset, nbytes = data.id.get_offset() or 0, data.id.get_storage_size()
+    if nbytes and (offset == 0 or offset + nbytes > file_size):
+        raise ValueError(
+            f"checkpoint: got /weights/{name} in {path} up to byte {offset + nbytes}, need at most "
+            f"the file's {file_size}; convert the model again"
+        )
+    return table_entry(name, data.shape, dtype, nbytes, path, offset, _attribute(data, "crc32"))
+
+
+def _space(shape):
+    """HDF5 dataspace of an array of that shape."""
+    return h5py.h5s.create_simple(shape) if shape else h5py.h5s.create(h5py.h5s.SCALAR)
+
+
+def _element_type(path, name, data):
+    type_id = data.id.get_type()
+    for dtype, known in FILE_TYPES.items():
+        if type_id.equal(known):
+            return dtype
+    raise ValueError(
+        f"checkpoint: got /weights/{name} in {path} of element type {data.dtype}, need bfloat16 or "
+        "a little-endian float, integer or bool"
+    )

@@ -1,0 +1,185 @@
+"""What is in a model or results file, as lines for human eyes."""
+
+import os
+import re
+
+from hpcinfer.io.checkpoint import has_hdf5_signature, open_checkpoint
+
+# Words for the numbers of a config, each with the names that families give it
+CONFIG_NAMES = {
+    "family": ("model_type",),
+    "layers N": ("num_hidden_layers", "n_layer"),
+    "width D": ("hidden_size", "n_embd"),
+    "FFN width F": ("intermediate_size", "n_inner"),
+    "query heads H": ("num_attention_heads", "n_head"),
+    "KV heads G": ("num_key_value_heads",),
+    "head width K": ("head_dim",),
+    "experts E": ("num_experts", "num_local_experts"),
+    "vocabulary V": ("vocab_size",),
+    "positions": ("max_position_embeddings", "n_positions"),
+    "sliding window": ("sliding_window",),
+    "tied embeddings": ("tie_word_embeddings",),
+}
+KINDS = {"safetensors": "Hugging Face directory", "hdf5": "converted model"}
+ROWS_AT_ONCE = 1 << 16
+
+
+def describe(path):
+    """Description of a Hugging Face directory, a converted model or a results file.
+
+    Returns
+    -------
+    str, lines without a final line end
+
+    Raises
+    ------
+    ValueError
+        If it is none of these or is damaged.
+    """
+    path = os.fspath(path)
+    if os.path.isfile(path) and has_hdf5_signature(path):
+        from hpcinfer.io import hdf5, results
+
+        with hdf5.open_h5(path) as file:
+            if hdf5.file_format(file) == results.FORMAT:
+                try:
+                    return "\n".join(_describe_results(path, file))
+                except (KeyError, OSError, RuntimeError, TypeError) as error:
+                    raise ValueError(f"inspect: got damaged results {path} ({error})") from error
+    with open_checkpoint(path) as model:
+        return "\n".join(_describe_model(model))
+
+
+def collapse(names):
+    """Name patterns of tensors: each number between dots becomes the set of its values.
+
+    Parameters
+    ----------
+    names : list of str
+
+    Returns
+    -------
+    dict pattern -> list of names, e.g. ``{"layers.{0..1}.w": ["layers.0.w", "layers.1.w"]}``
+    """
+    groups = {}
+    for name in names:
+        groups.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "{}", name), []).append(name)
+    return {_fill(pattern, members): members for pattern, members in groups.items()}
+
+
+def size_text(nbytes):
+    """`nbytes` in the largest binary unit of which it holds one."""
+    units = ("B", "KiB", "MiB", "GiB", "TiB")
+    power = min(max(nbytes.bit_length() - 1, 0) // 10, len(units) - 1)
+    return f"{nbytes} B" if power == 0 else f"{nbytes / 1024**power:.2f} {units[power]}"
+
+
+def _describe_model(model):
+    tensors = model.tensors.values()
+    by_type = {}
+    for info in tensors:
+        by_type[info.dtype.name] = by_type.get(info.dtype.name, 0) + info.nbytes
+    n_checked = sum(info.crc32 is not None for info in tensors)
+    facts = {
+        "kind": KINDS[model.kind],
+        **_config_facts(model.config),
+        "parameters": f"{sum(info.nbytes // info.dtype.itemsize for info in tensors):,}",
+        "bytes": ", ".join(f"{name} {size_text(n)}" for name, n in by_type.items()),
+        "files": len({info.file for info in tensors}),
+        "tokenizer": "yes" if model.tokenizer_json is not None else "no",
+        "chat template": "yes" if model.chat_template is not None else "no",
+        "checksums": f"{n_checked} of {len(tensors)} tensors" if n_checked else "no",
+        "identity": model.checksum,
+    }
+    return [model.path, *_fact_lines(facts), *_tensor_lines(model.tensors)]
+
+
+def _config_facts(config):
+    """The essentials of a config under one set of words."""
+    facts = {}
+    for word, names in CONFIG_NAMES.items():
+        values = [config[name] for name in names if config.get(name) is not None]
+        if values:
+            facts[word] = values[0]
+    return facts
+
+
+def _tensor_lines(tensors):
+    """Table of the tensors; those that differ only in numbers of their names share a row."""
+    alike = {}
+    for info in tensors.values():
+        alike.setdefault((info.shape, info.dtype.name), []).append(info.name)
+    rows = []
+    for (shape, dtype), names in alike.items():
+        for pattern, members in collapse(names).items():
+            nbytes = sum(tensors[name].nbytes for name in members)
+            rows.append((pattern, str(list(shape)), dtype, f"{len(members)} x", size_text(nbytes)))
+    return [f"  {len(tensors)} tensors", *_table_lines(sorted(rows))]
+
+
+def _describe_results(path, file):
+    """Lines about an open results file; its arrays are counted piece by piece."""
+    n_failed = sum(int((part != "").sum()) for part in _parts(file, "error"))
+    n_requests = len(file["index"])
+    facts = {
+        "kind": f"results of {_plain(file.attrs.get('kind'))}",
+        "requests": n_requests,
+        "finished": n_requests - n_failed,
+        "errors": n_failed,
+        "tokens": len(file["token_ids"]),
+    }
+    for name in ("prompt_token_ids", "text"):
+        if name in file:
+            facts[{"text": "choices", "prompt_token_ids": "prompt tokens"}[name]] = len(file[name])
+    facts |= {name: _plain(value) for name, value in file.attrs.items() if name not in facts}
+    rows = [
+        (name, str(list(data.shape)), data.dtype.name, data.attrs.get("description", ""))
+        for name, data in file.items()
+    ]
+    return [path, *_fact_lines(facts), f"  {len(rows)} datasets", *_table_lines(rows)]
+
+
+def _parts(file, name):
+    data = file[name].asstr()
+    for start in range(0, len(data), ROWS_AT_ONCE):
+        yield data[start : start + ROWS_AT_ONCE]
+
+
+def _plain(value):
+    return value.item() if hasattr(value, "item") else value
+
+
+def _fact_lines(facts):
+    width = max(map(len, facts))
+    return [f"  {word:<{width}}  {value}" for word, value in facts.items()]
+
+
+def _table_lines(rows):
+    """Rows of texts, each column as wide as its widest entry."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "    " + "  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def _fill(pattern, names):
+    """Put the values that the numbers of `names` take into the places of `pattern`."""
+    numbers = [re.findall(r"(?<![^.])\d+(?![^.])", name) for name in names]
+    for values in zip(*numbers, strict=True):
+        values = sorted({int(value) for value in values})
+        pattern = pattern.replace("{}", _ranges(values), 1)
+    return pattern
+
+
+def _ranges(values):
+    """Sorted whole numbers as text: 3, or {0..3} or {0..3,5}."""
+    runs = []
+    for value in values:
+        if runs and value == runs[-1][1] + 1:
+            runs[-1][1] = value
+        else:
+            runs.append([value, value])
+    if len(values) == 1:
+        return str(values[0])
+    return "{" + ",".join(f"{a}..{b}" if b > a else f"{a}" for a, b in runs) + "}"

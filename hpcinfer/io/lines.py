@@ -1,0 +1,67 @@
+"""Input files line by line in bounded memory. What the lines mean is decided elsewhere."""
+
+import os
+from dataclasses import dataclass
+
+MAX_LINE_BYTES = 64_000_000
+
+
+@dataclass(frozen=True)
+class LongLine:
+    """Stands for a line that is too long to be held: its length in bytes, line end included."""
+
+    nbytes: int
+
+
+def read_lines(path, limit=MAX_LINE_BYTES):
+    """Read a file line by line.
+
+    A UTF-8 byte order mark and line ends (LF or CR LF) are taken off. Blank lines of a .jsonl file
+    are skipped; elsewhere they are lines as any other.
+
+    Parameters
+    ----------
+    path : str
+    limit : int, longest line in bytes
+
+    Yields
+    ------
+    line_number : int, from 1
+    line : bytes, or LongLine for one longer than `limit`
+
+    Raises
+    ------
+    ValueError
+        If the file cannot be read or is UTF-16.
+    """
+    skip_blank = os.fspath(path).lower().endswith(".jsonl")
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(_bounded_lines(file, limit), 1):
+                if number == 1 and isinstance(line, bytes):
+                    line = _without_mark(path, line)
+                if skip_blank and isinstance(line, bytes) and not line.strip():
+                    continue
+                yield number, line
+    except OSError as error:
+        raise ValueError(f"input: cannot read {path}: {error.strerror}") from None
+
+
+def _bounded_lines(file, limit):
+    """Lines of a binary file without their ends; LongLine for those longer than `limit`."""
+    room = limit + len(b"\r\n")
+    while line := file.readline(room):
+        # Pass over the rest of a line that does not fit
+        nbytes, rest = len(line), line
+        while len(rest) == room and not rest.endswith(b"\n"):
+            rest = file.readline(room)
+            nbytes += len(rest)
+
+        line = line.removesuffix(b"\n").removesuffix(b"\r")
+        yield line if nbytes <= room and len(line) <= limit else LongLine(nbytes)
+
+
+def _without_mark(path, line):
+    if line.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ValueError(f"input: got {path} in UTF-16, need UTF-8; save it as UTF-8")
+    return line.removeprefix(b"\xef\xbb\xbf")

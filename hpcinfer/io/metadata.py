@@ -1,0 +1,145 @@
+"""Config, tokenizer and chat template: the small files that travel with the weights of a model."""
+
+import json
+import os
+import stat
+from dataclasses import dataclass
+
+MAX_JSON_BYTES = 50_000_000
+MAX_TOKENIZER_BYTES = 500_000_000
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What a model carries beside its weights.
+
+    Attributes
+    ----------
+    config, generation_config, tokenizer_config, special_tokens_map : dict, {} if absent
+    tokenizer_json : str or None, content of tokenizer.json
+    chat_template : str or None, Jinja source of the default template
+    """
+
+    config: dict
+    generation_config: dict
+    tokenizer_config: dict
+    special_tokens_map: dict
+    tokenizer_json: str | None
+    chat_template: str | None
+
+
+def read_directory(folder):
+    """Metadata of a Hugging Face directory.
+
+    Raises
+    ------
+    ValueError
+        If config.json is missing, or a file is no JSON object, too large or no regular file.
+    """
+
+    def read_object(name):
+        path = os.path.join(folder, name)
+        text = read_text(path)
+        return {} if text is None else parse_object(text, path)
+
+    # Only config.json must be there
+    if not os.path.exists(os.path.join(folder, "config.json")):
+        raise ValueError(
+            f"checkpoint: got {folder} without config.json, need a Hugging Face model directory"
+        )
+    tokenizer_config = read_object("tokenizer_config.json")
+
+    # The template has a file of its own, of two possible kinds, or stands in the tokenizer's config
+    template = read_text(os.path.join(folder, "chat_template.jinja"))
+    if template is None:
+        template = pick_template(read_object("chat_template.json").get("chat_template"))
+    if template is None:
+        template = pick_template(tokenizer_config.get("chat_template"))
+
+    return Metadata(
+        config=read_object("config.json"),
+        generation_config=read_object("generation_config.json"),
+        tokenizer_config=tokenizer_config,
+        special_tokens_map=read_object("special_tokens_map.json"),
+        tokenizer_json=read_text(os.path.join(folder, "tokenizer.json"), MAX_TOKENIZER_BYTES),
+        chat_template=template,
+    )
+
+
+def pick_template(value):
+    """The template in `value`: a string, or the "default" of a list of named ones; else None."""
+    if isinstance(value, list):
+        named = {t.get("name"): t.get("template") for t in value if isinstance(t, dict)}
+        value = named.get("default")
+    return value if isinstance(value, str) else None
+
+
+def read_text(path, limit=MAX_JSON_BYTES):
+    """Content of the UTF-8 file `path`, None if there is no such file.
+
+    Raises
+    ------
+    ValueError
+        If it is larger than `limit` bytes, cannot be read, or is not UTF-8.
+    """
+    if not os.path.exists(path):
+        return None
+    file, size = open_regular(path)
+    with file:
+        if size > limit:
+            raise ValueError(f"checkpoint: got {path} of {size} bytes, need at most {limit}")
+        try:
+            return file.read().decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"checkpoint: got {path} with {error}, need UTF-8 text") from None
+
+
+def open_regular(path):
+    """Open the regular file `path` (a link to one counts) for reading bytes.
+
+    Returns
+    -------
+    file : binary file
+    size : int, its length in bytes
+
+    Raises
+    ------
+    ValueError
+        If it is missing, something else (a pipe would block), or may not be read.
+    """
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"checkpoint: got {path} which is no regular file, need one")
+        return open(path, "rb"), status.st_size
+    except OSError as error:
+        raise ValueError(f"checkpoint: cannot read {path}: {error.strerror}") from None
+
+
+def parse_object(text, source):
+    """The JSON object that `text` (str or bytes) holds.
+
+    Raises
+    ------
+    ValueError
+        If `text` is not valid JSON, is nested too deeply, names a key twice or is no object.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        reason = "nesting too deep" if isinstance(error, RecursionError) else error
+        raise ValueError(
+            f"checkpoint: got invalid JSON in {source} ({reason}); fetch the file again"
+        ) from None
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"checkpoint: got a JSON {type(value).__name__} in {source}, need an object"
+        )
+    return value
+
+
+def _unique(pairs):
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("a key stands twice")
+    return table

@@ -1,0 +1,39 @@
+"""The ledger's calls as a timeline that Chrome's tracing page and Perfetto show."""
+
+import json
+import os
+
+from hpcinfer.io.atomic import replacing
+
+
+def write_trace(folder, rank, events):
+    """Write ``rank-R.json`` in `folder`.
+
+    Parameters
+    ----------
+    folder : path, made if it does not exist
+    rank : number of this rank, the process in the picture
+    events : list of (verb, axis, purpose, start_s, time_s, sent_bytes)
+
+    Returns
+    -------
+    path of the file
+    """
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, f"rank-{rank}.json")
+    rows = [
+        {
+            "name": f"{verb} {purpose}",
+            "cat": axis,
+            "ph": "X",
+            "pid": rank,
+            "tid": axis,
+            "ts": start_s * 1e6,
+            "dur": time_s * 1e6,
+            "args": {"sent_bytes": sent_bytes},
+        }
+        for verb, axis, purpose, start_s, time_s, sent_bytes in events
+    ]
+    with replacing(path) as partial, open(partial, "w") as file:
+        json.dump({"traceEvents": rows, "displayTimeUnit": "ms"}, file)
+    return path

@@ -1,0 +1,1 @@
+"""Models, composed from strategies and mathematics; a family's file says only how it differs."""

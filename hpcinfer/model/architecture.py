@@ -1,0 +1,253 @@
+"""What a model is, as its config says: sizes in the legend's letters, choices of its family."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from hpcinfer import array
+from hpcinfer.ops import rope as ropes
+from hpcinfer.ops.activation import activation
+from hpcinfer.ops.rope import Rope
+
+# Largest value that a size in a config may have; anything above is a broken or hostile file.
+_LARGEST = 1 << 31
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes and choices of one model.
+
+    Attributes
+    ----------
+    family : the config's model_type
+    D, H, G, K, F, V, N : sizes, see the legend in `hpcinfer`
+    context : positions that the model can take
+    dtype : element type that the config names for the weights
+    activation : name of the FFN's non-linearity
+    eps : added to the variance in norms
+    norm : "rms" or "layer"
+    gated : True if the FFN has a gate beside its up projection
+    rope : Rope or None
+    learned_positions : number of learned position embeddings, 0 if there are none
+    parallel_residual : True if both halves of a layer read the same input
+    qk_norm : True if queries and keys are normed per head
+    qkv_bias, o_bias, ffn_bias : True if these projections have biases
+    tied : True if the head is the embedding
+    scales : factor on the attention scores, per layer
+    windows : sliding window in tokens or None, per layer
+    names : tensor names in the checkpoint, by the keys of `hpcinfer.model.weights`
+    stored_in_out : True if the checkpoint stores matrices (in, out)
+    qkv_per_head : True if fused queries, keys and values alternate head by head
+    """
+
+    family: str
+    D: int
+    H: int
+    G: int
+    K: int
+    F: int
+    V: int
+    N: int
+    context: int
+    dtype: np.dtype
+    activation: str
+    eps: float
+    norm: str = "rms"
+    gated: bool = True
+    rope: Rope | None = None
+    learned_positions: int = 0
+    parallel_residual: bool = False
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    ffn_bias: bool = False
+    tied: bool = False
+    scales: tuple = ()
+    windows: tuple = ()
+    names: dict = field(default_factory=dict)
+    stored_in_out: bool = False
+    qkv_per_head: bool = False
+
+    def __post_init__(self):
+        activation(self.activation)
+        if self.H % self.G:
+            raise ValueError(
+                f"config: got {self.H} query heads and {self.G} key/value heads, need the second "
+                "to divide the first"
+            )
+
+
+class Config:
+    """Reader of a config.json that names the key in every error."""
+
+    def __init__(self, values):
+        self.values = values
+        self.family = values.get("model_type")
+
+    def size(self, *names, default=None):
+        """Positive integer under the first of `names` that is present and not null."""
+        value = self.get(*names, default=default)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < _LARGEST:
+            raise ValueError(f"config: got {names[0]}={value!r}, need a positive integer")
+        return value
+
+    def number(self, *names, default=None):
+        """Number under the first of `names` that is present and not null."""
+        value = self.get(*names, default=default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+            raise ValueError(f"config: got {names[0]}={value!r}, need a number")
+        return float(value)
+
+    def flag(self, name, default):
+        """True or false under `name`."""
+        value = self.get(name, default=default)
+        if not isinstance(value, bool):
+            raise ValueError(f"config: got {name}={value!r}, need true or false")
+        return value
+
+    def word(self, *names, default=None):
+        """String under the first of `names` that is present and not null."""
+        value = self.get(*names, default=default)
+        if not isinstance(value, str):
+            raise ValueError(f"config: got {names[0]}={value!r}, need a string")
+        return value
+
+    def get(self, *names, default=None):
+        """Value under the first of `names` that is present and not null, else the default."""
+        for name in names:
+            if self.values.get(name) is not None:
+                return self.values[name]
+        return default
+
+    def without(self, *names):
+        """The same config with `names` left out."""
+        return Config({key: value for key, value in self.values.items() if key not in names})
+
+    def dtype(self):
+        """Element type of the weights; float32 where the config does not say."""
+        name = self.get("dtype", "torch_dtype", default="float32")
+        return array.parse_dtype(name)
+
+    def rope(self, width, theta=None, partial=1.0):
+        """Rotary embedding of heads `width` wide, in the keys of transformers 4 or 5.
+
+        `theta` and `partial` are the family's own defaults.
+        """
+        values = self.get("rope_scaling", "rope_parameters", default={})
+        if not isinstance(values, dict):
+            raise ValueError(f"config: got rope_scaling={values!r}, need an object or null")
+        table = Config({"rope_theta": self.get("rope_theta"), **values})
+        kind = table.word("rope_type", "type", default="default")
+        if kind not in _ROPES:
+            known = ", ".join(_ROPES)
+            raise ValueError(f"config: got rope_type={kind!r}, need one of {known}")
+        positions = self.size("max_position_embeddings", default=2048)
+        original = self.get(
+            "original_max_position_embeddings",
+            default=table.get("original_max_position_embeddings", default=positions),
+        )
+        original = Config({"original_max_position_embeddings": original}).size(
+            "original_max_position_embeddings"
+        )
+        dim = int(width * table.number("partial_rotary_factor", default=partial))
+        if dim < 2 or dim % 2 or dim > width:
+            raise ValueError(f"config: got {dim} rotated columns of {width}, need an even number")
+        theta = table.number("rope_theta", default=theta or 10000.0)
+        if theta <= 1:
+            raise ValueError(f"config: got rope_theta={theta}, need more than 1")
+        return _ROPES[kind](table, dim, theta, positions, original)
+
+
+def _default(table, dim, theta, positions, original):
+    return Rope("default", dim, theta)
+
+
+def _linear(table, dim, theta, positions, original):
+    return Rope("linear", dim, theta, factor=_factor(table))
+
+
+def _dynamic(table, dim, theta, positions, original):
+    return Rope("dynamic", dim, theta, factor=_factor(table), original_context=positions)
+
+
+def _llama3(table, dim, theta, positions, original):
+    return Rope(
+        "llama3",
+        dim,
+        theta,
+        factor=_factor(table),
+        original_context=original,
+        low_factor=table.number("low_freq_factor", default=1.0),
+        high_factor=table.number("high_freq_factor", default=4.0),
+    )
+
+
+def _yarn(table, dim, theta, positions, original):
+    factor = table.number("factor", default=positions / original)
+    magnitude = table.get("attention_factor")
+    if magnitude is None:
+        mscale, mscale_all = table.get("mscale"), table.get("mscale_all_dim")
+        if mscale and mscale_all:
+            magnitude = ropes.yarn_magnitude(factor, mscale) / ropes.yarn_magnitude(
+                factor, mscale_all
+            )
+        else:
+            magnitude = ropes.yarn_magnitude(factor)
+    return Rope(
+        "yarn",
+        dim,
+        theta,
+        factor=factor,
+        original_context=original,
+        beta_fast=table.number("beta_fast", default=32.0),
+        beta_slow=table.number("beta_slow", default=1.0),
+        truncate=table.flag("truncate", True),
+        magnitude=float(magnitude),
+    )
+
+
+def _longrope(table, dim, theta, positions, original):
+    factor = table.number("factor", default=positions / original)
+    divisors = {}
+    for name in ("short_factor", "long_factor"):
+        values = table.get(name)
+        if not isinstance(values, list) or len(values) != dim // 2:
+            raise ValueError(f"config: got no {name} of {dim // 2} numbers, which longrope needs")
+        divisors[name] = tuple(Config({name: v}).number(name) for v in values)
+    growth = 1.0 if factor <= 1 else float(np.sqrt(1 + np.log(factor) / np.log(original)))
+    return Rope(
+        "longrope",
+        dim,
+        theta,
+        factor=factor,
+        original_context=original,
+        short=divisors["short_factor"],
+        long=divisors["long_factor"],
+        magnitude=table.number("attention_factor", default=growth),
+    )
+
+
+def _factor(table):
+    factor = table.number("factor")
+    if factor < 1:
+        raise ValueError(f"config: got rope factor {factor}, need 1 or more")
+    return factor
+
+
+_ROPES = {
+    "default": _default,
+    "linear": _linear,
+    "dynamic": _dynamic,
+    "llama3": _llama3,
+    "yarn": _yarn,
+    "longrope": _longrope,
+}
+
+
+def context_of(rope, positions):
+    """Positions that a model with `rope` can take, its config naming `positions`."""
+    if rope.kind in ("linear", "dynamic"):
+        return int(positions * rope.factor)
+    if rope.kind in ("yarn", "longrope"):
+        return max(positions, int(rope.original_context * rope.factor))
+    return positions

@@ -1,0 +1,40 @@
+"""The paged key/value cache of one rank."""
+
+import numpy as np
+
+from hpcinfer import array
+
+# Tokens per page: prefixes are shared, and sequences cut, in whole pages.
+PAGE = 32
+
+
+class Cache:
+    """Keys and values of this rank's heads, for all layers, in pages of PAGE tokens.
+
+    Attributes
+    ----------
+    k, v : list over the layers of (pages, G, PAGE, K) arrays
+    """
+
+    def __init__(self, device, layers, n_kv, width, pages, dtype):
+        shape = (pages, n_kv, PAGE, width)
+        self.k = [device.empty(shape, dtype) for _ in range(layers)]
+        self.v = [device.empty(shape, dtype) for _ in range(layers)]
+
+    def write(self, layer, slots, k, v):
+        """Store the keys and values of one step.
+
+        Parameters
+        ----------
+        slots : (T,) int64, page · PAGE + offset
+        k, v : (T, G, K) float32, rounded to the cache's type
+        """
+        xp = array.namespace(k)
+        pages, offsets = (xp.asarray(a) for a in np.divmod(slots, PAGE))
+        self.k[layer][pages, :, offsets] = array.narrow(k, self.k[layer].dtype)
+        self.v[layer][pages, :, offsets] = array.narrow(v, self.v[layer].dtype)
+
+
+def page_bytes(layers, n_kv, width, dtype):
+    """Bytes of one page over all layers, keys and values together."""
+    return 2 * layers * n_kv * PAGE * width * np.dtype(dtype).itemsize

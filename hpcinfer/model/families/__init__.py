@@ -1,0 +1,28 @@
+"""One file per family of models; each says how to read its config and how it differs from llama."""
+
+from importlib import import_module
+
+from hpcinfer.model.architecture import Config
+
+FAMILIES = ("gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3")
+
+
+def read_architecture(config):
+    """Architecture that a config.json describes.
+
+    Parameters
+    ----------
+    config : dict, the content of config.json
+
+    Raises
+    ------
+    ValueError
+        If the family is unknown or a value is missing or senseless.
+    """
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise ValueError(f"config: got model_type {family!r}, need one of {known}")
+    if config.get("quantization_config"):
+        raise ValueError("config: got quantised weights, need float32, float16 or bfloat16")
+    return import_module(f"{__name__}.{family}").architecture(Config(config))

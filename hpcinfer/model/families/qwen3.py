@@ -1,0 +1,10 @@
+"""qwen3 (Yang 2025, arXiv:2505.09388): qwen2 with norms on queries and keys instead of biases."""
+
+from hpcinfer.model.families import qwen2
+
+
+def architecture(config):
+    """Architecture of a qwen3; the width of a head is its own number."""
+    K = config.size("head_dim", default=128)
+    bias = config.flag("attention_bias", False)
+    return qwen2.architecture(config, K=K, qk_norm=True, qkv_bias=bias, o_bias=bias)

@@ -1,0 +1,336 @@
+"""The table of weights (name, global shape, which axis is cut by whom) and the loading of a shard.
+
+A row of the table says where a parameter stands in the checkpoint and which items of one axis
+belong to a rank. Parameters are kept (out, in); rows with the same key are laid one after the other
+along `out`, so that queries, keys and values, or gate and up, are one product.
+"""
+
+import re
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from hpcinfer import array, partition
+
+# Tensors that checkpoints carry and inference does not read: masks and tables that are computed
+# here.
+_IGNORED = re.compile(
+    r"(^|\.)(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias|attention\.bias|attention\.masked_bias)$"
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor of the checkpoint and the part of it that ranks own.
+
+    Attributes
+    ----------
+    key : attribute of `Weights` or `Layer` that it fills
+    layer : number of the layer, None outside the layers
+    name : tensor name in the checkpoint
+    shape : global shape as stored
+    cut : "query", "kv", "ffn", "vocabulary", or None if every rank holds the whole
+    axis : stored axis that is cut
+    unit : length of one item (head width for heads, 1 otherwise)
+    offset, stride : item j begins at offset + j · stride
+    transposed : True if stored (in, out)
+    """
+
+    key: str
+    layer: int | None
+    name: str
+    shape: tuple
+    cut: str | None = None
+    axis: int = 0
+    unit: int = 1
+    offset: int = 0
+    stride: int = 1
+    transposed: bool = False
+
+    def pieces(self, ranges):
+        """(start, stop) ranges of the cut axis that a rank owning items `ranges[cut]` reads."""
+        if self.cut is None:
+            return [(0, self.shape[0])] if self.shape else []
+        first, last = ranges[self.cut]
+        if self.stride == self.unit:
+            start, stop = self.offset + first * self.unit, self.offset + last * self.unit
+            return [(start, stop)] if stop > start else []
+        starts = (self.offset + j * self.stride for j in range(first, last))
+        return [(start, start + self.unit) for start in starts]
+
+    def local_shape(self, ranges):
+        """Shape (out, in) of the part that a rank owns."""
+        shape = list(self.shape)
+        if self.cut is not None:
+            first, last = ranges[self.cut]
+            shape[self.axis] = (last - first) * self.unit
+        return tuple(reversed(shape)) if self.transposed else tuple(shape)
+
+
+@dataclass
+class Layer:
+    """This rank's parameters of one layer; absent ones are None. C is (H + 2 G) K, U is F or 2 F.
+
+    Attributes
+    ----------
+    norm1, norm1_bias, norm2, norm2_bias : (D,) float32
+    qkv, qkv_bias : (C/P, D), (C/P,): queries, then keys, then values of the rank's heads
+    q_norm, k_norm : (K,) float32
+    o, o_bias : (D, H K/P), (D,)
+    up, up_bias : (U/P, D), (U/P,): gate first where there is one
+    down, down_bias : (D, F/P), (D,)
+    """
+
+    norm1: np.ndarray | None = None
+    norm1_bias: np.ndarray | None = None
+    qkv: np.ndarray | None = None
+    qkv_bias: np.ndarray | None = None
+    q_norm: np.ndarray | None = None
+    k_norm: np.ndarray | None = None
+    o: np.ndarray | None = None
+    o_bias: np.ndarray | None = None
+    norm2: np.ndarray | None = None
+    norm2_bias: np.ndarray | None = None
+    up: np.ndarray | None = None
+    up_bias: np.ndarray | None = None
+    down: np.ndarray | None = None
+    down_bias: np.ndarray | None = None
+
+
+@dataclass
+class Weights:
+    """This rank's parameters.
+
+    Attributes
+    ----------
+    embed : (V/P, D)
+    positions : (context, D), or None
+    final_norm, final_norm_bias : (D,) float32
+    head : (V/P, D); the embedding itself where the two are tied
+    layers : list of Layer
+    """
+
+    embed: np.ndarray | None = None
+    positions: np.ndarray | None = None
+    final_norm: np.ndarray | None = None
+    final_norm_bias: np.ndarray | None = None
+    head: np.ndarray | None = None
+    layers: list = field(default_factory=list)
+
+
+def table(arch):
+    """Every tensor that a model of this architecture has, in the order of computation.
+
+    Returns
+    -------
+    list of Row
+    """
+    rows = [_vocabulary(arch, "embed")]
+    if arch.learned_positions:
+        rows.append(
+            Row("positions", None, arch.names["positions"], (arch.learned_positions, arch.D))
+        )
+    for n in range(arch.N):
+        rows += _layer(arch, n)
+    rows += _norm(arch, "final_norm", None)
+    if not arch.tied:
+        rows.append(_vocabulary(arch, "head"))
+    return rows
+
+
+def owned(arch, P, rank):
+    """Items of every cut axis that rank `rank` of `P` owns: dict cut -> (start, stop)."""
+    heads = partition.heads(arch.H, arch.G, P)[rank]
+    return {
+        "query": heads.query,
+        "kv": heads.kv,
+        "ffn": partition.block(arch.F, P)[rank],
+        "vocabulary": partition.block(arch.V, P)[rank],
+    }
+
+
+def check(arch, tensors):
+    """Compare the table with what a checkpoint holds, before anything is allocated.
+
+    Parameters
+    ----------
+    tensors : dict name -> object with `shape` and `dtype`
+
+    Returns
+    -------
+    dict from a table's name to the checkpoint's (which may lack the family's prefix)
+
+    Raises
+    ------
+    ValueError
+        For a missing tensor, a shape other than the config's, a type that is no floating type, or a
+        tensor that this family does not know.
+    """
+    rows = table(arch)
+    names = {row.name: _find(row.name, tensors) for row in rows}
+    missing = [row.name for row in rows if names[row.name] is None]
+    if missing == [arch.names["embed"]] and _find(arch.names["head"], tensors):
+        names[arch.names["embed"]] = _find(arch.names["head"], tensors)
+        missing = []
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(
+            f"weights: got no tensor {missing[0]}{more}, which the config's {arch.family} of "
+            f"{arch.N} layers needs; check that the checkpoint is complete"
+        )
+    for row in rows:
+        info = tensors[names[row.name]]
+        if tuple(info.shape) != row.shape:
+            raise ValueError(
+                f"weights: got {row.name} of shape {tuple(info.shape)}, need {row.shape} as the "
+                "config says"
+            )
+        if np.dtype(info.dtype) not in array.DTYPES.values():
+            raise ValueError(
+                f"weights: got {row.name} of type {info.dtype}, need float32, float16 or bfloat16"
+            )
+    unknown = sorted(
+        name
+        for name in set(tensors) - set(names.values()) - {_find(arch.names["head"], tensors)}
+        if not _IGNORED.search(name)
+    )
+    if unknown:
+        raise ValueError(
+            f"weights: got {len(unknown)} tensors that {arch.family} does not have, such as "
+            f"{unknown[0]}; check model_type in config.json"
+        )
+    return names
+
+
+def load(arch, checkpoint, P, rank, dtype, device):
+    """Read this rank's shard, and nothing else, from a checkpoint.
+
+    Matrices take `dtype`; vectors (norms, biases) are kept in float32.
+
+    Returns
+    -------
+    Weights
+    """
+    names = check(arch, checkpoint.tensors)
+    ranges = owned(arch, P, rank)
+    weights = Weights(layers=[Layer() for _ in range(arch.N)])
+    for rows in _by_target(table(arch)):
+        target = weights if rows[0].layer is None else weights.layers[rows[0].layer]
+        parameter = _read(rows, names, checkpoint, ranges, dtype)
+        setattr(target, rows[0].key, device.put(parameter))
+    if arch.tied:
+        weights.head = _tied_head(arch, checkpoint, ranges, weights, dtype, device)
+    return weights
+
+
+def shard_bytes(arch, P, rank, dtype):
+    """Bytes of the parameters of one rank in memory."""
+    ranges = owned(arch, P, rank)
+    total = 0
+    for row in table(arch):
+        shape = row.local_shape(ranges)
+        total += int(np.prod(shape)) * (4 if len(shape) == 1 else np.dtype(dtype).itemsize)
+    return total
+
+
+def _read(rows, names, checkpoint, ranges, dtype):
+    """One parameter of this rank, from the rows of the table that make it up."""
+    shapes = [row.local_shape(ranges) for row in rows]
+    kind = np.dtype(np.float32) if len(shapes[0]) == 1 else dtype
+    parameter = np.empty((sum(shape[0] for shape in shapes), *shapes[0][1:]), kind)
+    start = 0
+    for row, shape in zip(rows, shapes, strict=True):
+        part = parameter[start : start + shape[0]]
+        start += shape[0]
+        pieces = None if row.cut is None else row.pieces(ranges)
+        if part.size == 0:
+            continue
+        if row.transposed:
+            part[...] = checkpoint.read(names[row.name], row.axis, pieces).T
+        else:
+            checkpoint.read(names[row.name], row.axis, pieces, out=part)
+    return parameter
+
+
+def _tied_head(arch, checkpoint, ranges, weights, dtype, device):
+    """The embedding, or the head that the file holds beside it if that differs."""
+    name = _find(arch.names["head"], checkpoint.tensors)
+    if name is None or tuple(checkpoint.tensors[name].shape) != (arch.V, arch.D):
+        return weights.embed
+    row = _vocabulary(arch, "head")
+    head = _read([row], {row.name: name}, checkpoint, ranges, dtype)
+    equal = np.array_equal(head.view(np.uint8), array.host(weights.embed).view(np.uint8))
+    return weights.embed if equal else device.put(head)
+
+
+def _vocabulary(arch, key):
+    return Row(key, None, arch.names[key], (arch.V, arch.D), "vocabulary")
+
+
+def _norm(arch, key, layer):
+    """Rows of one norm: weight, and bias where the family's norms have one."""
+    keys = [key, f"{key}_bias"] if arch.norm == "layer" else [key]
+    return [Row(k, layer, arch.names[k].format(n=layer), (arch.D,)) for k in keys]
+
+
+def _layer(arch, n):
+    """Rows of layer n."""
+    rows = _norm(arch, "norm1", n) + _qkv(arch, n)
+    if arch.qk_norm:
+        rows += [Row(k, n, arch.names[k].format(n=n), (arch.K,)) for k in ("q_norm", "k_norm")]
+    query = {"cut": "query", "unit": arch.K, "stride": arch.K}
+    rows += _matrix(arch, n, "o", "o", arch.H * arch.K, arch.D, arch.o_bias, query, column=False)
+    rows += _norm(arch, "norm2", n)
+    ffn = {"cut": "ffn"}
+    for name in ("gate", "up") if arch.gated else ("up",):
+        rows += _matrix(arch, n, "up", name, arch.D, arch.F, arch.ffn_bias, ffn)
+    rows += _matrix(arch, n, "down", "down", arch.F, arch.D, arch.ffn_bias, ffn, column=False)
+    return rows
+
+
+def _qkv(arch, n):
+    """Rows of the queries, keys and values of layer n: three tensors, or one that holds all."""
+    parts = (("q", "query", arch.H), ("k", "kv", arch.G), ("v", "kv", arch.G))
+    rows = []
+    for i, (name, cut, heads) in enumerate(parts):
+        items = {"cut": cut, "unit": arch.K, "stride": arch.K}
+        out = heads * arch.K
+        if "fused_qkv" in arch.names:
+            name, out = "fused_qkv", 3 * arch.H * arch.K
+            if arch.qkv_per_head:
+                items |= {"offset": i * arch.K, "stride": 3 * arch.K}
+            else:
+                items |= {"offset": i * arch.H * arch.K}
+        rows += _matrix(arch, n, "qkv", name, arch.D, out, arch.qkv_bias, items)
+    return rows
+
+
+def _matrix(arch, n, key, name, inputs, outputs, bias, cut, column=True):
+    """Rows of a projection: a column cut also cuts the bias, a row cut leaves it whole."""
+    shape = (inputs, outputs) if arch.stored_in_out else (outputs, inputs)
+    axis = int(column == arch.stored_in_out)
+    tensor = arch.names[name].format(n=n)
+    rows = [Row(key, n, tensor, shape, axis=axis, transposed=arch.stored_in_out, **cut)]
+    if bias:
+        tensor = arch.names[f"{name}_bias"].format(n=n)
+        rows.append(Row(f"{key}_bias", n, tensor, (outputs,), **(cut if column else {})))
+    return rows
+
+
+def _by_target(rows):
+    """The table's rows grouped by the parameter that they fill, in order."""
+    groups = {}
+    for row in rows:
+        groups.setdefault((row.layer, row.key), []).append(row)
+    return groups.values()
+
+
+def _find(name, tensors):
+    """A tensor's name in the checkpoint: with the family's prefix, or saved without it."""
+    if name in tensors:
+        return name
+    short = name.partition(".")[2]
+    return short if short in tensors and name.split(".")[0] in _PREFIXES else None
+
+
+_PREFIXES = ("model", "transformer", "gpt_neox")

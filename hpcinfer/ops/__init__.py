@@ -1,0 +1,1 @@
+"""One rank's mathematics, without MPI: plain array code, the oracle for the fast versions."""

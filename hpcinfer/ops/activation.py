@@ -1,0 +1,81 @@
+"""Pointwise non-linearities of the FFN, in float32, and the gate."""
+
+import math
+
+from hpcinfer import array
+
+
+def silu(x):
+    """x · sigmoid(x)."""
+    xp = array.namespace(x)
+    return x / (1 + xp.exp(-x))
+
+
+def gelu_tanh(x):
+    """GELU by its tanh approximation (Hendrycks & Gimpel 2016, arXiv:1606.08415)."""
+    xp = array.namespace(x)
+    inner = xp.float32(math.sqrt(2 / math.pi)) * (x + xp.float32(0.044715) * x * x * x)
+    return xp.float32(0.5) * x * (1 + xp.tanh(inner))
+
+
+def gelu(x):
+    """x · Φ(x), Φ being the cumulative normal distribution."""
+    xp = array.namespace(x)
+    return xp.float32(0.5) * x * (1 + erf(x / xp.float32(math.sqrt(2))))
+
+
+def relu(x):
+    """max(x, 0)."""
+    return array.namespace(x).maximum(x, 0)
+
+
+def erf(x):
+    """Error function to 1.5e-7 absolute (Abramowitz & Stegun 1964, 7.1.26), in float64 inside."""
+    xp = array.namespace(x)
+    magnitude = xp.abs(x).astype(xp.float64)
+    t = 1 / (1 + 0.3275911 * magnitude)
+    series = t * (
+        0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429)))
+    )
+    return xp.copysign(1 - series * xp.exp(-magnitude * magnitude), x).astype(xp.float32)
+
+
+ACTIVATIONS = {
+    "silu": silu,
+    "swish": silu,
+    "gelu": gelu,
+    "gelu_new": gelu_tanh,
+    "gelu_fast": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
+    "relu": relu,
+}
+
+
+def activation(name):
+    """Function named `name` in a model's config.
+
+    Raises
+    ------
+    ValueError
+        If the name is unknown.
+    """
+    try:
+        return ACTIVATIONS[name]
+    except KeyError:
+        known = ", ".join(sorted(ACTIVATIONS))
+        raise ValueError(f"activation: got {name!r}, need one of {known}") from None
+
+
+def gated(function, gate_up):
+    """function(gate) · up, the two halves standing side by side (Shazeer 2020, arXiv:2002.05202).
+
+    Parameters
+    ----------
+    gate_up : (T, 2 F) float32, gate in the first F columns
+
+    Returns
+    -------
+    (T, F) float32
+    """
+    F = gate_up.shape[-1] // 2
+    return function(gate_up[..., :F]) * gate_up[..., F:]

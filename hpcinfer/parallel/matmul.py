@@ -1,0 +1,59 @@
+"""Matrix-product parallelism: which axis of which operand is cut decides the one collective.
+
+    before   C = A · Bᵀ with A (T, I) and B (O, I), each whole or cut along one axis
+    after    see the table
+    cost     see the table; bytes sent per rank, w bytes a number
+
+    case            A          B          C                  collective         sent
+    columns         whole      (O/P, I)   (T, O/P)           none               0
+    gathered        (T/P, I)   (O/P, I)   (T, O/P)           Allgather of A     w T I (P-1)/P
+    inner           (T, I/P)   (O, I/P)   (T, O)             Allreduce of C     2 w T O (P-1)/P
+    inner_cut       (T, I/P)   (O, I/P)   (T/P, O)           ReduceScatter      w T O (P-1)/P
+
+    source   Shoeybi et al. 2019, section 3 (arXiv:1909.08053); Korthikanti et al. 2022
+    (arXiv:2205.05198)
+
+A cut of an outer axis (T of A, O of B) cuts the result; a cut of the inner axis I, which both
+operands share, leaves a partial sum of the whole result on every rank. So `columns` followed by
+`inner` computes a chain of two products with one collective: the cut result of the first is the cut
+operand of the second. B is stored (out, in), as weights are.
+"""
+
+from hpcinfer import collectives
+from hpcinfer.ops.linear import linear
+
+
+def columns(comm, a, b, bias=None):
+    """A · Bᵀ, B cut by its output: a (T, I), b (O/P, I), bias (O/P,) -> (T, O/P)."""
+    return linear(a, b, bias)
+
+
+def gathered(comm, a, b, counts, bias=None, purpose="matmul"):
+    """A · Bᵀ, A cut by rows and B by its output: a (T/P, I), b (O/P, I) -> (T, O/P).
+
+    `counts` are the rows of A that each rank holds.
+    """
+    a_all = collectives.Allgather(comm, a, counts, purpose=purpose)
+    return linear(a_all, b, bias)
+
+
+def inner(comm, a, b, bias=None, purpose="matmul"):
+    """A · Bᵀ, both cut along the inner axis: a (T, I/P), b (O, I/P), bias (O,) whole -> (T, O)."""
+    c = collectives.Allreduce(comm, linear(a, b), purpose=purpose)
+    return _plus(c, bias)
+
+
+def inner_cut(comm, a, b, counts, bias=None, purpose="matmul"):
+    """A · Bᵀ, both cut along the inner axis, the result by rows: -> (T/P, O).
+
+    `counts` are the rows of the result that each rank keeps.
+    """
+    c = collectives.ReduceScatter(comm, linear(a, b), counts, purpose=purpose)
+    return _plus(c, bias)
+
+
+def _plus(c, bias):
+    """Add the bias of a whole result, once, after the reduction."""
+    if bias is not None:
+        c += bias
+    return c

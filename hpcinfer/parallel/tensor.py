@@ -1,0 +1,44 @@
+"""Tensor parallelism: a column cut, something local, a row cut, and one Allreduce.
+
+    before   x (T, D) on every rank; column (C/P, D), row (D, M/P)
+    after    y (T, D) on every rank
+    cost     1 Allreduce per half layer: 2 (P-1)/P · T D words of 4 bytes sent per rank
+    source   Shoeybi et al. 2019, section 3 (arXiv:1909.08053)
+
+Both halves of a layer have this form. In the attention half the column product gives the queries,
+keys and values of the rank's own heads, and `middle` is attention over them; in the FFN half it
+gives the rank's own columns, and `middle` is the non-linearity. Neither mixes columns of different
+ranks, so it can be applied to a part of the columns, but never to a partial sum: f(a + b) != f(a) +
+f(b). The row product turns the parts into partial sums, which the Allreduce completes in float32.
+The row bias belongs to the complete sum and is added once, after it. A rank may own no columns at
+all; it then adds zeros.
+"""
+
+from hpcinfer import collectives
+from hpcinfer.ops.linear import linear
+
+
+def half_layer(comm, x, column, middle, row, column_bias=None, row_bias=None, purpose="tensor"):
+    """Column product, `middle`, row product, Allreduce.
+
+    Parameters
+    ----------
+    x : (T, D) float32, equal on every rank
+    column, column_bias : (C/P, D), (C/P,) or None
+    middle : function (T, C/P) -> (T, M/P), of this rank's columns only
+    row, row_bias : (D, M/P), (D,) or None; the bias is whole
+
+    Returns
+    -------
+    (T, D) float32, equal on every rank
+    """
+    y_sum = partial_sum(x, column, middle, row, column_bias)
+    y = collectives.Allreduce(comm, y_sum, purpose=purpose)
+    if row_bias is not None:
+        y += row_bias
+    return y
+
+
+def partial_sum(x, column, middle, row, column_bias=None):
+    """This rank's share of a half layer before the reduction: (T, D){sum}."""
+    return linear(middle(linear(x, column, column_bias)), row)

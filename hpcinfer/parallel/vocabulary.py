@@ -1,0 +1,265 @@
+"""Vocabulary parallelism: embedding and logits are cut by vocabulary ids and are never gathered.
+
+    before   embed: token ids (T,) on every rank, weight (V/P, D)
+             log_softmax_of, choose: logits (R, V/P); the rows' targets, or settings, on every rank
+    after    embed: (T, D); log_softmax_of: (R,); choose: R tokens; equal on every rank
+    cost     embed: 1 Allreduce: 2 (P-1)/P · 4 T D bytes sent per rank
+             log_softmax_of: 2 Allreduce: 2 (P-1)/P · 24 R bytes
+             choose: 1 Allgather: (P-1) · 16 R bytes; greedy and unfiltered rows need no more.
+             For F filtered rows 1 Allgather of C = min(64, V/P) candidates: (P-1) · 8 F C bytes,
+             and for those with top-p and no top-k 1 Allreduce: 2 (P-1)/P · 8 F bytes.
+             For L rows that report n log-probabilities 1 Allgather: (P-1) · 8 L (1 + max(1, n))
+             bytes, and 1 Allreduce: 2 (P-1)/P · 8 L bytes
+    source   Shoeybi et al. 2019, section 3 (arXiv:1909.08053); Maddison et al. 2014, Gumbel-max
+             (arXiv:1411.0030)
+
+The embedding of a token is looked up by the rank that owns its id and is zero elsewhere, so that
+the sum is the whole. A softmax over a cut axis needs the maximum and the sum of exponentials only.
+The largest logit is the largest of the ranks' largest, and so is the largest noisy logit: as every
+rank knows the noise of its own ids, that is a draw from the whole softmax. Min-p, top-k and top-p
+keep a prefix of the sorted vocabulary: each rank offers its C largest, and what lies above the
+largest of the ranks' smallest offers is the true prefix. Rows whose filter reaches below it are
+tried again with C grown eightfold, up to the whole vocabulary (ledger purpose "choose whole").
+"""
+
+import numpy as np
+from mpi4py import MPI
+
+from hpcinfer import array, collectives, partition
+from hpcinfer.ops import sample
+
+CANDIDATES = 64  # offers of a rank in the first round
+GROWTH = 8
+
+_BEST = np.dtype([("score", np.float64), ("token_id", np.int64)])
+
+
+def embed(comm, token_ids, weight, start):
+    """Rows of a vocabulary-cut embedding.
+
+    Parameters
+    ----------
+    token_ids : (T,) integers, equal on every rank
+    weight : (V/P, D) of any floating type
+    start : vocabulary id of the first own row
+
+    Returns
+    -------
+    (T, D) float32, equal on every rank; zero for an id that no rank owns
+
+    Raises
+    ------
+    ValueError
+        If a token id is negative.
+    """
+    token_ids = np.asarray(array.host(token_ids))
+    _refuse_negative(token_ids)
+    xp = array.namespace(weight)
+    mine = np.flatnonzero((token_ids >= start) & (token_ids < start + len(weight)))
+    x_sum = xp.zeros((token_ids.size, weight.shape[1]), np.float32)
+    x_sum[mine] = array.widen(weight[token_ids[mine] - start])
+    return collectives.Allreduce(comm, x_sum, purpose="embed")
+
+
+def log_softmax_of(comm, logits, start, targets):
+    """Log-probabilities of given tokens.
+
+    Parameters
+    ----------
+    logits : (R, V/P) of any floating type
+    start : vocabulary id of the first own column
+    targets : (R,) integers, equal on every rank
+
+    Returns
+    -------
+    (R,) float32 on the host, equal on every rank; -inf for a target that no rank owns
+
+    Raises
+    ------
+    ValueError
+        If there is not one target for each row, or one is negative.
+    """
+    targets = np.asarray(array.host(targets))
+    if targets.shape != logits.shape[:1]:
+        raise ValueError(
+            f"vocabulary: got targets {targets.shape} for logits {logits.shape}, need one per row"
+        )
+    _refuse_negative(targets)
+    x = array.widen(logits)
+    R, V_own = x.shape
+
+    # Find the largest logit of each row, and the target's, which one rank alone knows.
+    largest = np.full((R, 2), -np.inf)
+    mine = np.flatnonzero((targets >= start) & (targets < start + V_own))
+    if V_own:
+        largest[:, 0] = array.host(x.max(axis=1))
+        largest[mine, 1] = array.host(x[mine, targets[mine] - start])
+    collectives.Allreduce(comm, largest, MPI.MAX, purpose="log_softmax")
+
+    # Sum the exponentials below the largest, in float64.
+    top, target = largest.T
+    exp_sum = _exp_sum(x, top)
+    collectives.Allreduce(comm, exp_sum, purpose="log_softmax")
+    return (target - top - np.log(exp_sum)).astype(np.float32)
+
+
+def choose(comm, logits, start, V, rows):
+    """Next tokens of R sequences: to the last bit those of `sample.choose` on the gathered logits.
+
+    Parameters
+    ----------
+    logits : (R, V/P) of any floating type, cut by `partition.block`
+    start : vocabulary id of the first own column
+    V : length of the whole vocabulary
+    rows : sample.Rows, R of them, equal on every rank
+
+    Returns
+    -------
+    sample.Chosen, equal on every rank
+
+    Raises
+    ------
+    ValueError
+        If the logits are not this rank's block of R rows, or a row has no finite largest logit.
+    """
+    _check_cut(comm, logits.shape, start, V, len(rows))
+    rows = rows.within(V)
+    raw = array.widen(logits)
+    x = sample.penalise(raw, start, rows)
+
+    # Take the best of the ranks' best, which settles every row without a filter.
+    score, token_ids = _best(comm, x, start, rows)
+    sample.refuse_unbounded(score)
+
+    filtered = np.flatnonzero(rows.filtered)
+    if filtered.size:
+        token_ids[filtered] = _draw_filtered(comm, x, start, V, rows, filtered, score)[filtered]
+    logprobs, top = _report(comm, raw, start, V, rows, token_ids)
+    return sample.Chosen(token_ids, logprobs, top)
+
+
+def _best(comm, x, start, rows):
+    """Best score (R,) and its lowest id (R,) over all ranks."""
+    own = np.empty(len(rows), _BEST)
+    own["score"], own["token_id"] = sample.best(x, start, rows)
+    of_ranks = collectives.Allgather(comm, own, purpose="choose").reshape(comm.size, -1)
+    score = of_ranks["score"].max(axis=0)
+    return score, sample.lowest_of_best(of_ranks["score"].T, of_ranks["token_id"].T)
+
+
+def _draw_filtered(comm, x, start, V, rows, filtered, top):
+    """Tokens (R,), valid in the rows `filtered`, from rounds of ever more candidates.
+
+    Parameters
+    ----------
+    x : (R, V/P) float32, penalised
+    filtered : numbers of the rows that min-p, top-k or top-p restrict
+    top : (R,) float64, their largest logits
+    """
+    counts = partition.counts(partition.block(V, comm.size))
+    total = _nucleus_totals(comm, x, V, rows, filtered, top)
+    token_ids, settled = np.zeros(len(rows), np.int64), np.zeros(len(rows), bool)
+
+    pending, width = filtered, CANDIDATES
+    while pending.size:
+        # Offer the same number of candidates on every rank; rows with a larger top-k wait.
+        offers = [min(width, n) for n in counts]
+        purpose = "choose candidates" if max(offers) < max(counts) else "choose whole"
+        ready = pending[rows.top_k[pending] <= width]
+
+        for block in sample.row_blocks(ready, sum(offers)):
+            own = sample.top_keys(x, block, start, width)
+            keys = collectives.Allgather(comm, own, offers, axis=1, purpose=purpose)
+            token_ids[block], settled[block] = sample.draw(
+                keys, _floor(keys, offers, counts), total[block], V, rows.take(block)
+            )
+        pending = pending[~settled[pending]]
+        width *= GROWTH
+    return token_ids
+
+
+def _nucleus_totals(comm, x, V, rows, filtered, top):
+    """Sums of the weights after min-p (R,), in the rows with top-p and no top-k."""
+    total = np.zeros(len(rows), np.int64)
+    nucleus = filtered[(rows.top_p[filtered] < 1) & (rows.top_k[filtered] == 0)]
+    if nucleus.size:
+        own = sample.weight_sums(x, nucleus, top, V, rows.temperature, rows.log_min_p)
+        total[nucleus] = collectives.Allreduce(comm, own, purpose="choose totals")
+    return total
+
+
+def _floor(keys, offers, counts):
+    """Key from which upward no rank's candidate is missing: (n,), 0 if every rank offered all."""
+    floor, first = np.zeros(len(keys), np.uint64), 0
+    for offered, owned in zip(offers, counts, strict=True):
+        if offered < owned:
+            floor = np.maximum(floor, keys[:, first : first + offered].min(axis=1))
+        first += offered
+    return floor
+
+
+def _report(comm, raw, start, V, rows, token_ids):
+    """Log-probabilities of the chosen and of the most probable tokens, in the rows that ask."""
+    logprobs, top = sample.unreported(len(rows))
+    asked = np.flatnonzero(rows.logprobs >= 0)
+    if not asked.size:
+        return logprobs, None
+
+    # Gather the most probable tokens, behind the chosen one, whose owner alone has a key for it.
+    n = min(max(1, int(rows.logprobs.max())), V)
+    offers = [1 + min(n, c) for c in partition.counts(partition.block(V, comm.size))]
+    own = [_key_of(raw, asked, start, token_ids), sample.top_keys(raw, asked, start, n)]
+    keys = collectives.Allgather(
+        comm, np.concatenate(own, axis=1), offers, axis=1, purpose="logprobs"
+    )
+    firsts = np.cumsum([0, *offers[:-1]])
+    chosen, _ = sample.unpack(keys[:, firsts].max(axis=1))
+    others = np.sort(np.delete(keys, firsts, axis=1), axis=1)
+    value, ids = sample.unpack(others[:, : -n - 1 : -1])
+
+    # Sum the weights of the whole vocabulary.
+    largest = np.zeros(len(rows))
+    largest[asked] = value[:, 0]
+    total = sample.weight_sums(raw, asked, largest, V)
+    collectives.Allreduce(comm, total, purpose="logprobs")
+
+    logprobs[asked] = sample.logprob(chosen, value[:, 0], total, V)
+    logp = sample.logprob(value, value[:, :1], total[:, None], V)
+    for i, r in enumerate(asked):
+        pairs = zip(ids[i].tolist(), logp[i].tolist(), strict=True)
+        top[r] = list(pairs)[: rows.logprobs[r]]
+    return logprobs, top
+
+
+def _key_of(raw, index, start, token_ids):
+    """Keys of the given tokens of the rows `index` on the owning rank, 0 elsewhere: (n, 1)."""
+    keys = np.zeros((len(index), 1), np.uint64)
+    column = token_ids[index] - start
+    mine = np.flatnonzero((column >= 0) & (column < raw.shape[1]))
+    value = array.host(raw[index[mine], column[mine]])
+    keys[mine, 0] = sample.pack(value, token_ids[index[mine]])
+    return keys
+
+
+def _exp_sum(x, top):
+    """Sums of e^(x - top) over the own columns: (R, V/P), (R,) -> (R,) float64 on the host."""
+    xp = array.namespace(x)
+    sums = np.zeros(len(x))
+    for block in sample.row_blocks(np.arange(len(x)), x.shape[1]):
+        z = x[block].astype(np.float64) - xp.asarray(top[block])[:, None]
+        sums[block] = array.host(xp.exp(z).sum(axis=1))
+    return sums
+
+
+def _refuse_negative(token_ids):
+    if token_ids.size and token_ids.min() < 0:
+        raise ValueError(f"vocabulary: got token id {token_ids.min()}, need 0 or more")
+
+
+def _check_cut(comm, shape, start, V, R):
+    first, stop = partition.block(V, comm.size)[comm.rank]
+    if shape != (R, stop - first) or start != first:
+        raise ValueError(
+            f"vocabulary: got logits {shape} from id {start} for {R} rows on rank {comm.rank}, "
+            f"need ({R}, {stop - first}) from id {first}; cut the vocabulary with partition.block"
+        )

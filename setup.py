@@ -1,0 +1,67 @@
+"""Metadata of hpcinfer; the version stands in `hpcinfer/__init__.py`."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+
+
+def read_version():
+    """Return the version as text, without importing the package."""
+    source = (ROOT / "hpcinfer" / "__init__.py").read_text(encoding="utf-8")
+    return re.search(r'^__version__ = "([^"]+)"', source, re.MULTILINE).group(1)
+
+
+setup(
+    name="hpcinfer",
+    version=read_version(),
+    description="Inference of large language models as an MPI program",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="The hpcinfer developers",
+    license="BSD-3-Clause",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["hpcinfer", "hpcinfer.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "numpy>=1.26",
+        "ml_dtypes>=0.4",
+        "h5py>=3.10",
+        "mpi4py>=4.0",
+        "tokenizers>=0.20",
+        "jinja2>=3.1",
+        "psutil>=5.9",
+        "tqdm>=4.64",
+    ],
+    extras_require={
+        "mpi": ["mpich>=4.3"],
+        "cuda12": ["cupy-cuda12x>=13.0"],
+        "cuda13": ["cupy-cuda13x>=13.6"],
+        "test": [
+            "pytest>=8.2",
+            "pytest-mpi>=0.6",
+            "pytest-timeout>=2.3",
+            "ruff>=0.6",
+            "import-linter>=2.1",
+            "safetensors>=0.4.3",
+        ],
+        "parity": ["torch>=2.4", "transformers>=4.51", "safetensors>=0.4.3"],
+    },
+    entry_points={"console_scripts": ["hpcinfer = hpcinfer.cli.main:main"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Environment :: Console",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: System :: Distributed Computing",
+    ],
+)

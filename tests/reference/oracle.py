@@ -1,0 +1,64 @@
+"""transformers as the oracle: weights put into its models, log-probabilities and greedy tokens."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+
+def saved_tensors(model: torch.nn.Module) -> list[tuple[str, list[int]]]:
+    """Return name and shape of every tensor as `save_pretrained` writes it."""
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(directory)
+        with safe_open(Path(directory) / "model.safetensors", "np") as file:
+            return [(name, file.get_slice(name).get_shape()) for name in sorted(file.keys())]
+
+
+def put_weights(model: torch.nn.Module, weights: dict[str, np.ndarray]) -> torch.nn.Module:
+    """Load weights by their saved names; every parameter must be given, of tied ones either."""
+    known = model.state_dict()
+    state = {}
+    for name, array in weights.items():
+        inner = name if name in known else name.replace("embed_out.", "lm_head.")
+        state[inner] = torch.from_numpy(array)
+    if model.config.tie_word_embeddings:
+        tied = model.get_output_embeddings().weight
+        twins = [name for name, p in model.named_parameters(remove_duplicate=False) if p is tied]
+        given = next(state[name] for name in twins if name in state)
+        state.update({name: given for name in twins})
+    model.load_state_dict(state, strict=True)
+    return model
+
+
+def fresh(model: torch.nn.Module) -> torch.nn.Module:
+    """Return a copy for one text: dynamic rope keeps the longest text that a model has seen."""
+    return copy.deepcopy(model)
+
+
+@torch.no_grad()
+def logprobs(model: torch.nn.Module, ids: list[int]) -> np.ndarray:
+    """Return the (T,) log-probabilities of the tokens given those before; the first is NaN."""
+    logits = fresh(model)(torch.tensor([ids])).logits[0].double()
+    chosen = torch.log_softmax(logits[:-1], -1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    return np.concatenate([[np.nan], chosen.numpy()]).astype(np.float32)
+
+
+@torch.no_grad()
+def greedy(model: torch.nn.Module, ids: list[int], count: int) -> tuple[list[int], float]:
+    """Return `count` greedy tokens, decoded with a cache, and the least margin of the best one."""
+    model = fresh(model)
+    out = model(torch.tensor([ids]), use_cache=True)
+    chosen, margin = [], np.inf
+    while True:
+        best = out.logits[0, -1].topk(2)
+        margin = min(margin, float(best.values[0] - best.values[1]))
+        chosen.append(int(best.indices[0]))
+        if len(chosen) == count:
+            return chosen, margin
+        last = torch.tensor([chosen[-1:]])
+        out = model(last, past_key_values=out.past_key_values, use_cache=True)

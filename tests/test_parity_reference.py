@@ -1,0 +1,74 @@
+"""Every family equals transformers: log-probabilities and greedy tokens recorded beforehand."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+from reference import models
+from reference.parity import TOLERANCE, greedy, on_root, score_gap
+
+import hpcinfer
+from hpcinfer.io.convert import convert
+
+LENGTHS = (1, 7, 33, 150)
+ONE_PER_FAMILY = ("llama-gqa", "mistral-window", "qwen2", "qwen3", "gpt2", "gpt_neox")
+
+CHUNKED = ONE_PER_FAMILY + ("llama-rope-dynamic", "llama-rope-longrope", "qwen2-window")
+
+
+def write(case, form, path, dtype="float32"):
+    """Write a case as a Hugging Face directory or a converted file; returns its path."""
+    directory = models.write_model(case, path / "model", models.SHARDS.get(case, 1), dtype)
+    if form == "directory":
+        return directory
+    convert(directory, path / "model.h5")
+    return path / "model.h5"
+
+
+def load(comm, case, form, path, dtype="float32", **options):
+    """Write a case on rank 0 and load it over all ranks."""
+    model = on_root(comm, partial(write, case, form, path, dtype))
+    return hpcinfer.load(model, comm=comm, layout=f"tp={comm.size}", **options)
+
+
+def assert_equals_record(engine, case):
+    """Compare scores of all recorded texts and all recorded greedy paths."""
+    record = models.record(case)
+    texts = [models.tokens(case, n) for n in LENGTHS]
+    expected = [record["arrays"][f"logprobs_{n}"] for n in LENGTHS]
+    assert score_gap(engine, texts, expected) < TOLERANCE
+    prompts = [models.tokens(case, path["prompt"]) for path in record["greedy"]]
+    assert greedy(engine, prompts, 64) == [path["tokens"] for path in record["greedy"]]
+
+
+@pytest.mark.parametrize("form", ["directory", "h5"])
+@pytest.mark.parametrize("case", models.CASES)
+def test_equals_transformers(comm, shared_path, case, form):
+    """One batch of texts, one batch of prompts with common prefixes."""
+    assert_equals_record(load(comm, case, form, shared_path), case)
+
+
+@pytest.mark.parametrize("case", CHUNKED)
+def test_chunked_prefill_equals_transformers(comm, shared_path, case):
+    """Prompts and texts longer than a step; pages of one prompt at hand when the next starts."""
+    engine = load(comm, case, "directory", shared_path, step_tokens=40)
+    assert_equals_record(engine, case)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("case", ONE_PER_FAMILY)
+def test_half_precision_weights(comm, shared_path, case, dtype):
+    """Widened to float32 they equal transformers; as they are, they stay near the full ones."""
+    arrays = models.record(case)["arrays"]
+    text, full, rounded = models.tokens(case, 33), arrays["logprobs_33"], arrays[dtype]
+
+    # transformers in float32 on the rounded weights
+    engine = load(comm, case, "directory", shared_path, dtype)
+    widened = hpcinfer.load(
+        shared_path / "model", comm=comm, layout=f"tp={comm.size}", dtype="float32"
+    )
+    assert score_gap(widened, [text], [rounded]) < TOLERANCE
+
+    # Rounding the weights changes this much; rounding on the way may add as much again
+    change = np.nanmax(np.abs(rounded - full))
+    assert score_gap(engine, [text], [full]) < 3 * change

@@ -1,0 +1,217 @@
+"""Strategy `vocabulary`: equals one rank, cost, refuses."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from pytest import approx
+
+from hpcinfer import partition
+from hpcinfer.collectives import ledger
+from hpcinfer.ops import sample
+from hpcinfer.parallel import vocabulary
+
+
+def normal(shape, seed=0, scale=3.0):
+    return (np.random.default_rng(seed).normal(size=shape) * scale).astype(np.float32)
+
+
+def cut(comm, x, axis):
+    """This rank's block of an axis, and the number of its first item."""
+    start, stop = partition.block(x.shape[axis], comm.size)[comm.rank]
+    return np.ascontiguousarray(x.take(range(start, stop), axis)), start
+
+
+def mixture(R, V, seed=0):
+    """Rows of every kind, with every filter, penalty and report in many combinations."""
+    rng = np.random.default_rng(seed)
+    some = rng.choice
+    history = [
+        sample.History(rng.integers(V, size=8), rng.integers(V, size=8)) if some(2) else None
+        for _ in range(R)
+    ]
+    return sample.Rows.make(
+        R,
+        temperature=some([0, 0.3, 1, 1, 5], R),
+        top_k=some([0, 0, 1, 40, 70, 3000], R),
+        top_p=some([1, 1, 0, 0.5, 0.9, 0.999], R),
+        min_p=some([0, 0, 0.02, 0.3, 1], R),
+        repetition=some([1, 1.3], R),
+        presence=some([0, 0.5], R),
+        frequency=some([0, -0.2], R),
+        seed=some(np.array([0, 2**64 - 1], np.uint64), R),
+        key=rng.integers(2**64, size=R, dtype=np.uint64),
+        sample=some(3, R),
+        position=rng.integers(2**32, size=R),
+        logprobs=some([-1, -1, 0, 4], R),
+        history=history,
+        banned=[tuple(rng.integers(V, size=V // 5)) for _ in range(R)],
+    )
+
+
+def choose(comm, logits, rows):
+    own, start = cut(comm, logits, 1)
+    return vocabulary.choose(comm, own, start, logits.shape[1], rows)
+
+
+def assert_equal(chosen, expected):
+    np.testing.assert_array_equal(chosen.token_ids, expected.token_ids)
+    np.testing.assert_array_equal(chosen.logprobs, expected.logprobs)
+    assert chosen.top == expected.top
+
+
+@pytest.mark.parametrize("V", [1, 2, 3, 37, 1003, 5003])
+@pytest.mark.parametrize("kind", ["smooth", "ties", "flat"])
+def test_choose_equals_one_rank(comm, V, kind):
+    """Also with fewer columns than ranks, equal logits, and nuclei of nearly all the vocabulary."""
+    R = 80
+    logits = normal((R, V), seed=V, scale=0.01 if kind == "flat" else 3)
+    if kind == "ties":
+        logits = np.round(logits)
+    rows = mixture(R, V, seed=V)
+    assert_equal(choose(comm, logits, rows), sample.choose(logits, rows))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_choose_widens_half_precision(comm, dtype):
+    logits = normal((40, 301)).astype(dtype)
+    rows = mixture(40, 301)
+    assert_equal(choose(comm, logits, rows), sample.choose(logits, rows))
+
+
+def test_choose_does_not_depend_on_the_batch(comm):
+    R, V = 30, 501
+    logits, rows = normal((R, V)), mixture(R, V)
+    together = choose(comm, logits, rows)
+    order = np.random.default_rng(1).permutation(R)
+    shuffled = choose(comm, logits[order], rows.take(order))
+    np.testing.assert_array_equal(shuffled.token_ids, together.token_ids[order])
+    np.testing.assert_array_equal(shuffled.logprobs, together.logprobs[order])
+    for r in range(0, R, 7):
+        alone = choose(comm, logits[[r]], rows.take([r]))
+        assert alone.token_ids[0] == together.token_ids[r]
+
+
+def test_choose_of_no_rows(comm):
+    chosen = choose(comm, normal((0, 11)), sample.Rows.make(0))
+    assert chosen.token_ids.shape == (0,) and chosen.top is None
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_cost_of_an_unfiltered_step(comm, temperature):
+    """One Allgather of 16 bytes a row, whatever the vocabulary."""
+    R, V = 25, 3001
+    rows = sample.Rows.make(R, temperature=temperature, key=np.arange(R))
+    ledger.clear()
+    choose(comm, normal((R, V)), rows)
+    assert ledger.calls() == ledger.calls("Allgather", purpose="choose") == 1
+    assert ledger.sent_bytes() == (comm.size - 1) * 16 * R
+
+
+def test_cost_of_a_filtered_step(comm):
+    """Candidates of the filtered rows, totals of those with top-p alone, reports where asked."""
+    R, V, P = 12, 3001, comm.size
+    rows = sample.Rows.make(
+        R,
+        temperature=[1] * 10 + [0, 0],
+        top_p=[0.5] * 7 + [1] * 5,
+        top_k=[0] * 4 + [20] * 6 + [0, 0],
+        logprobs=[3] * 5 + [-1] * 7,
+    )
+    ledger.clear()
+    choose(comm, normal((R, V), scale=6), rows)
+    assert ledger.sent_bytes(purpose="choose") == (P - 1) * 16 * R
+    assert ledger.sent_bytes(purpose="choose totals") == approx(2 * (P - 1) / P * 8 * 4)
+    assert ledger.sent_bytes("Allgather", purpose="choose candidates") == (P - 1) * 8 * 10 * 64
+    assert ledger.sent_bytes("Allgather", purpose="logprobs") == (P - 1) * 8 * 5 * (1 + 3)
+    assert ledger.sent_bytes("Allreduce", purpose="logprobs") == approx(2 * (P - 1) / P * 8 * 5)
+    assert ledger.calls() == 5
+
+
+def test_candidates_grow_to_the_whole_vocabulary(comm):
+    """A flat softmax needs all of it; the ledger says so, and only that row pays."""
+    V, P = 5003, comm.size
+    logits = normal((3, V), scale=0.01)
+    logits[1, 17] = 100
+    rows = sample.Rows.make(3, temperature=[1, 1, 0], top_p=0.99)
+    ledger.clear()
+    chosen = choose(comm, logits, rows)
+    start, stop = partition.block(V, P)[comm.rank]
+    assert_equal(chosen, sample.choose(logits, rows))
+    widths = [w for w in (64, 512, 4096) if w < partition.counts(partition.block(V, P))[0]]
+    sent = (P - 1) * 8 * (2 * widths[0] + sum(widths[1:]))
+    assert ledger.sent_bytes(purpose="choose candidates") == sent
+    assert ledger.calls(purpose="choose whole") == 1
+    assert ledger.sent_bytes(purpose="choose whole") == (P - 1) * 8 * (stop - start)
+
+
+def test_many_candidates_are_gathered_in_blocks(comm, monkeypatch):
+    R, V = 20, 401
+    monkeypatch.setattr(sample, "BLOCK_ITEMS", 1000)
+    logits, rows = normal((R, V)), mixture(R, V)
+    assert_equal(choose(comm, logits, rows), sample.choose(logits, rows))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize(("T", "V"), [(1, 2), (40, 37), (0, 5)])
+def test_embed_equals_one_rank(comm, T, V, dtype):
+    D = 6
+    weight = normal((V, D)).astype(dtype)
+    token_ids = np.random.default_rng(4).integers(V, size=T)
+    own, start = cut(comm, weight, 0)
+    ledger.clear()
+    x = vocabulary.embed(comm, token_ids, own, start)
+    np.testing.assert_array_equal(x, weight[token_ids].astype(np.float32))
+    assert x.dtype == np.float32
+    assert ledger.calls() == ledger.calls("Allreduce") == 1
+    assert ledger.sent_bytes() == approx(2 * (comm.size - 1) / comm.size * 4 * T * D)
+
+
+@pytest.mark.parametrize(("R", "V"), [(1, 1), (3, 2), (40, 1003), (0, 5), (2, 200_003)])
+def test_log_softmax_equals_one_rank(comm, R, V):
+    """Within 1e-6, relatively, of float64: also where the probability is nearly one."""
+    logits = normal((R, V), scale=4)
+    logits[::2, 0] += 40
+    targets = np.random.default_rng(5).integers(V, size=R)
+    targets[::2] = 0
+    x = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    others = np.exp(x)
+    others[np.arange(R), x.argmax(axis=1)] = 0
+    expected = x[np.arange(R), targets] - np.log1p(others.sum(axis=1))
+
+    own, start = cut(comm, logits, 1)
+    ledger.clear()
+    logprobs = vocabulary.log_softmax_of(comm, own, start, targets)
+    np.testing.assert_allclose(logprobs, expected, rtol=1e-6, atol=1e-12)
+    assert logprobs.dtype == np.float32
+    assert ledger.calls() == ledger.calls("Allreduce") == 2
+    assert ledger.sent_bytes() == approx(2 * (comm.size - 1) / comm.size * 24 * R)
+
+
+def test_log_softmax_of_an_id_that_no_rank_owns(comm):
+    own, start = cut(comm, normal((2, 10)), 1)
+    logprobs = vocabulary.log_softmax_of(comm, own, start, [10, 9])
+    assert logprobs[0] == -np.inf and np.isfinite(logprobs[1])
+
+
+def test_refuses(comm):
+    own, start = cut(comm, normal((2, 10)), 1)
+    with pytest.raises(ValueError, match="need 0 or more"):
+        vocabulary.embed(comm, np.array([1, -1]), own.T, start)
+    with pytest.raises(ValueError, match="need 0 or more"):
+        vocabulary.log_softmax_of(comm, own, start, np.array([0, -2]))
+    with pytest.raises(ValueError, match="need one per row"):
+        vocabulary.log_softmax_of(comm, own, start, np.array([0, 1, 2]))
+    with pytest.raises(ValueError, match="cut the vocabulary with partition.block"):
+        vocabulary.choose(comm, own, start, 10, sample.Rows.make(3))
+    with pytest.raises(ValueError, match="cut the vocabulary with partition.block"):
+        vocabulary.choose(comm, own, start + 1, 10, sample.Rows.make(2))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_refuses_infinite_logits_on_every_rank(comm, value):
+    """One rank alone has the bad number; all raise."""
+    logits = normal((3, 10))
+    logits[2, 7] = value
+    for temperature in (0, 1):
+        with pytest.raises(ValueError, match="row 2, need a finite logit"):
+            choose(comm, logits, sample.Rows.make(3, temperature=temperature))
