@@ -88,7 +88,8 @@ def test_pieces_equal_slices(stored, name, axis, block_bytes):
     checkpoint.block_bytes = block_bytes
     array = tensors[name]
     n = array.shape[axis]
-    for pieces in ([(0, n)], [(1, 3)], [(n - 1, n), (0, 2)], [(2, 2)], [], [(0, 1), (1, 1), (1, n)]):
+    several = [(n - 1, n), (0, 2)], [(0, 1), (1, 1), (1, n)]
+    for pieces in ([(0, n)], [(1, 3)], [(2, 2)], [], *several):
         before = checkpoint.bytes_read
         parts = [np.arange(start, stop) for start, stop in pieces]
         expected = array.take(np.concatenate([np.arange(0), *parts]).astype(int), axis)
@@ -444,12 +445,17 @@ def test_spoiled_h5(model_h5, spoil, word):
 
 
 def test_h5_that_declares_more_than_it_holds(model_h5):
-    """A shape changed by hand in the file, far beyond its end."""
+    """A shape changed by hand in the file, far beyond its end; then its storage size as well."""
+    with open_checkpoint(model_h5) as checkpoint:
+        offset = checkpoint.tensors["half"].offset
     content = model_h5.read_bytes()
-    shape = struct.pack("<QQ", 5, 6)
-    assert content.count(shape) >= 1
-    model_h5.write_bytes(content.replace(shape, struct.pack("<QQ", 2**30, 2**30)))
-    assert_refused(model_h5, "half")
+    shape, storage = struct.pack("<QQ", 5, 6), struct.pack("<QQ", offset, 60)
+    assert shape in content and content.count(storage) == 1
+    content = content.replace(shape, struct.pack("<QQ", 2**20, 2**20))
+    model_h5.write_bytes(content)
+    assert_refused(model_h5, "damaged")
+    model_h5.write_bytes(content.replace(storage, struct.pack("<QQ", offset, 2**41)))
+    assert_refused(model_h5, "damaged|half")
 
 
 def assert_refused(path, word):

@@ -19,6 +19,7 @@ import numpy as np
 
 from hpcinfer.engine.request import BadRequest, Request, Result, Sampling, Score, integer, shown
 from hpcinfer.engine.text import Text
+from hpcinfer.io.lines import LongLine
 
 MAX_CUSTOM_ID = 512
 KINDS = {"/v1/completions": "completion", "/v1/chat/completions": "chat"}
@@ -112,10 +113,10 @@ class RequestReader:
         self._line_of: dict[int, int] = {}
         self._equal_prompts: dict[int, int] = {}
 
-    def read(self, lines: Iterable[tuple[int, bytes]]) -> Iterator[Request | BadRequest]:
+    def read(self, lines: Iterable[tuple[int, bytes | LongLine]]) -> Iterator[Request | BadRequest]:
         """Entries of (1-based line number, raw bytes) pairs; blank lines are passed over."""
         for line, raw in lines:
-            if raw.strip():
+            if isinstance(raw, LongLine) or raw.strip():
                 yield self._admit(self._parse(self._count, line, raw, *self._context))
 
     def read_items(self, items: Iterable) -> Iterator[Request | BadRequest]:
@@ -278,9 +279,10 @@ def _hash(purpose: bytes, data: bytes) -> int:
 
 def _unicode(line: int, raw: bytes, limits: Limits) -> str:
     """Text of a raw line; a byte order mark before the first one is dropped."""
-    if len(raw) > limits.line_bytes:
+    n_bytes = raw.nbytes if isinstance(raw, LongLine) else len(raw)
+    if n_bytes > limits.line_bytes or isinstance(raw, LongLine):
         raise _refusal(
-            f"a line of {len(raw)} bytes", f"at most {limits.line_bytes}", "shorten the prompt"
+            f"a line of {n_bytes} bytes", f"at most {limits.line_bytes}", "shorten the prompt"
         )
     if b"\0" in raw:
         at = raw.index(b"\0") + 1

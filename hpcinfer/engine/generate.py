@@ -166,9 +166,12 @@ def _append(engine, sequence, token_id, chosen, i):
     if sampling.logprobs is not None:
         sequence.logprobs.append(float(chosen.logprobs[i]))
         sequence.top_logprobs.append(chosen.top[i])
+
+    # A token that ends the sequence is no part of its text.
     may_stop = sequence.n_new >= sampling.min_tokens
-    stopped = sequence.stream.push(token_id, may_stop)
-    if stopped or (may_stop and token_id in engine.stops(sampling)):
+    if may_stop and token_id in engine.stops(sampling):
+        sequence.finish_reason = "stop"
+    elif sequence.stream.push(token_id, may_stop):
         sequence.finish_reason = "stop"
     elif sequence.n_new >= sampling.max_tokens or len(sequence.tokens) >= engine.context:
         sequence.finish_reason = "length"

@@ -72,8 +72,9 @@ class Record:
                 f"{phase.tokens_per_s:.1f} tokens/s"
             )
         scheduler = engine.scheduler
+        cache = _span([scheduler.pages.total * r["page_bytes"] for r in ranks])
         lines.append(
-            f"cache     {_span([scheduler.pages.total * r["page_bytes"] for r in ranks])} per rank, "
+            f"cache     {cache} per rank, "
             f"used at most {self.most_pages} of {scheduler.pages.total} pages; "
             f"{scheduler.reused_tokens} prompt tokens reused, {scheduler.preemptions} preemptions"
         )

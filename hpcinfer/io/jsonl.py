@@ -4,6 +4,7 @@ Each line goes to the file in one system call as soon as it is there, so a job t
 what it finished, in the order of finishing. When all is done the lines are put in input order.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -67,8 +68,14 @@ class JsonlWriter:
         line = (record if isinstance(record, bytes) else encode(record)) + b"\n"
         with writing(self.path):
             written = 0
-            while written < len(line):
-                written += os.write(self._descriptor, line[written:])
+            try:
+                while written < len(line):
+                    written += os.write(self._descriptor, line[written:])
+            except OSError:
+                # Take back the part of a line for which there was room
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self._descriptor, self._end)
+                raise
         self._offset[index] = self._end
         self._end += len(line)
 
