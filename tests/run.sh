@@ -41,7 +41,7 @@ on_rank='
     else
         exec >"$report.rank-$rank.log" 2>&1
     fi
-    exec python -m pytest --with-mpi -p no:cacheprovider "$@"'
+    exec python -m pytest --with-mpi --color=no -p no:cacheprovider "$@"'
 
 # The suite on $1 ranks, with the logs of the others if it fails
 suite() {

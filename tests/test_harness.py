@@ -31,8 +31,8 @@ def session(mpirun, tmp_path):
         shutil.copy(Path(__file__).with_name("conftest.py"), tmp_path)
         (tmp_path / "pytest.ini").write_text(SETTINGS)
         (tmp_path / "test_inner.py").write_text(HEAD + source)
-        command = [sys.executable, "-m", "pytest", "--with-mpi", "-p", "no:cacheprovider", *options]
-        return mpirun(ranks, *command, cwd=tmp_path, timeout_s=50)
+        command = [sys.executable, "-m", "pytest", "--with-mpi", "-p", "no:cacheprovider"]
+        return mpirun(ranks, *command, "--color=no", *options, cwd=tmp_path, timeout_s=50)
 
     return run
 
@@ -81,7 +81,7 @@ def test_one_leaves():
         "--timeout=45",
     )
     assert done.returncode != 0
-    assert done.seconds < 25
+    assert done.seconds < 40
     assert "the reason" in done.stderr
     assert "rank(s) [0, 2] did not arrive in 10 s" in done.stderr
     assert done.stderr.count('test_inner.py", line 8 in test_one_leaves') == 2
@@ -102,7 +102,7 @@ def test_collective(broken):
 """,
     )
     assert done.returncode != 0
-    assert done.seconds < 10
+    assert done.seconds < 30
     assert done.stdout.count("1 error") == 2
     assert "no such device" in done.stdout
 
@@ -118,7 +118,7 @@ def test_waits():
         "--timeout=4",
     )
     assert done.returncode != 0
-    assert 3 < done.seconds < 20
+    assert 3 < done.seconds < 30
     assert done.stderr.count("Timeout (0:00:03)!") == 2
     assert done.stderr.count('test_inner.py", line 7 in test_waits') >= 2
 
@@ -149,7 +149,7 @@ def test_own(rank):
 """,
     )
     assert done.returncode != 0
-    assert done.seconds < 10
+    assert done.seconds < 30
     assert "the ranks collected different tests" in done.stderr
 
 
@@ -166,7 +166,7 @@ def test_dies():
 """,
     )
     assert done.returncode != 0
-    assert done.seconds < 15
+    assert done.seconds < 30
 
 
 def test_single_runs_on_one_rank_only(session):

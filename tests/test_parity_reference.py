@@ -12,7 +12,6 @@ from hpcinfer.io.convert import convert
 
 LENGTHS = (1, 7, 33, 150)
 ONE_PER_FAMILY = ("llama-gqa", "mistral-window", "qwen2", "qwen3", "gpt2", "gpt_neox")
-
 CHUNKED = ONE_PER_FAMILY + ("llama-rope-dynamic", "llama-rope-longrope", "qwen2-window")
 
 

@@ -299,3 +299,13 @@ def test_refuses_logits_without_a_largest(value):
 def test_refuses_a_row_of_banned_tokens_only():
     with pytest.raises(ValueError, match="every token is banned"):
         sample.choose(np.zeros((1, 2), np.float32), sample.Rows.make(1, banned=[(0, 1)]))
+
+
+@pytest.mark.parametrize("width", [0, 1, 5, 29, 30, 64])
+def test_top_keys_are_the_largest_also_among_equals(width):
+    x = np.round(normal((7, 30), scale=1.0))
+    x[2], x[3, 4:] = 0, -np.inf
+    index = np.array([6, 0, 2, 3])
+    expected = np.sort(sample.pack(x[index], np.arange(30) + 100), axis=1)[:, ::-1][:, :width]
+    keys = sample.top_keys(x, index, 100, width)
+    np.testing.assert_array_equal(np.sort(keys, axis=1)[:, ::-1], expected)

@@ -60,13 +60,16 @@ def assert_equal(chosen, expected):
 
 
 @pytest.mark.parametrize("V", [1, 2, 3, 37, 1003, 5003])
-@pytest.mark.parametrize("kind", ["smooth", "ties", "flat"])
+@pytest.mark.parametrize("kind", ["smooth", "ties", "flat", "sorted"])
 def test_choose_equals_one_rank(comm, V, kind):
-    """Also with fewer columns than ranks, equal logits, and nuclei of nearly all the vocabulary."""
+    """Also with fewer columns than ranks, equal logits, nuclei of nearly all the vocabulary, and
+    one rank that owns all large logits."""
     R = 80
     logits = normal((R, V), seed=V, scale=0.01 if kind == "flat" else 3)
     if kind == "ties":
         logits = np.round(logits)
+    if kind == "sorted":
+        logits = np.sort(logits, axis=1)[:, ::-1]
     rows = mixture(R, V, seed=V)
     assert_equal(choose(comm, logits, rows), sample.choose(logits, rows))
 
@@ -96,11 +99,15 @@ def test_choose_of_no_rows(comm):
     assert chosen.token_ids.shape == (0,) and chosen.top is None
 
 
-@pytest.mark.parametrize("temperature", [0, 1.0])
-def test_cost_of_an_unfiltered_step(comm, temperature):
+@pytest.mark.parametrize(
+    "settings",
+    [{"temperature": 0, "top_p": 0.5}, {"temperature": 1}, {"temperature": 1, "top_k": 3001}],
+    ids=str,
+)
+def test_cost_of_an_unfiltered_step(comm, settings):
     """One Allgather of 16 bytes a row, whatever the vocabulary."""
     R, V = 25, 3001
-    rows = sample.Rows.make(R, temperature=temperature, key=np.arange(R))
+    rows = sample.Rows.make(R, key=np.arange(R), **settings)
     ledger.clear()
     choose(comm, normal((R, V)), rows)
     assert ledger.calls() == ledger.calls("Allgather", purpose="choose") == 1
@@ -127,6 +134,18 @@ def test_cost_of_a_filtered_step(comm):
     assert ledger.calls() == 5
 
 
+@pytest.mark.parametrize("settings", [{"top_p": 0.5}, {"min_p": 0.95}], ids=str)
+def test_a_prefix_with_gaps_is_not_taken(comm, settings):
+    """Rank 0 cannot offer all its large logits at once; what others offer lies behind them."""
+    R, V = 50, 999
+    logits = np.full((R, V), -20, np.float32)
+    logits[:, :150], logits[:, 600:750] = 1, 0.9
+    rows = sample.Rows.make(R, temperature=1, position=np.arange(R), **settings)
+    expected = sample.choose(logits, rows)
+    assert (expected.token_ids < 600).all() and expected.token_ids.max() > 64
+    assert_equal(choose(comm, logits, rows), expected)
+
+
 def test_candidates_grow_to_the_whole_vocabulary(comm):
     """A flat softmax needs all of it; the ledger says so, and only that row pays."""
     V, P = 5003, comm.size
@@ -147,6 +166,7 @@ def test_candidates_grow_to_the_whole_vocabulary(comm):
 def test_many_candidates_are_gathered_in_blocks(comm, monkeypatch):
     R, V = 20, 401
     monkeypatch.setattr(sample, "BLOCK_ITEMS", 1000)
+    monkeypatch.setattr(vocabulary, "GATHER_ITEMS", 700)
     logits, rows = normal((R, V)), mixture(R, V)
     assert_equal(choose(comm, logits, rows), sample.choose(logits, rows))
 

@@ -31,7 +31,7 @@ import numpy as np
 from hpcinfer import array
 
 GREEDY_BELOW = 1e-5  # a temperature below it means the largest logit, as in vLLM
-BLOCK_ITEMS = 1 << 18  # logits handled at a time: temporaries stay in cache and bounded
+BLOCK_ITEMS = 1 << 16  # logits handled at a time: temporaries stay bounded, and in cache
 
 # Columns of `Rows`: element type, neutral value, smallest and largest value.
 _COLUMNS = {
@@ -411,24 +411,32 @@ def _largest(x):
 
 
 def top_keys(x, index, start, width):
-    """The `width` largest own candidates of the rows `index`, unsorted.
+    """The `width` largest own candidates of the rows `index`.
 
     Returns
     -------
     (len(index), min(width, V/P)) uint64 on the host
     """
+    width = min(width, x.shape[1])
+    if not (width and len(index)):
+        return np.zeros((len(index), width), np.uint64)
+    return np.concatenate(
+        [_top_keys(x[block], start, width) for block in row_blocks(index, x.shape[1])]
+    )
+
+
+def _top_keys(x, start, width):
+    """The `width` largest candidates of each of the logits (n, V/P): (n, width) uint64."""
     xp = array.namespace(x)
-    V_own = x.shape[1]
-    result = np.empty((len(index), min(width, V_own)), np.uint64)
-    ids = xp.arange(start, start + V_own)
-    done = 0
-    for block in row_blocks(index, V_own):
-        keys = pack(x[block], ids)
-        if width < V_own:
-            keys = xp.partition(keys, V_own - width, axis=1)[:, V_own - width :]
-        result[done : done + len(block)] = array.host(keys)
-        done += len(block)
-    return result
+    first = x.shape[1] - width
+    least = xp.partition(x, first, axis=1)[:, first : first + 1]
+    r, column = (array.host(i) for i in xp.nonzero(x >= least))
+
+    # Write the candidates of a row side by side; those equal to the least may be too many.
+    slot = np.arange(r.size) - np.searchsorted(r, r)
+    keys = np.zeros((len(x), max(width, slot.max(initial=0) + 1)), np.uint64)
+    keys[r, slot] = pack(array.host(x[r, column]), column + start)
+    return np.sort(keys, axis=1)[:, -width:]
 
 
 def weight_sums(x, index, top, V, temperature=None, log_min_p=None):
@@ -550,25 +558,24 @@ def logprob(value, top, total, V):
 
 
 def pack(x, ids):
-    """Logits and ids as integers that sort by logit, among equals by falling id.
+    """Logits and ids on the host as integers that sort by logit, among equals by falling id.
 
     The high word is the float32 pattern made monotonic, the low word the complement of the id.
     No key is 0.
 
     Parameters
     ----------
-    x : (..., M) float32
-    ids : (M,) int64
+    x : (...) float32
+    ids : integers of a shape that broadcasts
 
     Returns
     -------
-    (..., M) uint64
+    (...) uint64
     """
-    xp = array.namespace(x)
-    bits = (x + xp.float32(0)).view(xp.uint32)
-    high = xp.where(bits >> 31 != 0, ~bits, bits | xp.uint32(0x80000000))
-    low = (0xFFFFFFFF - ids).astype(xp.uint64)
-    return high.astype(xp.uint64) << xp.uint64(32) | low
+    bits = (x + np.float32(0)).view(np.uint32)
+    high = np.where(bits >> 31 != 0, ~bits, bits | np.uint32(0x80000000))
+    low = (0xFFFFFFFF - ids).astype(np.uint64)
+    return high.astype(np.uint64) << np.uint64(32) | low
 
 
 def unpack(keys):
@@ -578,9 +585,9 @@ def unpack(keys):
     return bits.view(np.float32), 0xFFFFFFFF - (keys & np.uint64(0xFFFFFFFF)).astype(np.int64)
 
 
-def row_blocks(index, width):
-    """Cut row numbers into arrays of so many that `width` items of each make about BLOCK_ITEMS."""
-    size = max(1, BLOCK_ITEMS // max(1, width))
+def row_blocks(index, width, items=None):
+    """Cut row numbers into arrays of `items` (BLOCK_ITEMS) at most, a row counting `width`."""
+    size = max(1, (items or BLOCK_ITEMS) // max(1, width))
     return [index[i : i + size] for i in range(0, len(index), size)]
 
 

@@ -30,6 +30,7 @@ from hpcinfer.ops import sample
 
 CANDIDATES = 64  # offers of a rank in the first round
 GROWTH = 8
+GATHER_ITEMS = 1 << 20  # candidates in one Allgather: bounds the memory of rows that need many
 
 _BEST = np.dtype([("score", np.float64), ("token_id", np.int64)])
 
@@ -167,7 +168,7 @@ def _draw_filtered(comm, x, start, V, rows, filtered, top):
         purpose = "choose candidates" if max(offers) < max(counts) else "choose whole"
         ready = pending[rows.top_k[pending] <= width]
 
-        for block in sample.row_blocks(ready, sum(offers)):
+        for block in sample.row_blocks(ready, sum(offers), GATHER_ITEMS):
             own = sample.top_keys(x, block, start, width)
             keys = collectives.Allgather(comm, own, offers, axis=1, purpose=purpose)
             token_ids[block], settled[block] = sample.draw(
