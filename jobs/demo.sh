@@ -3,7 +3,7 @@
 #
 #   run      bash jobs/demo.sh           on any Linux machine with Python 3.11; no MPI, no root
 #   runs     mpirun -n 2 hpcinfer generate data/model --input data/prompts.jsonl
-#                --output results/demo.h5 --output results/demo.jsonl --layout tp=2
+#                --output results/demo.h5 --output results/demo.jsonl --layout tp=2 --show
 #   cost     the first time about a minute for the packages, then seconds
 #   result   results/demo.h5 and results/demo.jsonl
 #
@@ -16,7 +16,7 @@ ranks=${HPCINFER_RANKS:-2}
 # Generate
 mkdir -p results
 launch "$ranks" hpcinfer generate data/model --input data/prompts.jsonl \
-    --output results/demo.h5 --output results/demo.jsonl --layout "tp=$ranks" </dev/null
+    --output results/demo.h5 --output results/demo.jsonl --layout "tp=$ranks" --show </dev/null
 
 # Say where the results are and how to read them
 cat <<'END'

@@ -17,6 +17,8 @@ from hpcinfer.io.checkpoint import blocks, open_checkpoint
 from hpcinfer.io.convert import convert
 from hpcinfer.io.safetensors import read_header
 
+pytestmark = pytest.mark.single
+
 BF16 = ml_dtypes.bfloat16
 
 

@@ -20,6 +20,8 @@ from hpcinfer.io.convert import convert
 from hpcinfer.io.hdf5 import verify_checksums
 from hpcinfer.io.inspect import collapse, describe
 
+pytestmark = pytest.mark.single
+
 CONFIG = {
     "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 8, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 300, "intermediate_size": None,

@@ -4,6 +4,8 @@ import pytest
 
 from hpcinfer.io.lines import LongLine, read_lines
 
+pytestmark = pytest.mark.single
+
 
 def lines_of(path, content, **options):
     path.write_bytes(content)

@@ -18,6 +18,8 @@ from hpcinfer.io.inspect import describe
 from hpcinfer.io.jsonl import JsonlWriter, encode
 from hpcinfer.io.results import BATCH_RECORDS, Hdf5Writer, open_results
 
+pytestmark = pytest.mark.single
+
 
 def choice(index, text, ids, **more):
     return {"index": index, "text": text, "finish_reason": "stop", "token_ids": ids,
