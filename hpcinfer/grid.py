@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from hpcinfer.errors import UsageError, agreed
 
 AXES = ("pp", "dp", "cp", "tp")
+_STRATEGIES = {"prefill": ("ring", "ulysses", "split-q"), "decode": ("tree", "gather", "ring")}
 
 # Launchers tell a process its rank and number before MPI starts; the first that is set holds.
 _RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
@@ -49,12 +50,21 @@ def world():
 
 @dataclass(frozen=True)
 class Layout:
-    """Length of every axis of the grid."""
+    """Length of every axis of the grid, and the strategies over it.
+
+    Attributes
+    ----------
+    pp, dp, cp, tp : lengths
+    prefill : ring, ulysses or split-q, how several new tokens meet keys that are cut over cp
+    decode : tree, gather or ring, how one new token of a sequence does
+    """
 
     pp: int = 1
     dp: int = 1
     cp: int = 1
     tp: int = 1
+    prefill: str = "ring"
+    decode: str = "tree"
 
     @property
     def size(self):
@@ -62,7 +72,8 @@ class Layout:
         return self.pp * self.dp * self.cp * self.tp
 
     def __str__(self):
-        return ",".join(f"{axis}={getattr(self, axis)}" for axis in ("dp", "pp", "cp", "tp"))
+        words = ("dp", "pp", "cp", "tp") + (("prefill", "decode") if self.cp > 1 else ())
+        return ",".join(f"{word}={getattr(self, word)}" for word in words)
 
 
 def parse_layout(text, size):
@@ -77,19 +88,24 @@ def parse_layout(text, size):
     """
     if not text:
         return Layout(tp=size)
-    lengths = {}
+    values = {}
     for item in text.split(","):
-        axis, _, value = item.strip().partition("=")
-        if axis not in AXES:
-            raise UsageError(
-                f"layout: got {item.strip()!r}, need AXIS=LENGTH with AXIS one of {', '.join(AXES)}"
-            )
-        if axis in lengths:
-            raise UsageError(f"layout: got {axis} twice in {text!r}, need each axis once")
-        if not value.isdecimal() or int(value) < 1:
+        word, _, value = item.strip().partition("=")
+        if word not in AXES and word not in _STRATEGIES:
+            known = ", ".join((*AXES, *_STRATEGIES))
+            raise UsageError(f"layout: got {item.strip()!r}, need WORD=VALUE, WORD one of {known}")
+        if word in values:
+            raise UsageError(f"layout: got {word} twice in {text!r}, need each word once")
+        if word in _STRATEGIES:
+            if value not in _STRATEGIES[word]:
+                known = ", ".join(_STRATEGIES[word])
+                raise UsageError(f"layout: got {item.strip()!r}, need {word} one of {known}")
+            values[word] = value
+        elif not value.isdecimal() or int(value) < 1:
             raise UsageError(f"layout: got {item.strip()!r}, need a length of 1 or more")
-        lengths[axis] = int(value)
-    layout = Layout(**lengths)
+        else:
+            values[word] = int(value)
+    layout = Layout(**values)
     if layout.size != size:
         raise UsageError(
             f"layout: got {text!r}, which is {layout.size} ranks, need {size} as launched; "
@@ -106,6 +122,7 @@ class Grid:
     layout : Layout
     comm : all ranks of the grid
     pp, dp, cp, tp : the ranks that differ from this one along that axis only
+    tp_cp : the ranks that differ from this one along tp and cp, numbered with cp running fastest
     node : the ranks of the grid that share memory with this one
     """
 
@@ -123,14 +140,21 @@ class Grid:
 
         # Ranks with equal indices on all other axes form one communicator of the axis.
         for axis in AXES:
-            colour = 0
-            for other in AXES:
-                colour = colour * getattr(layout, other) + (0 if other == axis else index[other])
-            axis_comm = self.comm.Split(colour, index[axis])
-            axis_comm.Set_name(axis)
-            setattr(self, axis, axis_comm)
+            setattr(self, axis, self._split((axis,), index))
+        self.tp_cp = self._split(("tp", "cp"), index)
         self.node = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
         self.node.Set_name("node")
+
+    def _split(self, axes, index):
+        """Communicator of the ranks that differ along `axes` only, the last running fastest."""
+        colour = key = 0
+        for axis in AXES:
+            colour = colour * getattr(self.layout, axis) + (0 if axis in axes else index[axis])
+        for axis in axes:
+            key = key * getattr(self.layout, axis) + index[axis]
+        comm = self.comm.Split(colour, key)
+        comm.Set_name(" x ".join(axes))
+        return comm
 
     @property
     def is_root(self):

@@ -24,10 +24,11 @@ def write(case, form, path, dtype="float32"):
     return path / "model.h5"
 
 
-def load(comm, case, form, path, dtype="float32", **options):
+def load(comm, case, form, path, dtype="float32", layout=None, **options):
     """Write a case on rank 0 and load it over all ranks."""
     model = on_root(comm, partial(write, case, form, path, dtype))
-    return hpcinfer.load(model, comm=comm, layout=f"tp={comm.size}", **options)
+    layout = layout or f"tp={comm.size}"
+    return hpcinfer.load(model, comm=comm, layout=layout, **options)
 
 
 def assert_equals_record(engine, case):

@@ -20,7 +20,7 @@ from hpcinfer.engine.generate import generate
 from hpcinfer.engine.pages import Pages, pages_for
 from hpcinfer.engine.record import Record
 from hpcinfer.engine.request import BadRequest
-from hpcinfer.engine.scheduler import Limits, Scheduler
+from hpcinfer.engine.scheduler import Limits, Scheduler, build_step
 from hpcinfer.engine.score import score
 from hpcinfer.engine.text import Text
 from hpcinfer.errors import UsageError, agreed
@@ -119,7 +119,8 @@ class Engine:
             local_bytes = int(_KV_SHARE * model.device.free_bytes()) // self.grid.node.size
         else:
             local_bytes = self._kv_memory
-        most = pages_for(self.context) * self.limits.sequences
+        pools = model.context.kv.size
+        most = -(-pages_for(self.context) * self.limits.sequences // pools)
         pages = min(most, local_bytes // model.page_bytes if model.page_bytes else most)
         pages = min(comm.allgather(pages))
         if pages < 1:
@@ -131,10 +132,23 @@ class Engine:
                 )
             )
         model.allocate_cache(pages)
-        self.scheduler = Scheduler(Pages(pages), self.limits, model.arch.rope)
+        books = Pages(pages, model.context.kv.size)
+        self.scheduler = Scheduler(books, self.limits, model.arch.rope)
         self.record.kv_bytes = pages * model.page_bytes
         collectives.ledger.clear()
         return self
+
+    def build_step(self, plan):
+        """Arrays of the step that the scheduler has planned, for this rank."""
+        context = self.model.context
+        return build_step(
+            plan,
+            self.scheduler.pages,
+            context.kv.rank,
+            self.grid.cp.size,
+            context.by_columns,
+            self.model.arch.rope,
+        )
 
     def stops(self, sampling):
         """Token ids that end a sequence with this sampling."""
@@ -217,7 +231,7 @@ def _context(arch, context):
 
 def _refuse_unbuilt(layout):
     """Refuse the axes that no strategy serves yet."""
-    for axis in ("pp", "dp", "cp"):
+    for axis in ("pp", "dp"):
         if getattr(layout, axis) > 1:
             raise UsageError(
                 f"layout: got {axis}={getattr(layout, axis)}, need {axis}=1 in this version; use tp"

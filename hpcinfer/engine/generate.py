@@ -5,7 +5,7 @@ from functools import partial
 
 from hpcinfer.engine.pages import pages_for
 from hpcinfer.engine.request import BadRequest, Choice, Result
-from hpcinfer.engine.scheduler import Sequence, build_step
+from hpcinfer.engine.scheduler import Sequence
 from hpcinfer.model.cache import PAGE
 from hpcinfer.ops.sample import History, Rows
 from hpcinfer.parallel import vocabulary
@@ -51,7 +51,7 @@ def loop(engine, feed, deliver, tokens_of, sequences_of, after_step):
         if not plan:
             return
         n_prompt = sum(min(n, max(0, s.n_prompt - s.computed)) for s, n in plan)
-        step = build_step(plan, engine.model.arch.rope)
+        step = engine.build_step(plan)
         hidden = engine.model.forward(step)
         after_step(plan, step, hidden, deliver)
         engine.record.step(step, n_prompt, time.perf_counter() - start_s, scheduler.pages.held)
@@ -108,9 +108,9 @@ def _choose(engine, plan, step, hidden, deliver):
         return
     model = engine.model
     chosen = vocabulary.choose(
-        model.grid.tp,
+        model.grid.tp_cp,
         model.logits(hidden),
-        model.vocabulary_start,
+        model.head_range[0],
         model.arch.V,
         _rows(engine, ready),
     )

@@ -2,12 +2,13 @@
 
 Equal leading pages of two sequences are one page. A full page is known by the hash of all tokens up
 to its end; a page that nobody holds any more keeps its content, and can be taken up again, until
-its room is needed. Every rank of a replica keeps the same books, from the same requests, without a
-message.
+its room is needed. Where the cache is cut over ranks, each owns a pool of pages, and the pages of a
+sequence are dealt to the ranks in turn. Every rank of a replica keeps the same books, of all pools,
+from the same requests, without a message.
 """
 
 import hashlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 
 import numpy as np
 
@@ -15,30 +16,40 @@ from hpcinfer.model.cache import PAGE
 
 
 class Pages:
-    """The books of a cache of `n` pages.
+    """The books of a cache of `n` pages on each of `ranks` ranks.
+
+    A page's number is rank · n + its place in the rank's pool.
 
     Attributes
     ----------
-    total : number of pages
+    total : number of pages of all ranks
     """
 
-    def __init__(self, n):
-        self.total = n
-        self._blank = list(range(n - 1, -1, -1))
-        self._retained = OrderedDict()
-        self._holders = [0] * n
+    def __init__(self, n, ranks=1):
+        self.n, self.ranks, self.total = n, ranks, n * ranks
+        self._blank = [list(range((r + 1) * n - 1, r * n - 1, -1)) for r in range(ranks)]
+        self._retained = [OrderedDict() for _ in range(ranks)]
+        self._holders = [0] * self.total
         self._page_of = {}
         self._text_of = {}
 
-    @property
-    def free(self):
-        """Pages that nobody holds."""
-        return len(self._blank) + len(self._retained)
+    def owner(self, page):
+        """Rank that has `page` in its pool."""
+        return page // self.n
+
+    def free(self, rank):
+        """Pages of a rank's pool that nobody holds."""
+        return len(self._blank[rank]) + len(self._retained[rank])
 
     @property
     def held(self):
         """Pages that sequences hold."""
-        return self.total - self.free
+        return self.total - sum(self.free(rank) for rank in range(self.ranks))
+
+    @property
+    def emptiest(self):
+        """Rank with the most free pages."""
+        return max(range(self.ranks), key=self.free)
 
     def find(self, digests):
         """Pages that hold the leading texts of `digests`, as far as they are in the cache."""
@@ -50,36 +61,29 @@ class Pages:
             pages.append(page)
         return pages
 
-    def unheld(self, pages):
-        """How many of `pages` nobody holds, so that holding them takes free ones."""
-        return sum(self._holders[page] == 0 for page in pages)
+    def fit(self, owners, found=()):
+        """True if a page from each of `owners`, and holding the pages `found`, can be had."""
+        needed = Counter(owners)
+        needed.update(self.owner(page) for page in found if self._holders[page] == 0)
+        return all(count <= self.free(rank) for rank, count in needed.items())
 
     def hold(self, pages):
         """Hold pages that were found; they stay as they are until released."""
         for page in pages:
             self._holders[page] += 1
-            self._retained.pop(page, None)
+            self._retained[self.owner(page)].pop(page, None)
 
-    def take(self, n):
-        """`n` pages to write, blank ones first, then those that were released longest ago.
+    def take(self, owners):
+        """Pages to write, one from each of `owners`: blank ones, then the longest released.
 
         Raises
         ------
         RuntimeError
-            If fewer than `n` are free.
+            If they cannot be had.
         """
-        if n > self.free:
-            raise RuntimeError(f"pages: got {self.free} free pages, need {n}")
-        pages = []
-        for _ in range(n):
-            if self._blank:
-                page = self._blank.pop()
-            else:
-                page, _ = self._retained.popitem(last=False)
-                del self._page_of[self._text_of.pop(page)]
-            self._holders[page] = 1
-            pages.append(page)
-        return pages
+        if not self.fit(owners):
+            raise RuntimeError(f"pages: got too few free pages for {len(owners)} more")
+        return [self._take(owner) for owner in owners]
 
     def name(self, page, digest):
         """Make a page known by its text; a text that is known already keeps its first page."""
@@ -93,9 +97,18 @@ class Pages:
             self._holders[page] -= 1
             if self._holders[page] == 0:
                 if page in self._text_of:
-                    self._retained[page] = None
+                    self._retained[self.owner(page)][page] = None
                 else:
-                    self._blank.append(page)
+                    self._blank[self.owner(page)].append(page)
+
+    def _take(self, owner):
+        if self._blank[owner]:
+            page = self._blank[owner].pop()
+        else:
+            page, _ = self._retained[owner].popitem(last=False)
+            del self._page_of[self._text_of.pop(page)]
+        self._holders[page] = 1
+        return page
 
 
 def pages_for(tokens):

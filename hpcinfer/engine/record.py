@@ -72,7 +72,7 @@ class Record:
                 f"{phase.tokens_per_s:.1f} tokens/s"
             )
         scheduler = engine.scheduler
-        cache = _span([scheduler.pages.total * r["page_bytes"] for r in ranks])
+        cache = _span([scheduler.pages.n * r["page_bytes"] for r in ranks])
         lines.append(
             f"cache     {cache} per rank, "
             f"used at most {self.most_pages} of {scheduler.pages.total} pages; "

@@ -14,7 +14,11 @@ import numpy as np
 
 from hpcinfer.engine.pages import digests, pages_for
 from hpcinfer.model.cache import PAGE
-from hpcinfer.model.step import Step
+from hpcinfer.model.step import Books, Step
+
+# Tokens per rank of cp up to which decoding divides columns: reading weights takes longer than
+# computing with them up to about this many.
+COLUMNS_TOKENS = 32
 
 
 @dataclass(eq=False)
@@ -114,8 +118,7 @@ class Scheduler:
         while position < len(self.running) and room:
             sequence = self.running[position]
             n = min(room, sequence.target - sequence.computed)
-            missing = pages_for(sequence.computed + n) - len(sequence.pages)
-            if missing > self.pages.free:
+            if not self.pages.fit(self._owners(sequence, sequence.computed + n)):
                 self._preempt(self.running.pop())
                 preempted = True
                 continue
@@ -126,19 +129,21 @@ class Scheduler:
         # Admit what waits, while there are pages for its whole text.
         while self.waiting and room and not preempted and len(self.running) < self.limits.sequences:
             sequence = self.waiting[0]
-            found = self._found(sequence)
-            needed = pages_for(sequence.target) - len(found) + self.pages.unheld(found)
-            if needed > self.pages.free:
+            sequence.pages = self._found(sequence)
+            if not self.pages.fit(self._owners(sequence, sequence.target), sequence.pages):
+                sequence.pages = []
                 break
             self.waiting.popleft()
             self.running.append(sequence)
-            self.pages.hold(found)
-            sequence.pages, sequence.computed = list(found), len(found) * PAGE
+            self.pages.hold(sequence.pages)
+            sequence.computed = len(sequence.pages) * PAGE
             self.reused_tokens += sequence.computed
             n = min(room, sequence.target - sequence.computed)
             self._plan(plan, sequence, n)
             room -= n
-        return plan
+
+        # Sequences with one token, as in decoding, stand first.
+        return sorted(plan, key=lambda entry: entry[1] > 1)
 
     def finish(self, sequence):
         """Take a finished sequence out and release its pages."""
@@ -149,13 +154,22 @@ class Scheduler:
     def _plan(self, plan, sequence, n):
         """Enter n tokens of a sequence in the step, with the pages that they need."""
         end = sequence.computed + n
-        sequence.pages += self.pages.take(pages_for(end) - len(sequence.pages))
+        sequence.pages += self.pages.take(self._owners(sequence, end))
         plan.append((sequence, n))
 
         # The step writes its keys before any is read, so its full pages can be shared at once.
         known = self._digests(sequence, end)
         for page in range(sequence.computed // PAGE, len(known)):
             self.pages.name(sequence.pages[page], known[page])
+
+    def _owners(self, sequence, end):
+        """Ranks that own the pages which a sequence still lacks for its first `end` tokens.
+
+        Pages are dealt in turn, from the rank of the first page on.
+        """
+        have, ranks = len(sequence.pages), self.pages.ranks
+        first = self.pages.owner(sequence.pages[0]) if have else self.pages.emptiest
+        return [(first + page) % ranks for page in range(have, pages_for(end))]
 
     def _found(self, sequence):
         """Cached pages of a waiting sequence's beginning; its last token is always computed."""
@@ -182,12 +196,17 @@ class Scheduler:
         self.preemptions += 1
 
 
-def build_step(plan, rope=None):
+def build_step(plan, pages, kv_rank=0, cp=1, by_columns=False, rope=None):
     """Arrays of one step, from the scheduler's plan, whose tokens count as computed afterwards.
 
     Parameters
     ----------
-    plan : list of (Sequence, n)
+    plan : list of (Sequence, n), those with one token first
+    pages : Pages
+    kv_rank : this rank's pool among those of `pages`
+    cp : number of parts in which the tokens are cut; part i computes the tokens of the pools i,
+        i + cp, ...
+    by_columns : True if steps of few tokens, one of a sequence, divide columns instead of tokens
     rope : Rope or None
 
     Returns
@@ -199,13 +218,15 @@ def build_step(plan, rope=None):
     bounds = np.concatenate([[0], np.cumsum(counts)])
     lengths = np.array([sequence.computed + n for sequence, n in plan])
     positions = np.arange(bounds[-1]) - np.repeat(bounds[:-1] - (lengths - counts), counts)
-
-    # One page table a sequence, padded with page 0, which no length reaches.
-    tables = np.zeros((len(plan), max(len(s.pages) for s, _ in plan)), np.int32)
-    for b, (sequence, _) in enumerate(plan):
-        tables[b, : len(sequence.pages)] = sequence.pages
     owner = np.repeat(np.arange(len(plan)), counts)
-    slots = tables[owner, positions // PAGE].astype(np.int64) * PAGE + positions % PAGE
+
+    # Find the page of every token, and its owner, in one table padded with page 0.
+    table = np.zeros((len(plan), max(len(s.pages) for s, _ in plan)), np.int64)
+    for b, (sequence, _) in enumerate(plan):
+        table[b, : len(sequence.pages)] = sequence.pages
+    pool, place = np.divmod(table, pages.n)
+    token_pool = pool[owner, positions // PAGE]
+    slots = place[owner, positions // PAGE] * PAGE + positions % PAGE
 
     token_ids, rows = [], []
     for b, (sequence, n) in enumerate(plan):
@@ -215,15 +236,22 @@ def build_step(plan, rope=None):
         elif lengths[b] == sequence.target:
             rows.append(bounds[b + 1] - 1)
         sequence.computed += n
+    columns = by_columns and len(plan) == bounds[-1] <= COLUMNS_TOKENS * cp
+    mine = np.arange(bounds[-1]) if columns else np.flatnonzero(token_pool % cp == kv_rank % cp)
+    stored = np.flatnonzero(token_pool[mine] == kv_rank)
     return Step(
         token_ids=np.array(token_ids, np.int32),
-        positions=positions.astype(np.int32),
-        bounds=bounds,
-        tables=tables,
+        tokens=np.stack([owner, positions], axis=1).astype(np.int32),
         lengths=lengths,
-        slots=slots,
+        n_single=int(np.sum(counts == 1)),
         rows=np.array(rows, np.int64),
         length_classes=_length_classes(plan, owner, positions, rope),
+        columns=columns,
+        part=token_pool % cp,
+        mine=mine,
+        stored=stored,
+        slots=slots[mine[stored]],
+        books=Books(place, pool[:, 0], kv_rank, pages.ranks, lengths),
     )
 
 

@@ -46,8 +46,10 @@ def _collect(engine, plan, step, hidden, deliver):
     """Add the log-probabilities of this step's next tokens, and end the texts that are complete."""
     targets = np.concatenate([s.tokens[s.computed - n + 1 : s.computed + 1] for s, n in plan])
     logprobs = _log_probabilities(engine.model, hidden, targets)
-    for b, (sequence, _) in enumerate(plan):
-        sequence.logprobs += logprobs[step.bounds[b] : step.bounds[b + 1]].tolist()
+    start = 0
+    for sequence, n in plan:
+        sequence.logprobs += logprobs[start : start + n].tolist()
+        start += n
         if sequence.computed == sequence.target:
             engine.scheduler.finish(sequence)
             deliver(_score(sequence.request, sequence.logprobs))
@@ -55,13 +57,13 @@ def _collect(engine, plan, step, hidden, deliver):
 
 def _log_probabilities(model, hidden, targets):
     """log p(target) of every row: (T, D), (T,) -> (T,) float32, host."""
-    widest = max(partition.counts(partition.block(model.arch.V, model.grid.tp.size)))
+    widest = max(partition.counts(partition.block(model.arch.V, model.grid.tp_cp.size)))
     block = max(1, _LOGITS_BYTES // (4 * widest))
     parts = [
         vocabulary.log_softmax_of(
-            model.grid.tp,
+            model.grid.tp_cp,
             model.logits(hidden[start : start + block]),
-            model.vocabulary_start,
+            model.head_range[0],
             targets[start : start + block],
         )
         for start in range(0, len(targets), block)

@@ -1,9 +1,14 @@
 """A model on one rank of the grid, and its forward pass over the tokens of one step."""
 
-from hpcinfer import partition
+import numpy as np
+
+from hpcinfer import array, collectives
 from hpcinfer.model import weights as tables
 from hpcinfer.model.cache import Cache, page_bytes
-from hpcinfer.model.layer import add_positions, ffn_middle, layer, norm
+from hpcinfer.model.context import Context
+from hpcinfer.model.cut import cut_by_columns, cut_by_tokens
+from hpcinfer.model.layer import add_positions, layer, norm
+from hpcinfer.model.step import counts_of
 from hpcinfer.ops.linear import linear
 from hpcinfer.ops.rope import angles
 from hpcinfer.parallel import vocabulary
@@ -23,17 +28,24 @@ class Model:
 
     def __init__(self, arch, checkpoint, grid, device, dtype):
         self.arch, self.grid, self.device, self.dtype = arch, grid, device, dtype
-        P, rank = grid.tp.size, grid.tp.rank
-        self.heads = partition.heads(arch.H, arch.G, P)[rank]
-        self.vocabulary_start = partition.block(arch.V, P)[rank][0]
-        self.middle = ffn_middle(arch)
-        self.weights = tables.load(arch, checkpoint, P, rank, dtype, device)
         self.cache = None
+        self.context = Context(arch, grid, lambda n: (self.cache.k[n], self.cache.v[n]))
+        self.heads = self.context.heads
+        cp = grid.cp.size
+        ranges = tables.owned(arch, grid.tp.size, grid.tp.rank, cp, grid.cp.rank)
+        self.embed_range, self.head_range = ranges["embed"], ranges["head"]
+        self.weights = tables.load(arch, checkpoint, ranges, dtype, device, cp)
+        self._by_tokens = cut_by_tokens(arch, grid, ranges, self.weights)
+        self._by_columns = cut_by_columns(arch, grid, ranges, self.weights, self.heads)
 
     @property
     def page_bytes(self):
         """Bytes of one cache page on this rank."""
         return page_bytes(self.arch.N, self.heads.n_kv, self.arch.K, self.dtype)
+
+    def cut(self, step):
+        """How the work outside attention is divided among the ranks of cp in a step."""
+        return self._by_columns if step.columns else self._by_tokens
 
     def allocate_cache(self, pages):
         """Give this rank a cache of `pages` pages."""
@@ -50,21 +62,36 @@ class Model:
 
         Returns
         -------
-        (R, D) float32, equal on every rank of the tensor axis
+        (R, D) float32, equal on every rank of the tensor and context axes
         """
-        w, arch = self.weights, self.arch
-        x = vocabulary.embed(self.grid.tp, step.token_ids, w.embed, self.vocabulary_start)
+        w, arch, mine = self.weights, self.arch, step.mine
+        x = vocabulary.embed(self.grid.tp, step.token_ids[mine], w.embed, self.embed_range[0])
         if arch.learned_positions:
-            x = add_positions(x, w.positions, step.positions)
+            x = add_positions(x, w.positions, step.positions[mine])
         rotation = None
         if arch.rope is not None:
-            rotation = tuple(
-                self.device.put(a) for a in angles(arch.rope, step.positions, step.length_classes)
-            )
+            classes = None if step.length_classes is None else step.length_classes[mine]
+            cos_sin = angles(arch.rope, step.positions[mine], classes)
+            rotation = tuple(self.device.put(a) for a in cos_sin)
         for n in range(arch.N):
             x = layer(self, n, x, step, rotation)
-        return norm(arch, x[self.device.put(step.rows)], w.final_norm, w.final_norm_bias)
+        return norm(arch, self._wanted(x, step), w.final_norm, w.final_norm_bias)
 
     def logits(self, hidden):
         """Scores of this rank's part of the vocabulary: (R, D) -> (R, V/P)."""
         return linear(hidden, self.weights.head)
+
+    def _wanted(self, x, step):
+        """Hidden states of the wanted tokens on every rank: (T/P, D) -> (R, D)."""
+        if step.columns:
+            return x[array.namespace(x).asarray(step.rows)]
+        xp, part = array.namespace(x), step.part[step.rows]
+        own = np.searchsorted(step.mine, step.rows[part == self.grid.cp.rank])
+        rows = collectives.Allgather(
+            self.grid.cp, x[xp.asarray(own)], counts_of(part, self.grid.cp.size), purpose="wanted"
+        )
+
+        # The parts lie end to end; bring the rows back to the step's order.
+        order = np.empty(len(part), np.int64)
+        order[np.argsort(part, kind="stable")] = np.arange(len(part))
+        return rows[xp.asarray(order)]

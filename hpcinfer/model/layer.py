@@ -1,8 +1,6 @@
 """One decoder layer, composed from the tensor-parallel room and one rank's mathematics."""
 
 from hpcinfer import array, collectives
-from hpcinfer.ops import activation
-from hpcinfer.ops.attention import paged_attention
 from hpcinfer.ops.norm import layer_norm, rms_norm
 from hpcinfer.ops.rope import rotate
 from hpcinfer.parallel import tensor
@@ -13,15 +11,16 @@ def layer(model, n, x, step, rotation):
 
     Parameters
     ----------
-    x : (T, D) float32, equal on every rank of the tensor axis
+    x : (T/P, D) float32, the tokens step.mine, equal on every rank of the tensor axis
     step : Step
-    rotation : (cos, sin), each (T, dim/2), or None without rope
+    rotation : (cos, sin), each (T/P, dim/2), or None without rope
 
     Returns
     -------
-    (T, D) float32, equal on every rank
+    (T/P, D) float32, equal on every rank of the tensor axis
     """
-    w, tp = model.weights.layers[n], model.grid.tp
+    cut = model.cut(step)
+    w, comm, middle = cut.layers[n], cut.comm, cut.middle
     attend = _attention(model, n, step, rotation)
     normed = norm(model.arch, x, w.norm1, w.norm1_bias)
 
@@ -29,18 +28,16 @@ def layer(model, n, x, step, rotation):
     if model.arch.parallel_residual:
         y_sum = tensor.partial_sum(normed, w.qkv, attend, w.o, w.qkv_bias)
         normed = norm(model.arch, x, w.norm2, w.norm2_bias)
-        y_sum += tensor.partial_sum(normed, w.up, model.middle, w.down, w.up_bias)
-        y = collectives.Allreduce(tp, y_sum, purpose="layer")
+        y_sum += tensor.partial_sum(normed, w.up, middle, w.down, w.up_bias)
+        y = collectives.Allreduce(comm, y_sum, purpose="layer")
         for bias in (w.o_bias, w.down_bias):
             y = y if bias is None else y + bias
         return x + y
 
     # Attention half, then FFN half, each with its Allreduce.
-    x = x + tensor.half_layer(tp, normed, w.qkv, attend, w.o, w.qkv_bias, w.o_bias, "attention")
+    x = x + tensor.half_layer(comm, normed, w.qkv, attend, w.o, w.qkv_bias, w.o_bias, "attention")
     normed = norm(model.arch, x, w.norm2, w.norm2_bias)
-    return x + tensor.half_layer(
-        tp, normed, w.up, model.middle, w.down, w.up_bias, w.down_bias, "ffn"
-    )
+    return x + tensor.half_layer(comm, normed, w.up, middle, w.down, w.up_bias, w.down_bias, "ffn")
 
 
 def norm(arch, x, weight, bias):
@@ -50,36 +47,21 @@ def norm(arch, x, weight, bias):
     return rms_norm(x, weight, arch.eps)
 
 
-def ffn_middle(arch):
-    """What stands between the FFN's two products: the non-linearity, gated or not."""
-    function = activation.activation(arch.activation)
-    if arch.gated:
-        return lambda gate_up: activation.gated(function, gate_up)
-    return function
-
-
 def _attention(model, n, step, rotation):
     """What stands between the attention's two products: (T, C/P) -> (T, H K/P) for layer n."""
     arch, heads, w = model.arch, model.heads, model.weights.layers[n]
 
     def attend(qkv):
-        T = qkv.shape[0]
+        qkv, T = model.cut(step).whole(qkv), qkv.shape[0]
         q, k, v = _split(qkv.reshape(T, heads.n_query + 2 * heads.n_kv, arch.K), heads)
         if arch.qk_norm:
             q, k = rms_norm(q, w.q_norm, arch.eps), rms_norm(k, w.k_norm, arch.eps)
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
-        model.cache.write(n, step.slots, k, v)
-        o, _ = paged_attention(
-            q,
-            model.cache.k[n],
-            model.cache.v[n],
-            step,
-            scale=arch.scales[n],
-            groups=heads.groups,
-            window=arch.windows[n],
-        )
-        return o.reshape(T, heads.n_query * arch.K)
+        stored = array.namespace(k).asarray(step.stored)
+        model.cache.write(n, step.slots, k[stored], v[stored])
+        o = model.context.attend(n, q, step)
+        return o.reshape(T, o.shape[1] * arch.K)
 
     return attend
 

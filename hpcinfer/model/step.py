@@ -1,34 +1,88 @@
 """One step of the engine: the tokens to compute now, of all sequences, laid end to end."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+
+from hpcinfer import partition
+from hpcinfer.model.cache import PAGE
+
+
+@dataclass
+class Books:
+    """Where the cached keys of a step's sequences are: pages dealt in turn to the pools of ranks.
+
+    Attributes
+    ----------
+    places : (B, pages of the longest) int, place of every page in its owner's pool
+    first : (B,) int, pool of each sequence's first page; the next page is in the next pool
+    pool, pools : this rank's pool, and the number of pools
+    lengths : (B,) int, tokens of each sequence in the cache when this step's are in it
+    """
+
+    places: np.ndarray
+    first: np.ndarray
+    pool: int
+    pools: int
+    lengths: np.ndarray
+
+    def pages(self, b, start=0):
+        """This rank's pages of sequence b from token `start` on.
+
+        Returns
+        -------
+        places : (n,) int, in this rank's pool
+        numbers : (n,) int, which page of the sequence each one is
+        """
+        last = -(-int(self.lengths[b]) // PAGE)
+        numbers = partition.dealt(start // PAGE, last, self.pools, int(self.first[b]), self.pool)
+        return self.places[b, numbers], numbers
+
+    def keys(self, b, start=0):
+        """Number of cached keys of sequence b, from the page of token `start` on, in every pool."""
+        last, length = -(-int(self.lengths[b]) // PAGE), int(self.lengths[b])
+        counts = np.zeros(self.pools, np.int64)
+        for pool in range(self.pools):
+            numbers = partition.dealt(start // PAGE, last, self.pools, int(self.first[b]), pool)
+            counts[pool] = len(numbers) * PAGE
+        if last > start // PAGE:
+            counts[(int(self.first[b]) + last - 1) % self.pools] -= last * PAGE - length
+        return counts
 
 
 @dataclass
 class Step:
-    """Tokens of one step, equal on every rank of a tensor-parallel group.
+    """Tokens of one step; all but what is marked "own" is equal on every rank of a replica.
 
     Attributes
     ----------
     token_ids : (T,) int32
-    positions : (T,) int32, place of each token in its sequence
-    bounds : (B+1,) int64, sequence b owns the tokens bounds[b]:bounds[b+1]
-    tables : (B, pages of the longest) int32, pages of each sequence's cache in order
+    tokens : (T, 2) int32, sequence and position of every token, sequences ascending
     lengths : (B,) int64, tokens of each sequence in the cache when this step's are in it
-    slots : (T,) int64, place of each token's key and value in the cache: page · page size + offset
+    n_single : sequences with one token in this step; they stand first
     rows : (R,) int64, tokens whose hidden state is wanted
     length_classes : (T,) int64 or None, for ropes that depend on the length of the text
+    columns : True if every rank of cp computes all tokens, with a part of the columns
+    part : (T,) int64, which part of the context-parallel cut computes each token, unless `columns`
+    mine : (T/P,) int64, own: the tokens that this rank computes
+    stored : (n,) int64, own: which of `mine` have their key and value in this rank's cache
+    slots : (n,) int64, own: place of each of `stored` in the cache: page · PAGE + offset
+    books : Books, where the cached keys are
     """
 
     token_ids: np.ndarray
-    positions: np.ndarray
-    bounds: np.ndarray
-    tables: np.ndarray
+    tokens: np.ndarray
     lengths: np.ndarray
-    slots: np.ndarray
+    n_single: int
     rows: np.ndarray
-    length_classes: np.ndarray | None = None
+    length_classes: np.ndarray | None
+    columns: bool
+    part: np.ndarray
+    mine: np.ndarray
+    stored: np.ndarray
+    slots: np.ndarray
+    books: Books
 
     @property
     def n_tokens(self):
@@ -39,3 +93,18 @@ class Step:
     def n_sequences(self):
         """B."""
         return len(self.lengths)
+
+    @property
+    def positions(self):
+        """(T,) place of every token in its sequence."""
+        return self.tokens[:, 1]
+
+    @cached_property
+    def phases(self):
+        """Ranges of tokens that are decoded (one of a sequence) and prefilled (several)."""
+        return range(self.n_single), range(self.n_single, self.n_tokens)
+
+
+def counts_of(parts, n):
+    """How many of some tokens each of `n` parts computes, the part of every token given."""
+    return np.bincount(parts, minlength=n).tolist()

@@ -6,7 +6,7 @@ along `out`, so that queries, keys and values, or gate and up, are one product.
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -29,7 +29,8 @@ class Row:
     layer : number of the layer, None outside the layers
     name : tensor name in the checkpoint
     shape : global shape as stored
-    cut : "query", "kv", "ffn", "vocabulary", or None if every rank holds the whole
+    cut : "query", "kv", "ffn", "ffn I" (part I of cp), "embed", "head", or None if every rank
+        holds the whole
     axis : stored axis that is cut
     unit : length of one item (head width for heads, 1 otherwise)
     offset, stride : item j begins at offset + j · stride
@@ -77,7 +78,7 @@ class Layer:
     qkv, qkv_bias : (C/P, D), (C/P,): queries, then keys, then values of the rank's heads
     q_norm, k_norm : (K,) float32
     o, o_bias : (D, H K/P), (D,)
-    up, up_bias : (U/P, D), (U/P,): gate first where there is one
+    up, up_bias : (U/P, D), (U/P,): for every part of cp its gate, if there is one, then its up
     down, down_bias : (D, F/P), (D,)
     """
 
@@ -103,10 +104,10 @@ class Weights:
 
     Attributes
     ----------
-    embed : (V/P, D)
+    embed : (V/P, D), rows of the ids that the rank looks up
     positions : (context, D), or None
     final_norm, final_norm_bias : (D,) float32
-    head : (V/P, D); the embedding itself where the two are tied
+    head : (V/P, D), rows of the ids whose logits it computes; a part of the embedding where tied
     layers : list of Layer
     """
 
@@ -118,8 +119,12 @@ class Weights:
     layers: list = field(default_factory=list)
 
 
-def table(arch):
+def table(arch, cp=1):
     """Every tensor that a model of this architecture has, in the order of computation.
+
+    Parameters
+    ----------
+    cp : parts in which the FFN's columns of a rank are divided once more, for decoding
 
     Returns
     -------
@@ -131,22 +136,41 @@ def table(arch):
             Row("positions", None, arch.names["positions"], (arch.learned_positions, arch.D))
         )
     for n in range(arch.N):
-        rows += _layer(arch, n)
+        rows += _layer(arch, n, cp)
     rows += _norm(arch, "final_norm", None)
     if not arch.tied:
         rows.append(_vocabulary(arch, "head"))
     return rows
 
 
-def owned(arch, P, rank):
-    """Items of every cut axis that rank `rank` of `P` owns: dict cut -> (start, stop)."""
+def owned(arch, P, rank, cp=1, part=0):
+    """Items of every cut axis that a rank owns.
+
+    The vocabulary's logits are divided among all ranks of tp and cp, the embedding's rows among
+    those of tp only, as every part of cp looks up its own tokens.
+
+    Parameters
+    ----------
+    P, rank : ranks of tp, and this one
+    cp, part : ranks of cp, and this one
+
+    Returns
+    -------
+    dict cut -> (start, stop)
+    """
     heads = partition.heads(arch.H, arch.G, P)[rank]
-    return {
+    first, last = partition.block(arch.F, P)[rank]
+    logits = partition.block(arch.V, P * cp)[rank * cp : (rank + 1) * cp]
+    ranges = {
         "query": heads.query,
         "kv": heads.kv,
-        "ffn": partition.block(arch.F, P)[rank],
-        "vocabulary": partition.block(arch.V, P)[rank],
+        "ffn": (first, last),
+        "embed": (logits[0][0], logits[-1][1]),
+        "head": logits[part],
     }
+    for i, (start, stop) in enumerate(partition.block(last - first, cp)):
+        ranges[f"ffn {i}"] = (first + start, first + stop)
+    return ranges
 
 
 def check(arch, tensors):
@@ -202,19 +226,23 @@ def check(arch, tensors):
     return names
 
 
-def load(arch, checkpoint, P, rank, dtype, device):
+def load(arch, checkpoint, ranges, dtype, device, cp=1):
     """Read this rank's shard, and nothing else, from a checkpoint.
 
     Matrices take `dtype`; vectors (norms, biases) are kept in float32.
+
+    Parameters
+    ----------
+    ranges : dict cut -> (start, stop), as `owned` returns it
+    cp : ranks of cp
 
     Returns
     -------
     Weights
     """
     names = check(arch, checkpoint.tensors)
-    ranges = owned(arch, P, rank)
     weights = Weights(layers=[Layer() for _ in range(arch.N)])
-    for rows in _by_target(table(arch)):
+    for rows in _by_target(table(arch, cp)):
         target = weights if rows[0].layer is None else weights.layers[rows[0].layer]
         parameter = _read(rows, names, checkpoint, ranges, dtype)
         setattr(target, rows[0].key, device.put(parameter))
@@ -223,14 +251,27 @@ def load(arch, checkpoint, P, rank, dtype, device):
     return weights
 
 
-def shard_bytes(arch, P, rank, dtype):
-    """Bytes of the parameters of one rank in memory."""
-    ranges = owned(arch, P, rank)
-    total = 0
-    for row in table(arch):
-        shape = row.local_shape(ranges)
-        total += int(np.prod(shape)) * (4 if len(shape) == 1 else np.dtype(dtype).itemsize)
-    return total
+def slice_columns(layer, qkv, o, up, down):
+    """A layer with only some of its columns: views of its parameters.
+
+    Parameters
+    ----------
+    qkv, up : slices of the rows of the column cuts
+    o, down : slices of the inputs of the row cuts
+    """
+
+    def part(parameter, index):
+        return None if parameter is None else parameter[index]
+
+    return replace(
+        layer,
+        qkv=layer.qkv[qkv],
+        qkv_bias=part(layer.qkv_bias, qkv),
+        o=layer.o[:, o],
+        up=layer.up[up],
+        up_bias=part(layer.up_bias, up),
+        down=layer.down[:, down],
+    )
 
 
 def _read(rows, names, checkpoint, ranges, dtype):
@@ -253,18 +294,20 @@ def _read(rows, names, checkpoint, ranges, dtype):
 
 
 def _tied_head(arch, checkpoint, ranges, weights, dtype, device):
-    """The embedding, or the head that the file holds beside it if that differs."""
+    """A part of the embedding, or of the head that the file holds beside it if that differs."""
+    start, stop = (bound - ranges["embed"][0] for bound in ranges["head"])
+    tied = weights.embed[start:stop]
     name = _find(arch.names["head"], checkpoint.tensors)
     if name is None or tuple(checkpoint.tensors[name].shape) != (arch.V, arch.D):
-        return weights.embed
+        return tied
     row = _vocabulary(arch, "head")
     head = _read([row], {row.name: name}, checkpoint, ranges, dtype)
-    equal = np.array_equal(head.view(np.uint8), array.host(weights.embed).view(np.uint8))
-    return weights.embed if equal else device.put(head)
+    equal = np.array_equal(head.view(np.uint8), array.host(tied).view(np.uint8))
+    return tied if equal else device.put(head)
 
 
 def _vocabulary(arch, key):
-    return Row(key, None, arch.names[key], (arch.V, arch.D), "vocabulary")
+    return Row(key, None, arch.names[key], (arch.V, arch.D), key)
 
 
 def _norm(arch, key, layer):
@@ -273,7 +316,7 @@ def _norm(arch, key, layer):
     return [Row(k, layer, arch.names[k].format(n=layer), (arch.D,)) for k in keys]
 
 
-def _layer(arch, n):
+def _layer(arch, n, cp):
     """Rows of layer n."""
     rows = _norm(arch, "norm1", n) + _qkv(arch, n)
     if arch.qk_norm:
@@ -281,9 +324,11 @@ def _layer(arch, n):
     query = {"cut": "query", "unit": arch.K, "stride": arch.K}
     rows += _matrix(arch, n, "o", "o", arch.H * arch.K, arch.D, arch.o_bias, query, column=False)
     rows += _norm(arch, "norm2", n)
+    for part in range(cp):
+        for name in ("gate", "up") if arch.gated else ("up",):
+            ffn = {"cut": f"ffn {part}"}
+            rows += _matrix(arch, n, "up", name, arch.D, arch.F, arch.ffn_bias, ffn)
     ffn = {"cut": "ffn"}
-    for name in ("gate", "up") if arch.gated else ("up",):
-        rows += _matrix(arch, n, "up", name, arch.D, arch.F, arch.ffn_bias, ffn)
     rows += _matrix(arch, n, "down", "down", arch.F, arch.D, arch.ffn_bias, ffn, column=False)
     return rows
 

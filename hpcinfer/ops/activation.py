@@ -66,16 +66,23 @@ def activation(name):
         raise ValueError(f"activation: got {name!r}, need one of {known}") from None
 
 
-def gated(function, gate_up):
-    """function(gate) · up, the two halves standing side by side (Shazeer 2020, arXiv:2002.05202).
+def gated(function, gate_up, widths):
+    """function(gate) · up (Shazeer 2020, arXiv:2002.05202).
 
     Parameters
     ----------
-    gate_up : (T, 2 F) float32, gate in the first F columns
+    gate_up : (T, 2 F) float32, in blocks of columns: the gate of a block, then its up
+    widths : columns of the gate in every block, adding up to F
 
     Returns
     -------
     (T, F) float32
     """
-    F = gate_up.shape[-1] // 2
-    return function(gate_up[..., :F]) * gate_up[..., F:]
+    xp = array.namespace(gate_up)
+    y = xp.empty((gate_up.shape[0], sum(widths)), xp.float32)
+    start = 0
+    for width in widths:
+        gate, up = gate_up[:, 2 * start :][:, :width], gate_up[:, 2 * start + width :][:, :width]
+        y[:, start : start + width] = function(gate) * up
+        start += width
+    return y

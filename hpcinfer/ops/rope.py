@@ -105,7 +105,8 @@ def angles(rope, positions, length_classes=None):
     """
     if rope.depends_on_length:
         classes, which = np.unique(length_classes, return_inverse=True)
-        table = np.stack([frequencies(rope, int(c)) for c in classes])[which.reshape(-1)]
+        tables = [frequencies(rope, int(c)) for c in classes]
+        table = np.array(tables, np.float32).reshape(-1, rope.dim // 2)[which.reshape(-1)]
     else:
         table = frequencies(rope)[None, :]
     angle = positions.astype(np.float32)[:, None] * table

@@ -1,0 +1,245 @@
+"""Attention over a cache that is cut along the sequence: which strategy serves which tokens.
+
+A rank computes some tokens of a step (the part `cp_index` of `cp`), for its own query heads, and
+holds some pages of the key/value heads that those read. In decoding all queries of a step meet
+every rank's keys and the partial results are merged; in prefill keys and values, or queries, pass
+around. One rank is the simplest case of it.
+
+Where tp exceeds the number of key/value heads, the ranks that need the same head do not each keep
+a copy: with cp, its keys are dealt over all of them (the shape of Helix, Bhatia 2025,
+arXiv:2507.07120).
+"""
+
+from itertools import pairwise
+
+import numpy as np
+
+from hpcinfer import array, collectives, partition
+from hpcinfer.errors import UsageError
+from hpcinfer.model.cut import query_heads
+from hpcinfer.model.step import counts_of
+from hpcinfer.ops import attention as ops
+from hpcinfer.parallel.gather import gather
+from hpcinfer.parallel.ring import cheaper_to_move_queries, ring, ring_queries
+from hpcinfer.parallel.split import gathered_keys
+from hpcinfer.parallel.tree import tree
+from hpcinfer.parallel.ulysses import ulysses
+
+
+class Context:
+    """One rank's place in the cut of heads, tokens and keys.
+
+    Parameters
+    ----------
+    arch : Architecture
+    grid : Grid
+    cache : function of a layer's number, its (k, v) pages
+
+    Attributes
+    ----------
+    kv : communicator of the ranks that hold parts of the same key/value heads
+    heads : Heads of this rank
+    sharers : ranks of tp that read the same key/value head and share its keys; 1 as a rule
+    by_columns : True if decoding may divide columns, not tokens, among the ranks of cp
+    """
+
+    def __init__(self, arch, grid, cache):
+        self.arch, self.grid, self._cache = arch, grid, cache
+        C, P = grid.cp.size, grid.tp.size
+        self.heads = partition.heads(arch.H, arch.G, P)[grid.tp.rank]
+        self.sharers = P // arch.G if C > 1 and P > arch.G and P % arch.G == 0 else 1
+        self.kv = _kv_comm(grid, self.sharers)
+        self._shares = [(0, self.heads.n_query)]
+        if self.sharers > 1:
+            self._shares = partition.block(arch.H // arch.G, self.sharers)
+        self.by_columns = C > 1 and self.sharers == 1 and grid.layout.decode != "ring"
+        self._prefill = {
+            "ring": self._ring,
+            "split-q": self._split_q,
+            "ulysses": self._ulysses,
+        }[grid.layout.prefill]
+        self._decode = {
+            "tree": self._merged,
+            "gather": self._merged,
+            "ring": self._ring,
+        }[grid.layout.decode]
+        if grid.layout.prefill == "ulysses" and self.sharers > 1:
+            raise UsageError(
+                f"layout: got prefill=ulysses with tp={P} over {arch.G} key/value heads, need no "
+                "more of tp than of those; use prefill=ring"
+            )
+
+    def attend(self, n, q, step):
+        """Attention of this rank's tokens and query heads to all keys of their sequences.
+
+        Parameters
+        ----------
+        n : number of the layer
+        q : (T/P, H/P, K) float32, of the tokens step.mine
+
+        Returns
+        -------
+        (T/P, H/P, K) float32; if the step divides columns, of the heads whose outputs this rank
+        projects
+        """
+        if step.columns:
+            o = self._merge(n, q, step, step.tokens)
+            return o[:, slice(*query_heads(self.heads, self.grid.cp.size)[self.grid.cp.rank])]
+        o = array.namespace(q).empty_like(q)
+        for phase, strategy in zip(step.phases, (self._decode, self._prefill), strict=True):
+            if len(phase):
+                own = self._own(step, phase)
+                o[own] = strategy(n, q[own], step, phase, step.tokens[step.mine[own]])
+        return o
+
+    def _merged(self, n, q, step, phase, q_tokens):
+        """Every query to every rank's keys, and the partial results merged."""
+        tokens, order, counts = self._order(step, phase)
+        q_all = self._gathered_queries(q, counts, order)
+        o = self._merge(n, q_all, step, tokens)
+
+        # Keep the own tokens, and the own heads among those that share a key/value head.
+        own = step.mine[self._own(step, phase)] - phase.start
+        return o[own, slice(*self._shares[self.kv.rank // self.grid.cp.size])]
+
+    def _merge(self, n, q, step, tokens):
+        """Attention of queries that every rank has: partial results over own keys, merged."""
+        o, lse = ops.paged_attention(
+            q, tokens, *self._cache(n), step.books, **self._local(n, shared=True)
+        )
+        merged = tree if self.grid.layout.decode == "tree" else gather
+        return merged(self.kv, o, lse)[0]
+
+    def _ring(self, n, q, step, phase, q_tokens):
+        """Keys and values, or queries, pass around, whichever are fewer bytes."""
+        arch, counts = self.arch, self._key_counts(step, phase, n)
+        _, _, own_counts = self._order(step, phase)
+        k_pages, v_pages = self._cache(n)
+        if self.sharers == 1 and cheaper_to_move_queries(
+            own_counts,
+            counts.tolist(),
+            self.heads.n_query,
+            self.heads.n_kv,
+            arch.K,
+            k_pages.dtype.itemsize,
+        ):
+
+            def attend_local(q, q_tokens):
+                return ops.paged_attention(
+                    q, q_tokens, k_pages, v_pages, step.books, **self._local(n)
+                )
+
+            return ring_queries(self.kv, q, q_tokens, own_counts, attend_local)[0]
+        k, v, k_tokens = self._own_keys(step, phase, n)
+
+        def attend(q, k, v, q_tokens, k_tokens, between=None):
+            return ops.ragged_attention(
+                q, k, v, q_tokens, k_tokens, between=between, **self._local(n)
+            )
+
+        return ring(self.kv, q, k, v, q_tokens, k_tokens, counts.tolist(), attend)[0]
+
+    def _split_q(self, n, q, step, phase, q_tokens):
+        """Queries stay cut; keys and values are gathered whole."""
+        counts = self._key_counts(step, phase, n).tolist()
+        k, v, k_tokens = gathered_keys(self.kv, *self._own_keys(step, phase, n), counts)
+        k, v, k_tokens = _in_order(k, v, k_tokens)
+        return ops.ragged_attention(q, k, v, q_tokens, k_tokens, **self._local(n))[0]
+
+    def _ulysses(self, n, q, step, phase, q_tokens):
+        """Cut by tokens outside, by heads inside."""
+        tokens, order, own_counts = self._order(step, phase)
+        counts = self._key_counts(step, phase, n).tolist()
+        k, v, k_tokens = self._own_keys(step, phase, n)
+        k_tokens = collectives.Allgather(self.kv, k_tokens, counts, purpose="ulysses")
+        share = partition.heads_of(self.heads, self.kv.size)
+
+        def attend(q, k, v, groups):
+            k, v, in_order = _in_order(k, v, k_tokens)
+            local = {**self._local(n), "groups": groups}
+            o = ops.ragged_attention(q[order], k, v, tokens, in_order, **local)[0]
+            back = array.namespace(o).empty_like(o)
+            back[order] = o
+            return back
+
+        return ulysses(self.kv, q, k, v, own_counts, counts, share, attend)
+
+    def _local(self, n, shared=False):
+        """What the mathematics of one rank must know of layer n."""
+        groups = self.heads.groups
+        if shared and self.sharers > 1:
+            groups = ((0, self._shares[-1][1]),)
+        return {"scale": self.arch.scales[n], "groups": groups, "window": self.arch.windows[n]}
+
+    def _own(self, step, phase):
+        """Which of the step's own tokens belong to a phase."""
+        first, last = np.searchsorted(step.mine, (phase.start, phase.stop))
+        return slice(first, last)
+
+    def _order(self, step, phase):
+        """Tokens of a phase, where each stands when parts lie end to end, and their lengths."""
+        part = step.part[phase.start : phase.stop]
+        by_part = np.argsort(part, kind="stable")
+        order = np.empty_like(by_part)
+        order[by_part] = np.arange(len(part))
+        counts = counts_of(part, self.grid.cp.size)
+        return step.tokens[phase.start : phase.stop], order, counts
+
+    def _gathered_queries(self, q, counts, order):
+        """Queries of all tokens of a phase in order, of all heads that read this rank's keys."""
+        xp, width = array.namespace(q), q.shape[-1]
+        shares = partition.counts(self._shares)
+        rows = [n_heads * n for n_heads in shares for n in counts]
+        flat = collectives.Allgather(self.kv, q.reshape(-1, width), rows, purpose="queries")
+
+        # One block of rows per sharer of the key/value head, its parts end to end.
+        starts = np.cumsum([0, *(n_heads * len(order) for n_heads in shares)])
+        blocks = [
+            flat[start:stop].reshape(len(order), n_heads, width)[xp.asarray(order)]
+            for (start, stop), n_heads in zip(pairwise(starts), shares, strict=True)
+        ]
+        return blocks[0] if len(blocks) == 1 else xp.concatenate(blocks, axis=1)
+
+    def _sequences(self, step, phase, n):
+        """(b, first token that is seen) of every sequence of a phase in layer n."""
+        tokens = step.tokens[phase.start : phase.stop]
+        window = self.arch.windows[n]
+        return [(b, ops.reach(tokens[rows, 1], window)) for b, rows in ops.sequences(tokens)]
+
+    def _key_counts(self, step, phase, n):
+        """(P,) cached keys that each rank brings to a phase."""
+        return sum(step.books.keys(b, start) for b, start in self._sequences(step, phase, n))
+
+    def _own_keys(self, step, phase, n):
+        """This rank's keys and values for a phase: k, v (L/P, G, K) and k_tokens (L/P, 2)."""
+        pages = self._cache(n)
+        parts = [
+            (b, *ops.cached(*pages, step.books, b, start))
+            for b, start in self._sequences(step, phase, n)
+        ]
+        xp = array.namespace(pages[0])
+        k, v = (xp.concatenate([part[i] for part in parts]) for i in (1, 2))
+        k_tokens = np.concatenate(
+            [np.stack([np.full(len(k_pos), b), k_pos], axis=1) for b, _, _, k_pos in parts]
+        )
+        return k, v, k_tokens.astype(np.int32)
+
+
+def _kv_comm(grid, sharers):
+    """Communicator of the ranks that deal the same key/value heads' pages among them.
+
+    Its rank r computes the tokens of part r % cp.
+    """
+    if sharers == 1:
+        return grid.cp
+    C, t = grid.cp.size, grid.tp.rank
+    comm = grid.tp_cp.Split(t // sharers, (t % sharers) * C + grid.cp.rank)
+    comm.Set_name("kv")
+    return comm
+
+
+def _in_order(k, v, k_tokens):
+    """Keys of all ranks with sequences ascending and positions ascending in each."""
+    order = np.lexsort((k_tokens[:, 1], k_tokens[:, 0]))
+    where = array.namespace(k).asarray(order)
+    return k[where], v[where], k_tokens[order]
