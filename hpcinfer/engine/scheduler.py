@@ -247,6 +247,7 @@ def build_step(plan, pages, kv_rank=0, cp=1, by_columns=False, rope=None):
         rows=np.array(rows, np.int64),
         length_classes=_length_classes(plan, owner, positions, rope),
         columns=columns,
+        parts=cp,
         part=token_pool % cp,
         mine=mine,
         stored=stored,

@@ -17,7 +17,6 @@ import numpy as np
 from hpcinfer import array, collectives, partition
 from hpcinfer.errors import UsageError
 from hpcinfer.model.cut import query_heads
-from hpcinfer.model.step import counts_of
 from hpcinfer.ops import attention as ops
 from hpcinfer.parallel.gather import gather
 from hpcinfer.parallel.ring import cheaper_to_move_queries, ring, ring_queries
@@ -86,21 +85,20 @@ class Context:
             o = self._merge(n, q, step, step.tokens)
             return o[:, slice(*query_heads(self.heads, self.grid.cp.size)[self.grid.cp.rank])]
         o = array.namespace(q).empty_like(q)
-        for phase, strategy in zip(step.phases, (self._decode, self._prefill), strict=True):
-            if len(phase):
-                own = self._own(step, phase)
-                o[own] = strategy(n, q[own], step, phase, step.tokens[step.mine[own]])
+        for phase, strategy in (
+            (step.decoding, self._decode),
+            (step.prefilling, self._prefill),
+        ):
+            if phase is not None:
+                o[phase.own] = strategy(n, q[phase.own], step, phase)
         return o
 
-    def _merged(self, n, q, step, phase, q_tokens):
+    def _merged(self, n, q, step, phase):
         """Every query to every rank's keys, and the partial results merged."""
-        tokens, order, counts = self._order(step, phase)
-        q_all = self._gathered_queries(q, counts, order)
-        o = self._merge(n, q_all, step, tokens)
+        o = self._merge(n, self._gathered_queries(q, phase), step, phase.tokens)
 
         # Keep the own tokens, and the own heads among those that share a key/value head.
-        own = step.mine[self._own(step, phase)] - phase.start
-        return o[own, slice(*self._shares[self.kv.rank // self.grid.cp.size])]
+        return o[phase.chosen, slice(*self._shares[self.kv.rank // self.grid.cp.size])]
 
     def _merge(self, n, q, step, tokens):
         """Attention of queries that every rank has: partial results over own keys, merged."""
@@ -110,59 +108,57 @@ class Context:
         merged = tree if self.grid.layout.decode == "tree" else gather
         return merged(self.kv, o, lse)[0]
 
-    def _ring(self, n, q, step, phase, q_tokens):
+    def _ring(self, n, q, step, phase):
         """Keys and values, or queries, pass around, whichever are fewer bytes."""
-        arch, counts = self.arch, self._key_counts(step, phase, n)
-        _, _, own_counts = self._order(step, phase)
-        k_pages, v_pages = self._cache(n)
-        if self.sharers == 1 and cheaper_to_move_queries(
-            own_counts,
-            counts.tolist(),
-            self.heads.n_query,
-            self.heads.n_kv,
-            arch.K,
-            k_pages.dtype.itemsize,
-        ):
+        q_tokens, counts = phase.tokens[phase.chosen], self._key_counts(n, step, phase)
+        if self.sharers == 1 and self._cheaper_to_move_queries(n, phase, counts):
 
             def attend_local(q, q_tokens):
                 return ops.paged_attention(
-                    q, q_tokens, k_pages, v_pages, step.books, **self._local(n)
+                    q, q_tokens, *self._cache(n), step.books, **self._local(n)
                 )
 
-            return ring_queries(self.kv, q, q_tokens, own_counts, attend_local)[0]
-        k, v, k_tokens = self._own_keys(step, phase, n)
+            return ring_queries(self.kv, q, q_tokens, phase.counts, attend_local)[0]
+        k, v, k_tokens = self._own_keys(n, step, phase)
 
-        def attend(q, k, v, q_tokens, k_tokens, between=None):
+        def attend(q, k, v, q_tokens, k_tokens, between):
             return ops.ragged_attention(
                 q, k, v, q_tokens, k_tokens, between=between, **self._local(n)
             )
 
-        return ring(self.kv, q, k, v, q_tokens, k_tokens, counts.tolist(), attend)[0]
+        return ring(self.kv, q, k, v, q_tokens, k_tokens, counts, attend)[0]
 
-    def _split_q(self, n, q, step, phase, q_tokens):
+    def _cheaper_to_move_queries(self, n, phase, key_counts):
+        itemsize = self._cache(n)[0].dtype.itemsize
+        return cheaper_to_move_queries(
+            phase.counts, key_counts, self.heads.n_query, self.heads.n_kv, self.arch.K, itemsize
+        )
+
+    def _split_q(self, n, q, step, phase):
         """Queries stay cut; keys and values are gathered whole."""
-        counts = self._key_counts(step, phase, n).tolist()
-        k, v, k_tokens = gathered_keys(self.kv, *self._own_keys(step, phase, n), counts)
+        counts = self._key_counts(n, step, phase)
+        k, v, k_tokens = gathered_keys(self.kv, *self._own_keys(n, step, phase), counts)
         k, v, k_tokens = _in_order(k, v, k_tokens)
+        q_tokens = phase.tokens[phase.chosen]
         return ops.ragged_attention(q, k, v, q_tokens, k_tokens, **self._local(n))[0]
 
-    def _ulysses(self, n, q, step, phase, q_tokens):
+    def _ulysses(self, n, q, step, phase):
         """Cut by tokens outside, by heads inside."""
-        tokens, order, own_counts = self._order(step, phase)
-        counts = self._key_counts(step, phase, n).tolist()
-        k, v, k_tokens = self._own_keys(step, phase, n)
+        counts = self._key_counts(n, step, phase)
+        k, v, k_tokens = self._own_keys(n, step, phase)
         k_tokens = collectives.Allgather(self.kv, k_tokens, counts, purpose="ulysses")
         share = partition.heads_of(self.heads, self.kv.size)
 
         def attend(q, k, v, groups):
             k, v, in_order = _in_order(k, v, k_tokens)
             local = {**self._local(n), "groups": groups}
-            o = ops.ragged_attention(q[order], k, v, tokens, in_order, **local)[0]
-            back = array.namespace(o).empty_like(o)
-            back[order] = o
-            return back
+            order = array.namespace(q).asarray(phase.order)
+            o = ops.ragged_attention(q[order], k, v, phase.tokens, in_order, **local)[0]
+            in_parts = array.namespace(o).empty_like(o)
+            in_parts[order] = o
+            return in_parts
 
-        return ulysses(self.kv, q, k, v, own_counts, counts, share, attend)
+        return ulysses(self.kv, q, k, v, phase.counts, counts, share, attend)
 
     def _local(self, n, shared=False):
         """What the mathematics of one rank must know of layer n."""
@@ -171,51 +167,37 @@ class Context:
             groups = ((0, self._shares[-1][1]),)
         return {"scale": self.arch.scales[n], "groups": groups, "window": self.arch.windows[n]}
 
-    def _own(self, step, phase):
-        """Which of the step's own tokens belong to a phase."""
-        first, last = np.searchsorted(step.mine, (phase.start, phase.stop))
-        return slice(first, last)
-
-    def _order(self, step, phase):
-        """Tokens of a phase, where each stands when parts lie end to end, and their lengths."""
-        part = step.part[phase.start : phase.stop]
-        by_part = np.argsort(part, kind="stable")
-        order = np.empty_like(by_part)
-        order[by_part] = np.arange(len(part))
-        counts = counts_of(part, self.grid.cp.size)
-        return step.tokens[phase.start : phase.stop], order, counts
-
-    def _gathered_queries(self, q, counts, order):
+    def _gathered_queries(self, q, phase):
         """Queries of all tokens of a phase in order, of all heads that read this rank's keys."""
-        xp, width = array.namespace(q), q.shape[-1]
+        xp, width, n_tokens = array.namespace(q), q.shape[-1], len(phase.tokens)
         shares = partition.counts(self._shares)
-        rows = [n_heads * n for n_heads in shares for n in counts]
+        rows = [n_heads * n for n_heads in shares for n in phase.counts]
         flat = collectives.Allgather(self.kv, q.reshape(-1, width), rows, purpose="queries")
 
         # One block of rows per sharer of the key/value head, its parts end to end.
-        starts = np.cumsum([0, *(n_heads * len(order) for n_heads in shares)])
+        starts = np.cumsum([0, *(n_heads * n_tokens for n_heads in shares)])
         blocks = [
-            flat[start:stop].reshape(len(order), n_heads, width)[xp.asarray(order)]
+            flat[start:stop].reshape(n_tokens, n_heads, width)[xp.asarray(phase.order)]
             for (start, stop), n_heads in zip(pairwise(starts), shares, strict=True)
         ]
         return blocks[0] if len(blocks) == 1 else xp.concatenate(blocks, axis=1)
 
-    def _sequences(self, step, phase, n):
+    def _sequences(self, n, phase):
         """(b, first token that is seen) of every sequence of a phase in layer n."""
-        tokens = step.tokens[phase.start : phase.stop]
         window = self.arch.windows[n]
-        return [(b, ops.reach(tokens[rows, 1], window)) for b, rows in ops.sequences(tokens)]
+        return [
+            (b, ops.reach(phase.tokens[rows, 1], window)) for b, rows in ops.sequences(phase.tokens)
+        ]
 
-    def _key_counts(self, step, phase, n):
-        """(P,) cached keys that each rank brings to a phase."""
-        return sum(step.books.keys(b, start) for b, start in self._sequences(step, phase, n))
+    def _key_counts(self, n, step, phase):
+        """Cached keys that each rank brings to a phase."""
+        return sum(step.books.keys(b, start) for b, start in self._sequences(n, phase)).tolist()
 
-    def _own_keys(self, step, phase, n):
+    def _own_keys(self, n, step, phase):
         """This rank's keys and values for a phase: k, v (L/P, G, K) and k_tokens (L/P, 2)."""
         pages = self._cache(n)
         parts = [
-            (b, *ops.cached(*pages, step.books, b, start))
-            for b, start in self._sequences(step, phase, n)
+            (b, *ops.cached(*pages, step.books, b, start)) for b, start in self._sequences(n, phase)
         ]
         xp = array.namespace(pages[0])
         k, v = (xp.concatenate([part[i] for part in parts]) for i in (1, 2))

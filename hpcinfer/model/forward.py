@@ -8,7 +8,7 @@ from hpcinfer.model.cache import Cache, page_bytes
 from hpcinfer.model.context import Context
 from hpcinfer.model.cut import cut_by_columns, cut_by_tokens
 from hpcinfer.model.layer import add_positions, layer, norm
-from hpcinfer.model.step import counts_of
+from hpcinfer.model.step import in_parts
 from hpcinfer.ops.linear import linear
 from hpcinfer.ops.rope import angles
 from hpcinfer.parallel import vocabulary
@@ -87,11 +87,6 @@ class Model:
             return x[array.namespace(x).asarray(step.rows)]
         xp, part = array.namespace(x), step.part[step.rows]
         own = np.searchsorted(step.mine, step.rows[part == self.grid.cp.rank])
-        rows = collectives.Allgather(
-            self.grid.cp, x[xp.asarray(own)], counts_of(part, self.grid.cp.size), purpose="wanted"
-        )
-
-        # The parts lie end to end; bring the rows back to the step's order.
-        order = np.empty(len(part), np.int64)
-        order[np.argsort(part, kind="stable")] = np.arange(len(part))
-        return rows[xp.asarray(order)]
+        counts = np.bincount(part, minlength=step.parts).tolist()
+        rows = collectives.Allgather(self.grid.cp, x[xp.asarray(own)], counts, purpose="wanted")
+        return rows[xp.asarray(in_parts(part))]

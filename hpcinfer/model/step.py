@@ -27,28 +27,56 @@ class Books:
     pools: int
     lengths: np.ndarray
 
+    def __post_init__(self):
+        self._pages = {}
+
     def pages(self, b, start=0):
-        """This rank's pages of sequence b from token `start` on.
+        """This rank's pages of sequence b from token `start` on; every layer asks again.
 
         Returns
         -------
         places : (n,) int, in this rank's pool
         numbers : (n,) int, which page of the sequence each one is
         """
-        last = -(-int(self.lengths[b]) // PAGE)
-        numbers = partition.dealt(start // PAGE, last, self.pools, int(self.first[b]), self.pool)
-        return self.places[b, numbers], numbers
+        key = b, start // PAGE
+        if key not in self._pages:
+            numbers = self._dealt(b, start, self.pool)
+            self._pages[key] = self.places[b, numbers], numbers
+        return self._pages[key]
 
     def keys(self, b, start=0):
         """Number of cached keys of sequence b, from the page of token `start` on, in every pool."""
-        last, length = -(-int(self.lengths[b]) // PAGE), int(self.lengths[b])
-        counts = np.zeros(self.pools, np.int64)
-        for pool in range(self.pools):
-            numbers = partition.dealt(start // PAGE, last, self.pools, int(self.first[b]), pool)
-            counts[pool] = len(numbers) * PAGE
+        counts = PAGE * np.array([len(self._dealt(b, start, pool)) for pool in range(self.pools)])
+        length = int(self.lengths[b])
+        last = -(-length // PAGE)
         if last > start // PAGE:
             counts[(int(self.first[b]) + last - 1) % self.pools] -= last * PAGE - length
         return counts
+
+    def _dealt(self, b, start, pool):
+        """Numbers of the pages of sequence b that a pool has, from token `start` on."""
+        last = -(-int(self.lengths[b]) // PAGE)
+        return partition.dealt(start // PAGE, last, self.pools, int(self.first[b]), pool)
+
+
+@dataclass
+class Phase:
+    """A run of a step's tokens that one strategy serves.
+
+    Attributes
+    ----------
+    tokens : (n, 2) int32, sequence and position of every token
+    own : slice of the step's `mine`
+    chosen : (n/P,) int64, which of `tokens` this rank computes
+    counts : tokens that each part computes
+    order : (n,) int64, where each token stands when the parts lie end to end
+    """
+
+    tokens: np.ndarray
+    own: slice
+    chosen: np.ndarray
+    counts: list
+    order: np.ndarray
 
 
 @dataclass
@@ -64,6 +92,7 @@ class Step:
     rows : (R,) int64, tokens whose hidden state is wanted
     length_classes : (T,) int64 or None, for ropes that depend on the length of the text
     columns : True if every rank of cp computes all tokens, with a part of the columns
+    parts : ranks of cp
     part : (T,) int64, which part of the context-parallel cut computes each token, unless `columns`
     mine : (T/P,) int64, own: the tokens that this rank computes
     stored : (n,) int64, own: which of `mine` have their key and value in this rank's cache
@@ -78,6 +107,7 @@ class Step:
     rows: np.ndarray
     length_classes: np.ndarray | None
     columns: bool
+    parts: int
     part: np.ndarray
     mine: np.ndarray
     stored: np.ndarray
@@ -100,11 +130,26 @@ class Step:
         return self.tokens[:, 1]
 
     @cached_property
-    def phases(self):
-        """Ranges of tokens that are decoded (one of a sequence) and prefilled (several)."""
-        return range(self.n_single), range(self.n_single, self.n_tokens)
+    def decoding(self):
+        """Phase of the sequences with one token in this step; None if there is none."""
+        return self._phase(0, self.n_single)
+
+    @cached_property
+    def prefilling(self):
+        """Phase of the sequences with several tokens in this step; None if there is none."""
+        return self._phase(self.n_single, self.n_tokens)
+
+    def _phase(self, start, stop):
+        if start == stop:
+            return None
+        own = slice(*np.searchsorted(self.mine, (start, stop)))
+        counts = np.bincount(self.part[start:stop], minlength=self.parts).tolist()
+        order = in_parts(self.part[start:stop])
+        return Phase(self.tokens[start:stop], own, self.mine[own] - start, counts, order)
 
 
-def counts_of(parts, n):
-    """How many of some tokens each of `n` parts computes, the part of every token given."""
-    return np.bincount(parts, minlength=n).tolist()
+def in_parts(part):
+    """Where each item stands when the items of part 0 come first, then those of part 1, ..."""
+    order = np.empty(len(part), np.int64)
+    order[np.argsort(part, kind="stable")] = np.arange(len(part))
+    return order
