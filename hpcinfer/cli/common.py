@@ -1,8 +1,8 @@
 """Options that the commands on a loaded model share."""
 
 import shlex
+from argparse import ArgumentTypeError
 
-from hpcinfer.errors import UsageError
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
@@ -108,7 +108,7 @@ def run_batch(kind, arguments, sampling):
 def positive(text):
     """Positive whole number of the command line."""
     if not text.isdecimal() or int(text) < 1:
-        raise UsageError(f"got {text!r}, need a whole number of 1 or more")
+        raise ArgumentTypeError(f"got {text!r}, need a whole number of 1 or more")
     return int(text)
 
 
@@ -122,11 +122,11 @@ def size(text):
         value = float(number)
         factor = _UNITS[letter]
     except (ValueError, KeyError):
-        raise UsageError(
+        raise ArgumentTypeError(
             f"got size {text!r}, need a number with unit, such as 500M or 8GiB"
         ) from None
     if not 0 < value < 1e18:
-        raise UsageError(f"got size {text!r}, need more than nothing")
+        raise ArgumentTypeError(f"got size {text!r}, need more than nothing")
     if binary:
         factor = 1024 ** {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}[letter]
     return int(value * factor)

@@ -175,7 +175,7 @@ class Engine:
         ValueError
             If an item cannot be used.
         """
-        return self._run(generate, self.reader(sampling), items)
+        return self._run(generate, agree_all(self.grid.comm, self.reader, sampling), items)
 
     def score(self, items):
         """Log-probabilities of texts.
