@@ -3,7 +3,6 @@
 import shlex
 from argparse import ArgumentTypeError
 
-
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
