@@ -8,9 +8,10 @@ of ranks.
 Bytes are counted as sent per rank by the ring algorithms, n being the bytes of the whole array::
 
     Allgather (P-1) n_own · ReduceScatter n - n_own · Allreduce 2 n (P-1)/P · Bcast n at the root ·
-    Alltoall n - n_own · Gather n_own except at the root · Sendrecv n
+    Alltoall n - n_own · Gather n_own except at the root · Shift n, if to another rank
 """
 
+import atexit
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -23,11 +24,23 @@ from hpcinfer import array
 
 @dataclass
 class Entry:
-    """Sum over the calls of one verb on one axis for one purpose."""
+    """Sum over the calls of one verb on one axis for one purpose.
+
+    Attributes
+    ----------
+    calls : number of calls
+    sent_bytes : bytes sent by this rank
+    time_s : time that this rank spent starting calls and waiting in them: exposed, nothing hides it
+    test_s : time in tests of calls under way; what MPI must copy itself it copies there
+    flight_s : time from the start of a call under way until its end was noticed, the computation in
+        between included; 0, as `test_s`, for blocking calls
+    """
 
     calls: int = 0
     sent_bytes: float = 0.0
     time_s: float = 0.0
+    test_s: float = 0.0
+    flight_s: float = 0.0
 
 
 @dataclass
@@ -44,14 +57,22 @@ class Ledger:
     entries: dict = field(default_factory=lambda: defaultdict(Entry))
     events: list = field(default_factory=list)
 
-    def enter(self, verb, comm, purpose, sent_bytes, start_s):
-        """Record one call that began at `start_s` (time.perf_counter) and has just ended."""
-        time_s = time.perf_counter() - start_s
+    def enter(
+        self, verb, comm, purpose, sent_bytes, start_s, time_s=None, test_s=0.0, flight_s=0.0
+    ):
+        """Record one call that began at `start_s` (time.perf_counter) and has just ended.
+
+        The other times are as in `Entry`; a blocking call gives none.
+        """
+        if time_s is None:
+            time_s = time.perf_counter() - start_s
         axis = axis_name(comm)
         entry = self.entries[verb, axis, purpose]
         entry.calls += 1
         entry.sent_bytes += sent_bytes
         entry.time_s += time_s
+        entry.test_s += test_s
+        entry.flight_s += flight_s
         if self.tracing:
             self.events.append((verb, axis, purpose, start_s, time_s, sent_bytes))
 
@@ -184,6 +205,179 @@ def Bcast(comm, x, root=0, purpose=""):
     sent_bytes = x.nbytes if comm.rank == root and comm.size > 1 else 0
     ledger.enter("Bcast", comm, purpose, sent_bytes, start_s)
     return x
+
+
+def AllreduceRecords(comm, records, op, purpose=""):
+    """Reduce records over the ranks with an operation that needs each record whole, in place.
+
+    MPI may split a message anywhere between two items of its datatype. A record travels as one item
+    of a contiguous datatype, so that `op` never sees a part of one.
+
+    Parameters
+    ----------
+    records : (..., n) float32; equal shape on every rank
+    op : MPI operation on records of n float32, made by `record_op`
+    purpose : word for the ledger
+
+    Returns
+    -------
+    records, now holding the reduction.
+    """
+    if records.dtype != np.float32 or records.ndim < 1:
+        raise TypeError(f"AllreduceRecords: got {records.dtype}, need records of float32")
+    start_s = time.perf_counter()
+    buffer = _to_host(records)
+    width = buffer.shape[-1]
+    record = MPI.FLOAT.Create_contiguous(width).Commit()
+    try:
+        comm.Allreduce(MPI.IN_PLACE, [buffer, buffer.size // max(1, width), record], op)
+    finally:
+        record.Free()
+    _from_host(buffer, records)
+    sent_bytes = 2 * records.nbytes * (comm.size - 1) / comm.size
+    ledger.enter("AllreduceRecords", comm, purpose, sent_bytes, start_s)
+    return records
+
+
+def record_op(function):
+    """MPI operation that reduces records by `function`; commutative, freed when Python exits.
+
+    Parameters
+    ----------
+    function : function (a, b) -> c of float32 arrays (records, n), associative and commutative
+
+    Returns
+    -------
+    MPI operation; make it once per process, MPI holds only so many
+    """
+
+    def reduce(a, b, record):
+        shape = (-1, record.Get_extent()[1] // 4)
+        a, b = (np.frombuffer(x, np.float32).reshape(shape) for x in (a, b))
+        b[...] = function(a, b)
+
+    op = MPI.Op.Create(reduce, commute=True)
+    atexit.register(op.Free)
+    return op
+
+
+def Alltoall(comm, x, send_counts, recv_counts, purpose=""):
+    """Send every rank its own rows of `x`.
+
+    Parameters
+    ----------
+    x : (sum of send_counts, ...), any type; the rows for rank 0 first
+    send_counts : rows for every rank, 0 allowed
+    recv_counts : rows from every rank: what that rank's send_counts say for this one
+
+    Returns
+    -------
+    (sum of recv_counts, ...) of x's type, the rows from rank 0 first
+    """
+    if len(send_counts) != comm.size or len(recv_counts) != comm.size:
+        raise ValueError(
+            f"Alltoall: got {len(send_counts)} and {len(recv_counts)} counts, need {comm.size}"
+        )
+    if sum(send_counts) != len(x):
+        raise ValueError(f"Alltoall: got {len(x)} rows, need send_counts {list(send_counts)}")
+    start_s = time.perf_counter()
+    sent = _to_host(x)
+    row = _row_bytes(sent)
+    received = np.empty((sum(recv_counts), *sent.shape[1:]), sent.dtype)
+    sizes, from_sizes = ([c * row for c in counts] for counts in (send_counts, recv_counts))
+    comm.Alltoallv(
+        [_raw(sent), sizes, _starts(sizes), MPI.BYTE],
+        [_raw(received), from_sizes, _starts(from_sizes), MPI.BYTE],
+    )
+    result = array.namespace(x).asarray(received)
+    ledger.enter("Alltoall", comm, purpose, sum(sizes) - sizes[comm.rank], start_s)
+    return result
+
+
+def Gather(comm, x, root=0, purpose=""):
+    """Gather `x`, equal in shape on every rank, to rank `root`.
+
+    Returns
+    -------
+    (P, *shape) of x's type on `root`, None elsewhere
+    """
+    start_s = time.perf_counter()
+    part = _to_host(x)
+    whole = np.empty((comm.size, *part.shape), part.dtype) if comm.rank == root else None
+    comm.Gather(_raw(part), None if whole is None else _raw(whole), root)
+    result = None if whole is None else array.namespace(x).asarray(whole)
+    ledger.enter("Gather", comm, purpose, 0 if comm.rank == root else part.nbytes, start_s)
+    return result
+
+
+def Shift(comm, x, out, step=1, purpose=""):
+    """Start sending `x` to rank + step and receiving into `out` from rank - step, round the ring.
+
+    Parameters
+    ----------
+    x : any shape and type, contiguous; not to be written before the transfer ends
+    out : contiguous, of the size that the sender sends; not to be used before the transfer ends
+    step : how many ranks further
+    purpose : word for the ledger
+
+    Returns
+    -------
+    Transfer; `wait` must be called
+    """
+    return Transfer(comm, x, out, step, purpose)
+
+
+class Transfer:
+    """A shift under way: `test` now and then while computing, `wait` before `out` is used.
+
+    MPI libraries for CPUs make progress inside MPI calls only: a long message stands still while
+    its ranks compute, unless they test it.
+    """
+
+    def __init__(self, comm, x, out, step, purpose):
+        self._start_s = time.perf_counter()
+        self._comm, self._x, self._out, self._purpose = comm, x, out, purpose
+        self._to, source = (comm.rank + step) % comm.size, (comm.rank - step) % comm.size
+        self._sent = _to_host(x)
+        self._received = out if array.namespace(out) is np else np.empty(out.shape, out.dtype)
+        self._requests = [
+            comm.Irecv([_raw(self._received), MPI.BYTE], source),
+            comm.Isend([_raw(self._sent), MPI.BYTE], self._to),
+        ]
+        self._end_s, self._test_s = None, 0.0
+        self._time_s = time.perf_counter() - self._start_s
+
+    def test(self):
+        """Let MPI move the message on; True once the transfer has ended."""
+        if self._end_s is None:
+            start_s = time.perf_counter()
+            done = MPI.Request.Testall(self._requests)
+            end_s = time.perf_counter()
+            self._test_s += end_s - start_s
+            if done:
+                self._end_s = end_s
+        return self._end_s is not None
+
+    def wait(self):
+        """Wait until the transfer has ended, enter it in the ledger, and return `out`."""
+        start_s = time.perf_counter()
+        if self._end_s is None:
+            MPI.Request.Waitall(self._requests)
+            self._end_s = time.perf_counter()
+        if self._received is not self._out:
+            self._out.set(self._received)
+        sent_bytes = 0 if self._to == self._comm.rank else self._sent.nbytes
+        ledger.enter(
+            "Shift",
+            self._comm,
+            self._purpose,
+            sent_bytes,
+            self._start_s,
+            time_s=self._time_s + time.perf_counter() - start_s,
+            test_s=self._test_s,
+            flight_s=self._end_s - self._start_s,
+        )
+        return self._out
 
 
 def _to_host(x):

@@ -7,6 +7,8 @@ exceeds it.
 
 from dataclasses import dataclass
 
+import numpy as np
+
 
 def block(n, P):
     """Contiguous blocks of an axis of `n` items over `P` ranks.
@@ -73,3 +75,55 @@ def heads(H, G, P):
         )
         owned.append(Heads((start, stop), kv, groups))
     return owned
+
+
+def heads_of(own, P):
+    """The heads of one rank cut further, over `P` ranks that compute its tokens together.
+
+    Parameters
+    ----------
+    own : Heads
+    P : number of ranks
+
+    Returns
+    -------
+    list of Heads, length P, numbered among the own heads
+    """
+    parts = []
+    for start, stop in block(own.n_query, P):
+        kv = [g for g, (first, last) in enumerate(own.groups) if first < stop and start < last]
+        groups = tuple(
+            (max(first, start) - start, min(last, stop) - start)
+            for first, last in (own.groups[g] for g in kv)
+        )
+        parts.append(Heads((start, stop), (kv[0], kv[-1] + 1) if kv else (0, 0), groups))
+    return parts
+
+
+def contiguous(n, P):
+    """Tokens in one run per rank: rank 0 has the first. Causal work grows with the rank."""
+    return [np.arange(start, stop) for start, stop in block(n, P)]
+
+
+def striped(n, P):
+    """Tokens dealt one by one (Brandon et al. 2023, striped attention, arXiv:2311.09431)."""
+    return [np.arange(r, n, P) for r in range(P)]
+
+
+def zigzag(n, P):
+    """Tokens in 2P runs, of which rank r has runs r and 2P-1-r: an early and a late one."""
+    runs = [np.arange(start, stop) for start, stop in block(n, 2 * P)]
+    return [np.concatenate([runs[r], runs[2 * P - 1 - r]]) for r in range(P)]
+
+
+def block_cyclic(n, P, block=16):
+    """Blocks of `block` tokens dealt in turn, the last one as long as it is (ScaLAPACK's cut)."""
+    if block < 1:
+        raise ValueError(f"partition: got blocks of {block} items, need 1 or more")
+    owner = np.arange(n) // block % P
+    return [np.flatnonzero(owner == r) for r in range(P)]
+
+
+# Cuts of a sequence of n tokens over P ranks: for every rank the (n/P,) numbers of its tokens,
+# ascending. All but `contiguous` balance causal attention.
+CUTS = {cut.__name__: cut for cut in (contiguous, striped, zigzag, block_cyclic)}

@@ -9,11 +9,13 @@ import numpy as np
 
 from hpcinfer import array
 
-# Keys and queries per block: scores of one block and head stay in cache.
-_KEYS, _QUERIES = 1024, 256
+# Rows (queries times heads of a group) and keys of one block: 1 MB of scores stays in an L2 cache
+# of 2 MB beside its keys and values. Fewer rows meet more keys at a time.
+_ROWS, _KEYS, _MOST_KEYS = 512, 512, 1024
+_LOWEST = np.finfo(np.float32).min
 
 
-def attention(q, k, v, q_pos, k_pos, *, scale, groups, window=None):
+def attention(q, k, v, q_pos, k_pos, *, scale, groups, window=None, softcap=None, between=None):
     """Causal attention of one sequence, blockwise: no (S, L) score matrix is ever in memory.
 
     Parameters
@@ -24,6 +26,8 @@ def attention(q, k, v, q_pos, k_pos, *, scale, groups, window=None):
     scale : factor on the scores, 1/sqrt(K) as a rule
     groups : (start, stop) among the H query heads for each of the G key/value heads
     window : a query sees only the last `window` positions, its own included; None for all
+    softcap : bound of the scores, which become softcap · tanh(score / softcap); None for none
+    between : function called after every block, to drive messages under way; None for none
 
     Returns
     -------
@@ -31,23 +35,162 @@ def attention(q, k, v, q_pos, k_pos, *, scale, groups, window=None):
     lse : (S, H) float32; -inf where no key is seen
     """
     xp = array.namespace(q)
-    S, H, K = q.shape
-    o = xp.zeros((S, H, v.shape[-1]), xp.float32)
-    lse = xp.full((S, H), -xp.inf, xp.float32)
-    for q_start in range(0, S, _QUERIES):
-        rows = slice(q_start, q_start + _QUERIES)
-        for k_start in range(0, k.shape[0], _KEYS):
-            columns = slice(k_start, k_start + _KEYS)
-            hidden = _hidden(q_pos[rows], k_pos[columns], window)
-            if hidden is not None:
-                if hidden.all():
-                    continue
-                hidden = xp.asarray(hidden)
-            k_block, v_block = array.widen(k[columns]), array.widen(v[columns])
-            for g, (h_start, h_stop) in enumerate(groups):
-                heads = slice(h_start, h_stop)
-                part = _block(q[rows, heads], k_block[:, g], v_block[:, g], hidden, scale)
-                o[rows, heads], lse[rows, heads] = merge(o[rows, heads], lse[rows, heads], *part)
+    S, H, _ = q.shape
+    running = [_Running(xp, S, stop - start, v.shape[-1]) for start, stop in groups]
+    factor = xp.float32(scale if softcap is None else scale / softcap)
+    q_scaled = [q[:, start:stop] * factor for start, stop in groups]
+    for columns, seen in _blocks(q_pos, k_pos, window, H / max(1, len(groups))):
+        seen = [(rows, None if hidden is None else xp.asarray(hidden)) for rows, hidden in seen]
+        for g, state in enumerate(running):
+            k_block, v_block = array.widen(k[columns, g]), array.widen(v[columns, g])
+            for rows, hidden in seen:
+                state.add(rows, q_scaled[g][rows], k_block, v_block, hidden, softcap)
+                if between is not None:
+                    between()
+
+    o, lse = xp.zeros((S, H, v.shape[-1]), xp.float32), xp.full((S, H), -xp.inf, xp.float32)
+    for (start, stop), state in zip(groups, running, strict=True):
+        o[:, start:stop], lse[:, start:stop] = state.result()
+    return o, lse
+
+
+class _Running:
+    """Attention of one group's query heads over the blocks of keys met so far.
+
+    The same sums as `merge`, in the form of flash attention (Dao 2022, arXiv:2205.14135): o stays
+    a numerator relative to the largest score so far, and is divided once, at the end. So a block
+    costs no division, no logarithm, and four passes over its scores beside the two products.
+
+    Attributes
+    ----------
+    m : (S, n) largest score so far; the lowest float32 before the first, so that m - m is 0
+    total : (S, n) sum of e^(score - m)
+    o : (S, n, K) sum of e^(score - m) · v
+    """
+
+    def __init__(self, xp, S, n, K):
+        self.xp = xp
+        self.m = xp.full((S, n), _LOWEST, xp.float32)
+        self.total = xp.zeros((S, n), xp.float32)
+        self.o = xp.zeros((S, n, K), xp.float32)
+
+    def add(self, rows, q, k, v, hidden, softcap):
+        """Add a block of keys: q (s, n, K) of the queries `rows`, scaled; k, v (L, K) float32."""
+        xp, (s, n, K) = self.xp, q.shape
+
+        # Score, cap, and hide what is not seen.
+        scores = (q.reshape(s * n, K) @ k.T).reshape(s, n, -1)
+        if softcap is not None:
+            xp.tanh(scores, out=scores)
+            scores *= xp.float32(softcap)
+        if hidden is not None:
+            xp.copyto(scores, xp.float32(-xp.inf), where=hidden[:, None])
+
+        # Correct the sums so far to the new largest score, and add the block's.
+        m = xp.maximum(self.m[rows], scores.max(axis=-1))
+        correction = xp.exp(self.m[rows] - m)
+        self.m[rows] = m
+        scores -= m[..., None]
+        weights = xp.exp(scores, out=scores)
+        self.total[rows] *= correction
+        self.total[rows] += weights @ xp.ones(len(k), xp.float32)
+        self.o[rows] *= correction[..., None]
+        self.o[rows] += (weights.reshape(s * n, -1) @ v).reshape(s, n, -1)
+
+    def result(self):
+        """(o, lse) over all keys added."""
+        empty = self.total == 0
+        divisor = self.xp.where(empty, self.xp.float32(1), self.total)
+        self.o /= divisor[..., None]
+        return self.o, self.xp.where(empty, -self.xp.inf, self.m + self.xp.log(divisor))
+
+
+def _blocks(q_pos, k_pos, window, n):
+    """Blocks of keys, and for each the blocks of queries that see any of it.
+
+    Parameters
+    ----------
+    n : query heads per key/value head, on average
+
+    Yields
+    ------
+    columns : slice of the keys
+    seen : list of (rows, hidden): slice of the queries, and the (s, l) truth of "this query does
+        not see this key", None if each sees all
+    """
+    if not (n and len(q_pos) and len(k_pos)):
+        return
+    s = max(1, int(_ROWS / n))
+    keys = min(_MOST_KEYS, max(_KEYS, int(_ROWS * _KEYS / (n * min(s, len(q_pos))))))
+    q_ranges, k_ranges = _position_ranges(q_pos, s), _position_ranges(k_pos, keys)
+    for columns, k_first, k_last in k_ranges:
+        seen = []
+        for rows, q_first, q_last in q_ranges:
+            begin = -1 if window is None else q_first - window
+            if k_first > q_last or k_last <= begin:
+                continue
+            whole = k_last <= q_first and (window is None or k_first > q_last - window)
+            seen.append((rows, None if whole else _hidden(q_pos[rows], k_pos[columns], window)))
+        if seen:
+            yield columns, seen
+
+
+def _position_ranges(pos, size):
+    """(slice, least, largest position) of every `size` tokens."""
+    starts = np.arange(0, len(pos), size)
+    least, largest = np.minimum.reduceat(pos, starts), np.maximum.reduceat(pos, starts)
+    slices = [slice(start, start + size) for start in starts.tolist()]
+    return list(zip(slices, least.tolist(), largest.tolist(), strict=True))
+
+
+def _hidden(q_pos, k_pos, window):
+    """(S, L) truth of "this query does not see this key"."""
+    hidden = k_pos[None, :] > q_pos[:, None]
+    if window is not None:
+        hidden |= k_pos[None, :] <= q_pos[:, None] - window
+    return hidden
+
+
+def ragged_attention(
+    q, k, v, q_tokens, k_tokens, *, scale, groups, window=None, softcap=None, between=None
+):
+    """Causal attention of tokens of several sequences, each to the keys of its own sequence.
+
+    Parameters
+    ----------
+    q : (T, H, K) float32
+    k, v : (L, G, K) float32, float16 or bfloat16
+    q_tokens, k_tokens : (T, 2), (L, 2) integers, host: sequence and position of every token. In any
+        order; where sequences are not ascending the tokens are sorted, which copies them
+    scale, groups, window, softcap, between : as for `attention`
+
+    Returns
+    -------
+    o : (T, H, K) float32; zero where no key is seen
+    lse : (T, H) float32; -inf where no key is seen
+    """
+    xp = array.namespace(q)
+    if not _in_order(q_tokens):
+        order, back = _order(q_tokens)
+        o, lse = ragged_attention(
+            q[xp.asarray(order)], k, v, q_tokens[order], k_tokens,
+            scale=scale, groups=groups, window=window, softcap=softcap, between=between,
+        )  # fmt: skip
+        return o[xp.asarray(back)], lse[xp.asarray(back)]
+    if not _in_order(k_tokens):
+        order, _ = _order(k_tokens)
+        k, v, k_tokens = k[xp.asarray(order)], v[xp.asarray(order)], k_tokens[order]
+
+    o = xp.zeros((*q.shape[:2], v.shape[-1]), xp.float32)
+    lse = xp.full(q.shape[:2], -xp.inf, xp.float32)
+    keys_of = dict(sequences(k_tokens))
+    for b, rows in sequences(q_tokens):
+        if b in keys_of:
+            keys = keys_of[b]
+            o[rows], lse[rows] = attention(
+                q[rows], k[keys], v[keys], q_tokens[rows, 1], k_tokens[keys, 1],
+                scale=scale, groups=groups, window=window, softcap=softcap, between=between,
+            )  # fmt: skip
     return o, lse
 
 
@@ -67,14 +210,94 @@ def merge(o_a, lse_a, o_b, lse_b):
     -------
     o, lse : as the arguments
     """
-    xp = array.namespace(o_a)
-    m = xp.maximum(lse_a, lse_b)
-    finite_m = xp.where(xp.isneginf(m), xp.float32(0), m)
-    weight_a, weight_b = xp.exp(lse_a - finite_m), xp.exp(lse_b - finite_m)
-    total = weight_a + weight_b
-    divisor = xp.where(total == 0, xp.float32(1), total)
-    o = (o_a * weight_a[..., None] + o_b * weight_b[..., None]) / divisor[..., None]
-    return o, finite_m + xp.where(total == 0, -xp.inf, xp.log(divisor)).astype(xp.float32)
+    m = array.namespace(o_a).maximum(lse_a, lse_b)
+    return quotient(numerators(o_a, lse_a, m) + numerators(o_b, lse_b, m), m)
+
+
+def merge_all(o, lse):
+    """The merge of any number of partial results, which lie along axis 0: (P, ..., K), (P, ...)."""
+    m = lse.max(axis=0)
+    return quotient(numerators(o, lse, m).sum(axis=0), m)
+
+
+def numerators(o, lse, m):
+    """Partial results made ready to be summed over sets of keys.
+
+    Parameters
+    ----------
+    o : (..., K) float32
+    lse : (...) float32
+    m : (...) float32, largest lse of all sets
+
+    Returns
+    -------
+    (..., K+1) float32: o e^(lse-m), and behind it e^(lse-m)
+    """
+    xp = array.namespace(o)
+    result = xp.empty((*o.shape[:-1], o.shape[-1] + 1), xp.float32)
+    result[..., -1] = correction(lse, m)
+    xp.multiply(o, result[..., -1:], out=result[..., :-1])
+    return result
+
+
+def quotient(total, m):
+    """(o, lse) over all keys, from the summed `numerators` (..., K+1) and the largest lse (...)."""
+    xp = array.namespace(total)
+    weight = total[..., -1]
+    divisor = xp.where(weight == 0, xp.float32(1), weight)
+    return total[..., :-1] / divisor[..., None], m + xp.log(divisor)
+
+
+def correction(lse, m):
+    """e^(lse-m), the weight of a set of keys whose largest lse is m; 0 where no set saw a key."""
+    xp = array.namespace(lse)
+    return xp.exp(lse - xp.where(xp.isneginf(m), xp.float32(0), m))
+
+
+def with_sink(o, lse, sink):
+    """Attention with an attention sink: one more score per head, which weighs and brings no value.
+
+    It is the merge with one more set of keys, whose output is zero and whose log-sum-exp is `sink`.
+    Apply it once, after the last merge over ranks, or it counts once per rank.
+
+    Parameters
+    ----------
+    o : (T, H, K) float32
+    lse : (T, H) float32
+    sink : (H,) float32
+
+    Returns
+    -------
+    o, lse : as the arguments
+    """
+    xp = array.namespace(o)
+    return merge(o, lse, xp.zeros_like(o), xp.broadcast_to(sink, lse.shape).astype(xp.float32))
+
+
+def sequences(tokens):
+    """The sequences of some tokens laid end to end.
+
+    Yields
+    ------
+    b : number of the sequence
+    rows : slice of its tokens
+    """
+    if len(tokens):
+        starts = np.flatnonzero(np.diff(tokens[:, 0], prepend=-1))
+        stops = np.append(starts[1:], len(tokens))
+        for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+            yield int(tokens[start, 0]), slice(start, stop)
+
+
+def _in_order(tokens):
+    """True if the sequences ascend, so that each is one run."""
+    return bool((np.diff(tokens[:, 0]) >= 0).all())
+
+
+def _order(tokens):
+    """Order of the tokens by sequence and position, and the order that undoes it."""
+    order = np.lexsort((tokens[:, 1], tokens[:, 0]))
+    return order, np.argsort(order)
 
 
 def paged_attention(q, k_pages, v_pages, step, *, scale, groups, window=None):
@@ -116,32 +339,3 @@ def _sequence(pool, pages, length):
     """Keys (or values) of one sequence, (L, G, K), gathered from its pages."""
     gathered = pool[array.namespace(pool).asarray(pages)].swapaxes(1, 2)
     return gathered.reshape(-1, *gathered.shape[2:])[:length]
-
-
-def _hidden(q_pos, k_pos, window):
-    """(S, L) truth of "this query does not see this key"; None if every query sees every key."""
-    if k_pos.max() <= q_pos.min() and (
-        window is None or int(k_pos.min()) > int(q_pos.max()) - window
-    ):
-        return None
-    hidden = k_pos[None, :] > q_pos[:, None]
-    if window is not None:
-        hidden |= k_pos[None, :] <= q_pos[:, None] - window
-    return hidden
-
-
-def _block(q, k, v, hidden, scale):
-    """(o, lse) of one group's query heads over one block of keys: q (S, n, K), k and v (L, K)."""
-    xp = array.namespace(q)
-    S, n, K = q.shape
-    scores = (q.reshape(S * n, K) @ k.T).reshape(S, n, -1) * xp.float32(scale)
-    if hidden is not None:
-        scores = xp.where(hidden[:, None, :], -xp.inf, scores)
-    m = scores.max(axis=-1, keepdims=True)
-    m = xp.where(xp.isneginf(m), xp.float32(0), m)
-    weights = xp.exp(scores - m)
-    total = weights.sum(axis=-1)
-    o = (weights.reshape(S * n, -1) @ v).reshape(S, n, -1)
-    divisor = xp.where(total == 0, xp.float32(1), total)
-    lse = m[..., 0] + xp.where(total == 0, -xp.inf, xp.log(divisor))
-    return o / divisor[..., None], lse.astype(xp.float32)
