@@ -1,8 +1,7 @@
 """Options that the commands on a loaded model share."""
 
 import shlex
-
-from hpcinfer.errors import UsageError
+from argparse import ArgumentTypeError
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
@@ -50,7 +49,11 @@ def add_model_options(parser):
         help="positions to allow instead of the model's own number",
     )
     group.add_argument(
-        "--seed", type=int, default=0, help="of requests that do not give their own (default 0)"
+        "--seed",
+        type=seed,
+        default=0,
+        metavar="N",
+        help="of requests that do not give their own (default 0)",
     )
     group.add_argument("--show", action="store_true", help="print each result as it finishes")
     group.add_argument(
@@ -108,8 +111,15 @@ def run_batch(kind, arguments, sampling):
 def positive(text):
     """Positive whole number of the command line."""
     if not text.isdecimal() or int(text) < 1:
-        raise UsageError(f"got {text!r}, need a whole number of 1 or more")
+        raise ArgumentTypeError(f"got {text!r}, need a whole number of 1 or more")
     return int(text)
+
+
+def seed(text):
+    """Seed of the random numbers: any 64-bit number."""
+    if not text.removeprefix("-").isdecimal() or not -(2**63) <= int(text) < 2**64:
+        raise ArgumentTypeError(f"got seed {text!r}, need a whole number of 64 bits")
+    return int(text) % 2**64
 
 
 def size(text):
@@ -122,11 +132,11 @@ def size(text):
         value = float(number)
         factor = _UNITS[letter]
     except (ValueError, KeyError):
-        raise UsageError(
+        raise ArgumentTypeError(
             f"got size {text!r}, need a number with unit, such as 500M or 8GiB"
         ) from None
     if not 0 < value < 1e18:
-        raise UsageError(f"got size {text!r}, need more than nothing")
+        raise ArgumentTypeError(f"got size {text!r}, need more than nothing")
     if binary:
         factor = 1024 ** {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}[letter]
     return int(value * factor)
