@@ -49,7 +49,11 @@ def add_model_options(parser):
         help="positions to allow instead of the model's own number",
     )
     group.add_argument(
-        "--seed", type=int, default=0, help="of requests that do not give their own (default 0)"
+        "--seed",
+        type=seed,
+        default=0,
+        metavar="N",
+        help="of requests that do not give their own (default 0)",
     )
     group.add_argument("--show", action="store_true", help="print each result as it finishes")
     group.add_argument(
@@ -109,6 +113,13 @@ def positive(text):
     if not text.isdecimal() or int(text) < 1:
         raise ArgumentTypeError(f"got {text!r}, need a whole number of 1 or more")
     return int(text)
+
+
+def seed(text):
+    """Seed of the random numbers: any 64-bit number."""
+    if not text.removeprefix("-").isdecimal() or not -(2**63) <= int(text) < 2**64:
+        raise ArgumentTypeError(f"got seed {text!r}, need a whole number of 64 bits")
+    return int(text) % 2**64
 
 
 def size(text):

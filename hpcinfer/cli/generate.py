@@ -1,6 +1,7 @@
 """hpcinfer generate MODEL --input F --output F: answer prompts."""
 
 from hpcinfer.cli import common
+from hpcinfer.errors import UsageError
 
 # Options that stand in for what a request leaves out: name, type, help.
 _SAMPLING = (
@@ -45,4 +46,16 @@ def run(arguments):
     sampling = {name: getattr(arguments, name) for name, _, _ in _SAMPLING}
     sampling["stop"] = tuple(arguments.stop) if arguments.stop else None
     sampling["ignore_eos"] = arguments.ignore_eos
+    _check(sampling)
     common.run_batch("generate", arguments, sampling)
+
+
+def _check(sampling):
+    """Refuse options out of range before a model is loaded, whose config may know more tokens."""
+    from hpcinfer.engine.request import Sampling
+
+    given = {name: value for name, value in sampling.items() if value is not None}
+    try:
+        Sampling(**{"max_tokens": 2**31 - 1} | given)
+    except ValueError as error:
+        raise UsageError(str(error)) from None

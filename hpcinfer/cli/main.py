@@ -7,11 +7,11 @@ import time
 import traceback
 
 from hpcinfer import __version__
-from hpcinfer.cli import convert, generate, inspect, score
+from hpcinfer.cli import bench, convert, generate, inspect, score, verify
 from hpcinfer.errors import DONE, UsageError, exit_code, is_agreed, one_line
 from hpcinfer.grid import launcher_rank
 
-COMMANDS = (generate, score, convert, inspect)
+COMMANDS = (generate, score, convert, inspect, verify, bench)
 
 # Seconds that other ranks leave the first one to report an error that all may have.
 _GRACE_S = 1.0
@@ -21,7 +21,7 @@ class Parser(argparse.ArgumentParser):
     """Parser whose errors are exceptions, and which speaks on the first rank only."""
 
     def error(self, message):
-        raise UsageError(f"{self.prog}: {message}; see {self.prog} --help")
+        raise UsageError(f"{message}; see {self.prog} --help")
 
     def _print_message(self, message, file=None):
         if launcher_rank() == 0:

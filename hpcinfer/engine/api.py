@@ -19,7 +19,7 @@ from hpcinfer.engine.formats import RequestReader, defaults_from
 from hpcinfer.engine.generate import generate
 from hpcinfer.engine.pages import Pages, pages_for
 from hpcinfer.engine.record import Record
-from hpcinfer.engine.request import BadRequest
+from hpcinfer.engine.request import BadRequest, Sampling
 from hpcinfer.engine.scheduler import Limits, Scheduler, build_step
 from hpcinfer.engine.score import score
 from hpcinfer.engine.text import Text
@@ -96,7 +96,7 @@ class Engine:
 
     def __init__(self, path, grid, dtype, device, kv_memory, limits, context, seed):
         start_s = time.perf_counter()
-        self.grid, self.limits, self.seed = grid, limits, seed
+        self.grid, self.limits, self.seed = grid, limits, Sampling(seed=seed).seed
         device = array.select_device(device, grid.node.rank)
         with open_checkpoint(path) as checkpoint:
             arch = read_architecture(checkpoint.config)
@@ -132,8 +132,7 @@ class Engine:
                 )
             )
         model.allocate_cache(pages)
-        books = Pages(pages, model.context.kv.size)
-        self.scheduler = Scheduler(books, self.limits, model.arch.rope)
+        self._forget(pages)
         self.record.kv_bytes = pages * model.page_bytes
         collectives.ledger.clear()
         return self
@@ -175,7 +174,7 @@ class Engine:
         ValueError
             If an item cannot be used.
         """
-        return self._run(generate, agree_all(self.grid.comm, self.reader, sampling), items)
+        return self._run(generate, self.reader(sampling), items)
 
     def score(self, items):
         """Log-probabilities of texts.
@@ -199,9 +198,17 @@ class Engine:
         plain : True if the input is one prompt a line
         score : True if the texts are scored as they stand
         """
-        defaults = defaults_from(self.generation_config, sampling)
+        try:
+            defaults = defaults_from(self.generation_config, sampling)
+        except ValueError as error:
+            raise agreed(error) from None
         limits = PromptLimits(self.model.arch.V, self.context)
         return RequestReader(self.text, defaults, limits, plain, score)
+
+    def _forget(self, pages):
+        """Start with an empty queue and a cache of `pages` pages per rank that hold nothing."""
+        books = Pages(pages, self.model.context.kv.size)
+        self.scheduler = Scheduler(books, self.limits, self.model.arch.rope)
 
     def _run(self, loop, reader, items):
         finished = {}
@@ -210,7 +217,11 @@ class Engine:
             index = outcome.index if isinstance(outcome, BadRequest) else outcome.request.index
             finished[index] = outcome
 
-        loop(self, Feed(self.grid.comm, reader.read_items(items)), deliver)
+        try:
+            loop(self, Feed(self.grid.comm, reader.read_items(items)), deliver)
+        except BaseException:
+            self._forget(self.scheduler.pages.n)
+            raise
         for outcome in finished.values():
             if isinstance(outcome, BadRequest):
                 raise agreed(ValueError(f"item {outcome.index}: {outcome.message}"))

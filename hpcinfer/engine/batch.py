@@ -13,7 +13,7 @@ from hpcinfer.engine.generate import generate
 from hpcinfer.engine.request import BadRequest
 from hpcinfer.engine.score import score
 from hpcinfer.errors import agreed
-from hpcinfer.grid import agree, agree_all
+from hpcinfer.grid import agree
 from hpcinfer.io.lines import read_lines
 from hpcinfer.io.results import open_results
 
@@ -59,8 +59,7 @@ def run(engine, kind, source, outputs, n_lines, sampling, facts, show=False):
     """
     loop, record_of = _LOOPS[kind]
     comm, counts = engine.grid.comm, [0, 0]
-    plain = source.lower().endswith(".txt")
-    reader = agree_all(comm, engine.reader, sampling, plain, kind == "score")
+    reader = engine.reader(sampling, source.lower().endswith(".txt"), kind == "score")
     lines = reader.read(read_lines(source)) if comm.rank == 0 else None
     with ExitStack() as stack:
         out = _Output(engine, kind, source, n_lines, show) if comm.rank == 0 else None

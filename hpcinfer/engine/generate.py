@@ -150,7 +150,9 @@ def _rows(engine, ready):
         len(ready),
         history=[s.history for s in ready],
         banned=[
-            engine.stops(s.request.sampling) if s.n_new < s.request.sampling.min_tokens else ()
+            tuple(engine.stops(s.request.sampling))
+            if s.n_new < s.request.sampling.min_tokens
+            else ()
             for s in ready
         ],
         **dict(zip(names, map(list, zip(*columns, strict=True)), strict=True)),

@@ -1,5 +1,6 @@
 """What a model is, as its config says: sizes in the legend's letters, choices of its family."""
 
+import reprlib
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,8 +10,9 @@ from hpcinfer.ops import rope as ropes
 from hpcinfer.ops.activation import activation
 from hpcinfer.ops.rope import Rope
 
-# Largest value that a size in a config may have; anything above is a broken or hostile file.
-_LARGEST = 1 << 31
+# Largest value that a size and a number in a config may have, and most layers; anything above is a
+# broken or hostile file.
+_LARGEST, _LARGEST_NUMBER, _MOST_LAYERS = 1 << 31, 1e30, 1 << 12
 
 
 @dataclass(frozen=True)
@@ -88,28 +90,48 @@ class Config:
         """Positive integer under the first of `names` that is present and not null."""
         value = self.get(*names, default=default)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < _LARGEST:
-            raise ValueError(f"config: got {names[0]}={value!r}, need a positive integer")
+            raise ValueError(
+                f"config: got {names[0]}={reprlib.repr(value)}, need a positive integer"
+            )
+        return value
+
+    def layers(self, *names, default=None):
+        """Number of layers, before anything is listed for each of them."""
+        value = self.size(*names, default=default)
+        if value > _MOST_LAYERS:
+            raise ValueError(f"config: got {names[0]}={value}, need at most {_MOST_LAYERS}")
         return value
 
     def number(self, *names, default=None):
         """Number under the first of `names` that is present and not null."""
         value = self.get(*names, default=default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
-            raise ValueError(f"config: got {names[0]}={value!r}, need a number")
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not abs(value) < _LARGEST_NUMBER
+        ):
+            raise ValueError(f"config: got {names[0]}={reprlib.repr(value)}, need a number")
         return float(value)
+
+    def positive(self, *names, default=None):
+        """Number above 0 under the first of `names` that is present and not null."""
+        value = self.number(*names, default=default)
+        if value <= 0:
+            raise ValueError(f"config: got {names[0]}={value}, need more than 0")
+        return value
 
     def flag(self, name, default):
         """True or false under `name`."""
         value = self.get(name, default=default)
         if not isinstance(value, bool):
-            raise ValueError(f"config: got {name}={value!r}, need true or false")
+            raise ValueError(f"config: got {name}={reprlib.repr(value)}, need true or false")
         return value
 
     def word(self, *names, default=None):
         """String under the first of `names` that is present and not null."""
         value = self.get(*names, default=default)
         if not isinstance(value, str):
-            raise ValueError(f"config: got {names[0]}={value!r}, need a string")
+            raise ValueError(f"config: got {names[0]}={reprlib.repr(value)}, need a string")
         return value
 
     def get(self, *names, default=None):
@@ -135,12 +157,14 @@ class Config:
         """
         values = self.get("rope_scaling", "rope_parameters", default={})
         if not isinstance(values, dict):
-            raise ValueError(f"config: got rope_scaling={values!r}, need an object or null")
+            raise ValueError(
+                f"config: got rope_scaling={reprlib.repr(values)}, need an object or null"
+            )
         table = Config({"rope_theta": self.get("rope_theta"), **values})
         kind = table.word("rope_type", "type", default="default")
         if kind not in _ROPES:
             known = ", ".join(_ROPES)
-            raise ValueError(f"config: got rope_type={kind!r}, need one of {known}")
+            raise ValueError(f"config: got rope_type={reprlib.repr(kind)}, need one of {known}")
         positions = self.size("max_position_embeddings", default=2048)
         original = self.get(
             "original_max_position_embeddings",
@@ -167,54 +191,61 @@ def _linear(table, dim, theta, positions, original):
 
 
 def _dynamic(table, dim, theta, positions, original):
+    if dim < 4:
+        raise ValueError(f"config: got {dim} rotated columns, need 4 or more for dynamic rope")
     return Rope("dynamic", dim, theta, factor=_factor(table), original_context=positions)
 
 
 def _llama3(table, dim, theta, positions, original):
+    low_factor = table.positive("low_freq_factor", default=1.0)
+    high_factor = table.positive("high_freq_factor", default=4.0)
+    if high_factor <= low_factor:
+        raise ValueError(
+            f"config: got high_freq_factor={high_factor}, need more than low_freq_factor, "
+            f"which is {low_factor}"
+        )
     return Rope(
         "llama3",
         dim,
         theta,
         factor=_factor(table),
         original_context=original,
-        low_factor=table.number("low_freq_factor", default=1.0),
-        high_factor=table.number("high_freq_factor", default=4.0),
+        low_factor=low_factor,
+        high_factor=high_factor,
     )
 
 
 def _yarn(table, dim, theta, positions, original):
-    factor = table.number("factor", default=positions / original)
-    magnitude = table.get("attention_factor")
-    if magnitude is None:
-        mscale, mscale_all = table.get("mscale"), table.get("mscale_all_dim")
-        if mscale and mscale_all:
-            magnitude = ropes.yarn_magnitude(factor, mscale) / ropes.yarn_magnitude(
-                factor, mscale_all
-            )
-        else:
-            magnitude = ropes.yarn_magnitude(factor)
+    factor = table.positive("factor", default=positions / original)
+    mscale = table.number("mscale", default=0.0)
+    mscale_all = table.number("mscale_all_dim", default=0.0)
+    growth = ropes.yarn_magnitude(factor)
+    if mscale and mscale_all:
+        growth = ropes.yarn_magnitude(factor, mscale) / ropes.yarn_magnitude(factor, mscale_all)
     return Rope(
         "yarn",
         dim,
         theta,
         factor=factor,
         original_context=original,
-        beta_fast=table.number("beta_fast", default=32.0),
-        beta_slow=table.number("beta_slow", default=1.0),
+        beta_fast=table.positive("beta_fast", default=32.0),
+        beta_slow=table.positive("beta_slow", default=1.0),
         truncate=table.flag("truncate", True),
-        magnitude=float(magnitude),
+        magnitude=table.number("attention_factor", default=growth),
     )
 
 
 def _longrope(table, dim, theta, positions, original):
-    factor = table.number("factor", default=positions / original)
+    factor = table.positive("factor", default=positions / original)
     divisors = {}
     for name in ("short_factor", "long_factor"):
         values = table.get(name)
         if not isinstance(values, list) or len(values) != dim // 2:
             raise ValueError(f"config: got no {name} of {dim // 2} numbers, which longrope needs")
-        divisors[name] = tuple(Config({name: v}).number(name) for v in values)
-    growth = 1.0 if factor <= 1 else float(np.sqrt(1 + np.log(factor) / np.log(original)))
+        divisors[name] = tuple(Config({name: v}).positive(name) for v in values)
+    growth = 1.0
+    if factor > 1 and original > 1:
+        growth = float(np.sqrt(1 + np.log(factor) / np.log(original)))
     return Rope(
         "longrope",
         dim,
@@ -242,6 +273,15 @@ _ROPES = {
     "yarn": _yarn,
     "longrope": _longrope,
 }
+
+
+def head_width(D, H):
+    """Width of a head where the heads share the model's width."""
+    if D % H:
+        raise ValueError(
+            f"config: got width {D} and {H} heads, need the second to divide the first"
+        )
+    return D // H
 
 
 def context_of(rope, positions):

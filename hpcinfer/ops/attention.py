@@ -118,7 +118,7 @@ def _blocks(q_pos, k_pos, window, n):
     seen : list of (rows, hidden): slice of the queries, and the (s, l) truth of "this query does
         not see this key", None if each sees all
     """
-    if not len(q_pos) or not len(k_pos):
+    if not (n and len(q_pos) and len(k_pos)):
         return
     s = max(1, int(_ROWS / n))
     keys = min(_MOST_KEYS, max(_KEYS, int(_ROWS * _KEYS / (n * min(s, len(q_pos))))))

@@ -138,8 +138,8 @@ def cheaper_to_move_queries(n_queries, n_keys, H, G, K, itemsize):
 
 def _pass_on(comm, block, n_next, travelling, purpose):
     """Start sending `block` to the next rank and receiving the `n_next` tokens' block behind it."""
-    row_bytes = sum(x.itemsize * int(np.prod(x.shape[1:])) for x in travelling)
-    following = array.namespace(block).empty(n_next * row_bytes, np.uint8)
+    size = n_next * sum(map(_item_bytes, travelling))
+    following = array.namespace(block).empty(size, np.uint8)
     return collectives.Shift(comm, block, following, purpose=purpose)
 
 
@@ -155,10 +155,14 @@ def _unpack(block, n, like):
     """The arrays of `n` items that `_pack` made a block of; types and other axes as in `like`."""
     arrays, start = [], 0
     for x in like:
-        stop = start + n * x.itemsize * int(np.prod(x.shape[1:]))
+        stop = start + n * _item_bytes(x)
         arrays.append(block[start:stop].view(x.dtype).reshape(n, *x.shape[1:]))
         start = stop
     return arrays
+
+
+def _item_bytes(x):
+    return x.itemsize * int(np.prod(x.shape[1:]))
 
 
 def _steps_needed(comm, q_tokens, k_tokens, window, purpose):

@@ -1,6 +1,6 @@
 """gpt2 (Radford 2019): LayerNorm, learned positions, no gate, fused q, k, v stored (in, out)."""
 
-from hpcinfer.model.architecture import Architecture
+from hpcinfer.model.architecture import Architecture, head_width
 
 NAMES = {
     "embed": "transformer.wte.weight",
@@ -27,8 +27,8 @@ def architecture(config):
     """Architecture of a gpt2."""
     D = config.size("n_embd", "hidden_size", default=768)
     H = config.size("n_head", "num_attention_heads", default=12)
-    N = config.size("n_layer", "num_hidden_layers", default=12)
-    K = D // H
+    N = config.layers("n_layer", "num_hidden_layers", default=12)
+    K = head_width(D, H)
     positions = config.size("n_positions", "max_position_embeddings", default=1024)
     scale = K**-0.5 if config.flag("scale_attn_weights", True) else 1.0
     by_layer = config.flag("scale_attn_by_inverse_layer_idx", False)

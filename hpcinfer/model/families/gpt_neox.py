@@ -1,6 +1,6 @@
 """gpt_neox (Black 2022, arXiv:2204.06745): parallel residual, partial rotary, qkv per head."""
 
-from hpcinfer.model.architecture import Architecture, context_of
+from hpcinfer.model.architecture import Architecture, context_of, head_width
 
 NAMES = {
     "embed": "gpt_neox.embed_in.weight",
@@ -26,8 +26,8 @@ def architecture(config):
     """Architecture of a gpt_neox."""
     D = config.size("hidden_size", default=6144)
     H = config.size("num_attention_heads", default=64)
-    N = config.size("num_hidden_layers", default=44)
-    K = D // H
+    N = config.layers("num_hidden_layers", default=44)
+    K = head_width(D, H)
     positions = config.size("max_position_embeddings", default=2048)
     bias = config.flag("attention_bias", True)
 

@@ -32,7 +32,7 @@ def architecture(config, **differences):
     D, H, N = (
         config.size("hidden_size"),
         config.size("num_attention_heads"),
-        config.size("num_hidden_layers"),
+        config.layers("num_hidden_layers"),
     )
     K = differences.get("K") or config.size("head_dim", default=D // H)
     positions = differences.pop("positions", None) or config.size(

@@ -5,7 +5,7 @@ from hpcinfer.model.families import llama
 
 def architecture(config):
     """Architecture of a mistral; a config without sliding_window means 4096, null means none."""
-    N = config.size("num_hidden_layers")
+    N = config.layers("num_hidden_layers")
     window = config.values.get("sliding_window", 4096)
     window = None if window is None else config.size("sliding_window", default=4096)
     return llama.architecture(

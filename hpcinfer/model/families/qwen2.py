@@ -1,5 +1,7 @@
 """qwen2 (Yang 2024, arXiv:2407.10671): llama with biases on q, k, v, and windows in some layers."""
 
+import reprlib
+
 from hpcinfer.model.families import llama
 
 
@@ -18,7 +20,7 @@ def architecture(config, **differences):
 
 def windows(config):
     """Sliding window of every layer: by `layer_types`, else from `max_window_layers` on."""
-    N = config.size("num_hidden_layers")
+    N = config.layers("num_hidden_layers")
     if not config.flag("use_sliding_window", False) or config.get("sliding_window") is None:
         return (None,) * N
     window = config.size("sliding_window")
@@ -27,5 +29,7 @@ def windows(config):
         first = int(config.number("max_window_layers", default=28))
         types = ["sliding_attention" if n >= first else "full_attention" for n in range(N)]
     if not isinstance(types, list) or len(types) != N:
-        raise ValueError(f"config: got layer_types={types!r}, need one word for each of {N} layers")
+        raise ValueError(
+            f"config: got layer_types={reprlib.repr(types)}, need one word for each of {N} layers"
+        )
     return tuple(window if kind == "sliding_attention" else None for kind in types)

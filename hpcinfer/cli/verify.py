@@ -1,0 +1,48 @@
+"""hpcinfer verify: every strategy against one rank, and its bytes against its formula."""
+
+from hpcinfer.errors import UsageError, agreed
+
+
+def add(commands):
+    """The command's parser."""
+    parser = commands.add_parser(
+        "verify",
+        help="hold every strategy to one rank's answer and to its cost formula",
+        description="Run every strategy on random data over the ranks at hand, and compare its "
+        "result with the definition on one rank and its bytes with its formula. Bytes are those "
+        "that all ranks send together. Exit code 0 only if every row is as it must be.",
+    )
+    parser.add_argument("--seed", type=_seed, default=0, help="of the random data (default 0)")
+    parser.add_argument("--json", metavar="FILE", help="write the table as a JSON list too")
+    return parser
+
+
+def run(arguments):
+    """Run the command."""
+    from hpcinfer import verify
+    from hpcinfer.grid import agree, world
+    from hpcinfer.io.rows import text_table, write_json
+
+    comm = world()
+    outcomes = verify.run(comm, verify.ROWS, arguments.seed)
+    failed = [outcome.row.name for outcome in outcomes if not outcome.passed]
+    if comm.rank == 0:
+        print(f"verify: {comm.size} ranks, seed {arguments.seed}, float32")
+        print(text_table(verify.HEADINGS, [outcome.cells() for outcome in outcomes]))
+        print(*(f"{x.row.name}: {x.error}\n" for x in outcomes if x.error), sep="", end="")
+        print(f"{len(outcomes) - len(failed)} of {len(outcomes)} rows are as they must be")
+    if arguments.json:
+        agree(comm, write_json, arguments.json, [outcome.facts() for outcome in outcomes])
+    if failed:
+        raise agreed(
+            RuntimeError(
+                f"verify: got {len(failed)} rows that fail, need none; see {', '.join(failed)} in "
+                "the table"
+            )
+        )
+
+
+def _seed(text):
+    if not text.isdecimal():
+        raise UsageError(f"got seed {text!r}, need a whole number of 0 or more")
+    return int(text)

@@ -1,0 +1,14 @@
+"""Every strategy on random data, held to the answer of one rank and to its own cost formula.
+
+A strategy joins the table by one function in the file of its section of the theory, and a `Row` in
+that file's ROWS. The function computes this rank's result by the strategy and by the definition,
+and evaluates the formula of the strategy's docstring in the letters; what was sent is read from the
+ledger.
+"""
+
+from hpcinfer.verify import attention, linear
+from hpcinfer.verify.row import HEADINGS, Outcome, Row, Trial, run
+
+__all__ = ["HEADINGS", "ROWS", "Outcome", "Row", "Trial", "run"]
+
+ROWS = [*linear.ROWS, *attention.ROWS]

@@ -1,0 +1,49 @@
+"""The definitions, dense and in float64: what one rank computes that nothing was cut for."""
+
+import numpy as np
+
+
+def linear(x, weight, bias=None):
+    """x · weightᵀ + bias: x (T, I), weight (O, I), bias (O,) -> (T, O)."""
+    y = x.astype(np.float64) @ weight.T.astype(np.float64)
+    return y if bias is None else y + bias
+
+
+def attention(q, k, v, q_tokens, k_tokens, scale, window=None):
+    """Causal attention with the whole matrix of scores.
+
+    Parameters
+    ----------
+    q : (S, H, K)
+    k, v : (L, G, K)
+    q_tokens, k_tokens : (S, 2), (L, 2) sequence and position of every token
+    scale : factor on the scores
+    window : last positions that a query sees; None for all
+
+    Returns
+    -------
+    o : (S, H, K) float64
+    lse : (S, H) float64
+    """
+    per_kv = q.shape[1] // k.shape[1]
+    k, v = (np.repeat(x, per_kv, axis=1).astype(np.float64) for x in (k, v))
+    scores = scale * np.einsum("shk,lhk->shl", q.astype(np.float64), k)
+    seen = visible(q_tokens, k_tokens, window)[:, None]
+    top = scores.max(axis=-1, where=seen, initial=-np.inf, keepdims=True)
+    weights = np.where(seen, np.exp(scores - top), 0)
+    total = weights.sum(axis=-1)
+    o = np.einsum("shl,lhk->shk", weights, v) / total[..., None]
+    return o, top[..., 0] + np.log(total)
+
+
+def visible(q_tokens, k_tokens, window=None):
+    """(S, L) truth of "this query sees this key": same sequence, not later, inside the window."""
+    (q_b, q_pos), (k_b, k_pos) = q_tokens.T[:, :, None], k_tokens.T[:, None]
+    seen = (q_b == k_b) & (k_pos <= q_pos)
+    return seen if window is None else seen & (k_pos > q_pos - window)
+
+
+def log_softmax(logits):
+    """Log-probabilities along the last axis: (R, V) -> (R, V)."""
+    x = logits.astype(np.float64)
+    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
