@@ -21,7 +21,7 @@ from hpcinfer.ops import attention as ops
 from hpcinfer.parallel.gather import gather
 from hpcinfer.parallel.ring import cheaper_to_move_queries, ring, ring_queries
 from hpcinfer.parallel.split import gathered_keys
-from hpcinfer.parallel.tree import tree
+from hpcinfer.parallel.tree import tree_by_size
 from hpcinfer.parallel.ulysses import ulysses
 
 
@@ -105,7 +105,7 @@ class Context:
         o, lse = ops.paged_attention(
             q, tokens, *self._cache(n), step.books, **self._local(n, shared=True)
         )
-        merged = tree if self.grid.layout.decode == "tree" else gather
+        merged = tree_by_size if self.grid.layout.decode == "tree" else gather
         return merged(self.kv, o, lse)[0]
 
     def _ring(self, n, q, step, phase):

@@ -4,6 +4,7 @@
     after    o (T, H, K), lse (T, H) on every rank: over all keys
     cost     tree: 2 Allreduce: 2 (P-1)/P · T H (K+2) words of 4 bytes sent per rank
              tree_single: 1 Allreduce: 2 (P-1)/P · T H (K+1) words
+             tree_by_size: the one or the other
     source   Shyam et al. 2024, Algorithm 3 (arXiv:2408.04093)
 
 The merge of partial results is associative and commutative, so it can run as a reduction, whose
@@ -20,6 +21,10 @@ from mpi4py import MPI
 
 from hpcinfer import array, collectives
 from hpcinfer.ops.attention import merge, numerators, quotient
+
+# Bytes of o up to which one Allreduce is faster than two, although its operation is Python: about
+# what 4 hosts at 500 µs and 1 Gbit/s showed.
+SINGLE_BYTES = 1 << 16
 
 
 def tree(comm, o, lse, purpose="tree"):
@@ -45,6 +50,12 @@ def tree_single(comm, o, lse, purpose="tree single"):
     records = _packed(o, lse)
     collectives.AllreduceRecords(comm, records, _merge_op(), purpose)
     return records[..., :-1], records[..., -1]
+
+
+def tree_by_size(comm, o, lse, purpose="tree"):
+    """Merge by one Allreduce where few bytes leave time to latency, else by two; as `tree`."""
+    merge_all_ranks = tree_single if o.nbytes <= SINGLE_BYTES else tree
+    return merge_all_ranks(comm, o, lse, purpose)
 
 
 def _packed(o, lse):
