@@ -96,15 +96,11 @@ class Ledger:
 
 
 ledger = Ledger()
-_names = {}
 
 
 def axis_name(comm):
     """Name of the grid axis that `comm` runs along (its MPI name)."""
-    name = _names.get(comm.handle)
-    if name is None:
-        name = _names[comm.handle] = comm.Get_name() or "comm"
-    return name
+    return comm.Get_name() or "comm"
 
 
 def Allreduce(comm, x, op=MPI.SUM, purpose=""):

@@ -71,8 +71,7 @@ class _Cache:
         lengths = partition.counts(partition.block(L, T))
         dealt = [partition.block_cyclic(n, comm.size) for n in lengths]
         self.counts = [sum(map(len, of_sequences)) for of_sequences in zip(*dealt, strict=True)]
-        self._own = [tokens_of(b, ranks[comm.rank]) for b, ranks in enumerate(dealt)]
-        self._own = np.concatenate(self._own)
+        self._own = np.concatenate([tokens_of(b, of[comm.rank]) for b, of in enumerate(dealt)])
         self._all = np.concatenate([tokens_of(b, np.arange(n)) for b, n in enumerate(lengths)])
         self._q, self._q_at = shape.queries(T), np.stack([np.arange(T), lengths], axis=1)
 

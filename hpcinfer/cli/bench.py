@@ -1,5 +1,7 @@
 """hpcinfer bench NAME: measure a part of the program beside the limit of the machine."""
 
+from argparse import ArgumentTypeError
+
 from hpcinfer.cli import common
 from hpcinfer.errors import UsageError
 
@@ -135,7 +137,7 @@ def _cuts(text):
     unknown = [name for name in names if name not in CUTS]
     if unknown:
         known = ", ".join(name.replace("_", "-") for name in CUTS)
-        raise UsageError(f"bench: got cut {unknown[0]!r}, need some of {known}")
+        raise ArgumentTypeError(f"got cut {unknown[0]!r}, need some of {known}")
     return names
 
 

@@ -65,10 +65,11 @@ def _end(error, debug):
     if not alone and launcher_rank() != 0:
         time.sleep(_GRACE_S)
     where = "" if alone or launcher_rank() == 0 else f" (rank {launcher_rank()})"
+    start = "\n" if where else ""  # the first rank's progress may stand at the end of a line
     if debug:
         traceback.print_exception(error)
     sys.stdout.flush()
-    print(f"hpcinfer{where}: {one_line(error)}", file=sys.stderr, flush=True)
+    print(f"{start}hpcinfer{where}: {one_line(error)}", file=sys.stderr, flush=True)
     if alone:
         sys.exit(exit_code(error))
 

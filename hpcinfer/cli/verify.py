@@ -1,6 +1,7 @@
 """hpcinfer verify: every strategy against one rank, and its bytes against its formula."""
 
-from hpcinfer.errors import UsageError, agreed
+from hpcinfer.cli import common
+from hpcinfer.errors import agreed
 
 
 def add(commands):
@@ -12,7 +13,9 @@ def add(commands):
         "result with the definition on one rank and its bytes with its formula. Bytes are those "
         "that all ranks send together. Exit code 0 only if every row is as it must be.",
     )
-    parser.add_argument("--seed", type=_seed, default=0, help="of the random data (default 0)")
+    parser.add_argument(
+        "--seed", type=common.seed, default=0, help="of the random data (default 0)"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the table as a JSON list too")
     return parser
 
@@ -40,9 +43,3 @@ def run(arguments):
                 "the table"
             )
         )
-
-
-def _seed(text):
-    if not text.isdecimal():
-        raise UsageError(f"got seed {text!r}, need a whole number of 0 or more")
-    return int(text)

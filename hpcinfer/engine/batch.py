@@ -156,7 +156,9 @@ def _check_files(source, outputs):
         raise ValueError("output: got one file twice, need each once")
     if os.path.splitext(source)[1].lower() not in (".jsonl", ".txt"):
         raise ValueError(f"input: got {source}, need a name that ends in .jsonl or .txt")
-    n_lines = sum(1 for _ in read_lines(source))
+    n_lines = sum(
+        not isinstance(line, bytes) or bool(line.strip()) for _, line in read_lines(source)
+    )
     if not n_lines:
         raise ValueError(f"input: got no request in {source}, need at least one line")
     return n_lines

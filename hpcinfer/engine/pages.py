@@ -52,11 +52,15 @@ class Pages:
         return max(range(self.ranks), key=self.free)
 
     def find(self, digests):
-        """Pages that hold the leading texts of `digests`, as far as they are in the cache."""
+        """Pages that hold the leading texts of `digests`, as far as they are in the cache.
+
+        They end before a page that is not in the next pool: the same text may have been dealt anew
+        from another rank on while later pages of it were still here.
+        """
         pages = []
         for digest in digests:
             page = self._page_of.get(digest)
-            if page is None:
+            if page is None or (pages and self.owner(page) != self._next_owner(pages[-1])):
                 break
             pages.append(page)
         return pages
@@ -100,6 +104,9 @@ class Pages:
                     self._retained[self.owner(page)][page] = None
                 else:
                     self._blank[self.owner(page)].append(page)
+
+    def _next_owner(self, page):
+        return (self.owner(page) + 1) % self.ranks
 
     def _take(self, owner):
         if self._blank[owner]:

@@ -55,6 +55,7 @@ def tensor_ffn(comm, rng):
 def tensor_attention(comm, rng):
     """Every rank has the columns of its query heads and of the KV heads that they read."""
     x, wq, wk, wv, wo = _normal(rng, (T, D), (H, K, D), (G, K, D), (G, K, D), (D, H, K))
+    wq, wk, wv = (w / np.float32(D**0.5) for w in (wq, wk, wv))
     heads, scale = partition.heads(H, G, comm.size)[comm.rank], K**-0.5
     tokens = np.stack([np.zeros(T, int), np.arange(T)], axis=1)
     query, kv = slice(*heads.query), slice(*heads.kv)
