@@ -7,7 +7,9 @@ node, then cp, dp and pp::
 """
 
 import os
+from copy import copy
 from dataclasses import dataclass
+from functools import cache
 
 from hpcinfer.errors import UsageError, agreed
 
@@ -131,7 +133,7 @@ class Grid:
             raise UsageError(f"layout: got {layout} on {comm.size} ranks, need {layout.size}")
         from mpi4py import MPI
 
-        self.layout = layout
+        self.layout, self._splits = layout, {}
         self.comm = comm.Dup()
         self.comm.Set_name("world")
         index, rest = {}, comm.rank
@@ -144,6 +146,14 @@ class Grid:
         self.tp_cp = self._split(("tp", "cp"), index)
         self.node = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
         self.node.Set_name("node")
+
+    def split(self, colour, key, name):
+        """Communicator of the ranks of tp x cp with equal `colour`, ordered by `key`; made once."""
+        if name not in self._splits:
+            comm = self.tp_cp.Split(colour, key)
+            comm.Set_name(name)
+            self._splits[name] = comm
+        return self._splits[name]
 
     def _split(self, axes, index):
         """Communicator of the ranks that differ along `axes` only, the last running fastest."""
@@ -160,6 +170,30 @@ class Grid:
     def is_root(self):
         """True on the one rank that reads input, prints and writes results."""
         return self.comm.rank == 0
+
+
+def grid_of(comm, layout):
+    """The grid of a layout on a communicator; its communicators are made once, as MPI has few.
+
+    Collective over `comm`.
+    """
+    grids = comm.Get_attr(_grids_key())
+    if grids is None:
+        grids = {}
+        comm.Set_attr(_grids_key(), grids)
+    lengths = tuple(getattr(layout, axis) for axis in AXES)
+    if lengths not in grids:
+        grids[lengths] = Grid(comm, layout)
+    grid = copy(grids[lengths])
+    grid.layout = layout
+    return grid
+
+
+@cache
+def _grids_key():
+    from mpi4py import MPI
+
+    return MPI.Comm.Create_keyval()
 
 
 def agree(comm, function, *arguments):

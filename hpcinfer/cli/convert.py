@@ -1,5 +1,7 @@
 """hpcinfer convert SOURCE OUT.h5: a Hugging Face directory as one HDF5 file."""
 
+from contextlib import ExitStack
+
 from hpcinfer.grid import launcher_rank
 
 
@@ -24,11 +26,14 @@ def run(arguments):
 
     from hpcinfer.io.convert import convert
 
-    with tqdm(desc="convert", unit="B", unit_scale=True, mininterval=0.2) as bar:
+    with ExitStack() as stack:
+        bars = []
 
         def progress(done_bytes, total_bytes):
-            bar.total = total_bytes
-            bar.update(done_bytes - bar.n)
+            if not bars:
+                options = {"desc": "convert", "unit": "B", "unit_scale": True}
+                bars.append(stack.enter_context(tqdm(total=total_bytes, **options)))
+            bars[0].update(done_bytes - bars[0].n)
 
         summary = convert(arguments.source, arguments.target, progress)
     print(

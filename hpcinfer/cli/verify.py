@@ -39,7 +39,7 @@ def run(arguments):
     if failed:
         raise agreed(
             RuntimeError(
-                f"verify: got {len(failed)} rows that fail, need none; see {', '.join(failed)} in "
+                f"verify: got {len(failed)} rows that fail, need none; see {'; '.join(failed)} in "
                 "the table"
             )
         )

@@ -24,7 +24,7 @@ from hpcinfer.engine.scheduler import Limits, Scheduler, build_step
 from hpcinfer.engine.score import score
 from hpcinfer.engine.text import Text
 from hpcinfer.errors import UsageError, agreed
-from hpcinfer.grid import Grid, agree_all, parse_layout, world
+from hpcinfer.grid import agree_all, grid_of, parse_layout, world
 from hpcinfer.io.checkpoint import open_checkpoint
 from hpcinfer.model.families import read_architecture
 from hpcinfer.model.forward import Model
@@ -71,7 +71,7 @@ def load(
         On every rank, in one line, if the model or an argument cannot be used.
     """
     comm = world() if comm is None else comm
-    grid = Grid(comm, parse_layout(layout, comm.size))
+    grid = grid_of(comm, parse_layout(layout, comm.size))
     _refuse_unbuilt(grid.layout)
     return agree_all(
         comm,

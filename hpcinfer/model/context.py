@@ -215,9 +215,7 @@ def _kv_comm(grid, sharers):
     if sharers == 1:
         return grid.cp
     C, t = grid.cp.size, grid.tp.rank
-    comm = grid.tp_cp.Split(t // sharers, (t % sharers) * C + grid.cp.rank)
-    comm.Set_name("kv")
-    return comm
+    return grid.split(t // sharers, (t % sharers) * C + grid.cp.rank, f"kv {sharers}")
 
 
 def _in_order(k, v, k_tokens):
