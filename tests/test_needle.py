@@ -42,9 +42,12 @@ def test_the_needle_is_found(comm, modes):
     assert accuracy(model, prompts(model)) >= 5 / 6
 
 
-@pytest.mark.mpi(min_size=2)
+@pytest.mark.mpi(min_size=4)
 def test_it_is_not_found_with_plain_averages(comm, monkeypatch):
-    """The mean of the ranks' results instead of their merge: most answers are wrong."""
+    """The mean of four ranks' results instead of their merge: most answers are wrong.
+
+    Of two ranks' results the mean is still near enough for the model to find most of them.
+    """
 
     def average(comm, o, lse, purpose="average"):
         return collectives.Allreduce(comm, o / comm.size, purpose=purpose), lse
