@@ -83,12 +83,12 @@ class Record:
 
 
 def _ledger_lines():
-    """One line per collective of the root's ledger."""
-    rows = sorted(collectives.ledger.entries.items())
+    """One line per collective of the root's ledger; groups of one rank send nothing."""
+    rows = sorted(item for item in collectives.ledger.entries.items() if item[1].sent_bytes)
     lines = []
     for (verb, axis, purpose), entry in rows:
         lines.append(
-            f"mpi       {verb:13} {axis:6} {purpose:12} {entry.calls:8} calls "
+            f"mpi       {verb:16} {axis:7} {purpose:17} {entry.calls:8} calls "
             f"{_size(entry.sent_bytes):>10} sent {entry.time_s:8.3f} s"
         )
     return lines
