@@ -50,11 +50,12 @@ def loop(engine, feed, deliver, tokens_of, sequences_of, after_step):
         plan = scheduler.next_step()
         if not plan:
             return
+        held = scheduler.pages.held
         n_prompt = sum(min(n, max(0, s.n_prompt - s.computed)) for s, n in plan)
         step = engine.build_step(plan)
         hidden = engine.model.forward(step)
         after_step(plan, step, hidden, deliver)
-        engine.record.step(step, n_prompt, time.perf_counter() - start_s, scheduler.pages.held)
+        engine.record.step(step, n_prompt, time.perf_counter() - start_s, held)
 
 
 def _refusal(engine, request, tokens_of):
