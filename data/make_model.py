@@ -234,9 +234,9 @@ class Llama(nn.Module):
     def begin_attention(self, frequency):
         """The first weights of attention: close to what recall needs, so that it is learned soon.
 
-        From purely random weights the heads that find a fact take tens of millions of tokens
-        to form. So, in the first layer, head h begins by looking h + 1 tokens back (the
-        embeddings have one constant channel, from which queries and keys get a fixed
+        From purely random weights the heads that find a fact had not formed after ten million
+        tokens in earlier trials. So, in the first layer, head h begins by looking h + 1 tokens
+        back (the embeddings have one constant channel, from which queries and keys get a fixed
         direction, turned by h + 1 positions), and all heads write what they see the same way:
         each token then knows which words stand just before it. In the other layers queries and
         keys begin equal, so that a token attends to those with similar words before them,

@@ -3,9 +3,9 @@
     import hpcinfer
 
     model = hpcinfer.load("data/model", layout="tp=2")
-    for result in model.generate(["Once upon a time"], max_tokens=32, temperature=0):
+    for result in model.generate(["Once there was a shy hare"], max_tokens=32, temperature=0):
         print(result.choices[0].text)
-    print(model.score(["Once upon a time"])[0].perplexity)
+    print(model.score(["Once there was a shy hare"])[0].perplexity)
 
 Every rank makes the same calls and gets the same answers. The input of the first rank counts.
 """
