@@ -224,7 +224,7 @@ def test_the_report_is_printed_once(runs, command, ranks):
     words = [line.split()[0] for line in done.stdout.splitlines()]
     assert words[:6] == ["layout", "load", "prefill", "decode", "cache", "memory"]
     assert words.count("done") == 1 and words[-1] == "done"
-    assert set(words[6:-1]) == {"mpi"}
+    assert set(words[6:-1]) == ({"mpi"} if ranks > 1 else set())  # one rank sends nothing
     assert f"tp={ranks} on cpu, float32" in done.stdout
     counts = "6 requests finished, 5 refused" if command == "generate" else "4 requests finished"
     assert counts in done.stdout
