@@ -13,8 +13,9 @@ from hpcinfer.grid import launcher_rank
 
 COMMANDS = (generate, score, convert, inspect, verify, bench)
 
-# Seconds that other ranks leave the first one to report an error that all may have.
-_GRACE_S = 1.0
+# Seconds that other ranks leave the first one to report an error that all may have, and that a
+# launcher is given to pass a report on before the job is aborted, which drops what it still holds.
+_GRACE_S, _FORWARD_S = 1.0, 0.3
 
 
 class Parser(argparse.ArgumentParser):
@@ -74,6 +75,7 @@ def _end(error, debug):
         sys.exit(exit_code(error))
 
     # Abort may return before it takes effect; leave without the exit handlers, which would wait.
+    time.sleep(_FORWARD_S)
     sys.modules["mpi4py.MPI"].COMM_WORLD.Abort(exit_code(error))
     os._exit(exit_code(error))
 
