@@ -8,10 +8,12 @@ shape of Helix, Bhatia 2025, arXiv:2507.07120). The columns are views of the sam
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from hpcinfer import collectives, partition
 from hpcinfer.model.weights import slice_columns
 from hpcinfer.ops import activation
+from hpcinfer.parallel import tensor
 
 
 @dataclass(frozen=True)
@@ -20,14 +22,15 @@ class Cut:
 
     Attributes
     ----------
-    comm : communicator that the partial sums of a half layer are reduced over
-    layers : list of Layer, this rank's parameters
+    complete : function (x, products, bias, purpose) that completes the partial sums of `products`,
+        as `tensor.complete` does
+    layer : function of a layer's number, this rank's parameters
     middle : what stands between the FFN's two products
     whole : function (T, own columns) -> (T, C/P) that completes queries, keys and values
     """
 
-    comm: object
-    layers: list
+    complete: Callable
+    layer: Callable
     middle: Callable
     whole: Callable
 
@@ -35,7 +38,8 @@ class Cut:
 def cut_by_tokens(arch, grid, ranges, weights):
     """Own tokens, all columns of the tensor-parallel shard."""
     widths = [stop - start for start, stop in _ffn_parts(ranges, grid.cp.size)]
-    return Cut(grid.tp, weights.layers, _ffn_middle(arch, widths), lambda qkv: qkv)
+    complete = partial(tensor.complete, grid.tp)
+    return Cut(complete, weights.layer, _ffn_middle(arch, widths), lambda qkv: qkv)
 
 
 def cut_by_columns(arch, grid, ranges, weights, heads):
@@ -45,21 +49,21 @@ def cut_by_columns(arch, grid, ranges, weights, heads):
     counts = [n * K for n in partition.counts(blocks)]
     start, stop = (bound - ranges["ffn"][0] for bound in _ffn_parts(ranges, cp)[part])
     rows = 2 if arch.gated else 1
-    layers = [
-        slice_columns(
-            layer,
+
+    def layer(n):
+        return slice_columns(
+            weights.layer(n),
             qkv=_scaled(blocks[part], K),
             o=_scaled(query_heads(heads, cp)[part], K),
             up=slice(rows * start, rows * stop),
             down=slice(start, stop),
         )
-        for layer in weights.layers
-    ]
 
     def whole(qkv):
         return collectives.Allgather(grid.cp, qkv, counts, axis=1, purpose="qkv")
 
-    return Cut(grid.tp_cp, layers, _ffn_middle(arch, [stop - start]), whole)
+    complete = partial(tensor.complete, grid.tp_cp)
+    return Cut(complete, layer, _ffn_middle(arch, [stop - start]), whole)
 
 
 def query_heads(heads, cp):

@@ -1,6 +1,6 @@
-"""One decoder layer, composed from the tensor-parallel room and one rank's mathematics."""
+"""One decoder layer, composed from the rooms and one rank's mathematics."""
 
-from hpcinfer import array, collectives
+from hpcinfer import array
 from hpcinfer.ops.norm import layer_norm, rms_norm
 from hpcinfer.ops.rope import rotate
 from hpcinfer.parallel import tensor
@@ -19,25 +19,24 @@ def layer(model, n, x, step, rotation):
     -------
     (T/P, D) float32, equal on every rank of the tensor axis
     """
-    cut = model.cut(step)
-    w, comm, middle = cut.layers[n], cut.comm, cut.middle
-    attend = _attention(model, n, step, rotation)
-    normed = norm(model.arch, x, w.norm1, w.norm1_bias)
+    arch, cut, w = model.arch, model.cut(step), model.cut(step).layer(n)
+    attention, ffn = _attention(model, n, step, rotation), _ffn(model, n, step)
 
-    # Both halves read the same input: their partial sums share one Allreduce.
-    if model.arch.parallel_residual:
-        y_sum = tensor.partial_sum(normed, w.qkv, attend, w.o, w.qkv_bias)
-        normed = norm(model.arch, x, w.norm2, w.norm2_bias)
-        y_sum += tensor.partial_sum(normed, w.up, middle, w.down, w.up_bias)
-        y = collectives.Allreduce(comm, y_sum, purpose="layer")
-        for bias in (w.o_bias, w.down_bias):
-            y = y if bias is None else y + bias
-        return x + y
+    # Both halves read the same input: their partial sums are completed together.
+    if arch.parallel_residual:
 
-    # Attention half, then FFN half, each with its Allreduce.
-    x = x + tensor.half_layer(comm, normed, w.qkv, attend, w.o, w.qkv_bias, w.o_bias, "attention")
-    normed = norm(model.arch, x, w.norm2, w.norm2_bias)
-    return x + tensor.half_layer(comm, normed, w.up, middle, w.down, w.up_bias, w.down_bias, "ffn")
+        def both(x_all):
+            y_sum = attention(norm(arch, x_all, w.norm1, w.norm1_bias))
+            y_sum += ffn(norm(arch, x_all, w.norm2, w.norm2_bias))
+            return y_sum
+
+        return x + cut.complete(x, both, _sum(w.o_bias, w.down_bias), "layer")
+
+    # Attention half, then FFN half.
+    normed = norm(arch, x, w.norm1, w.norm1_bias)
+    x = x + cut.complete(normed, attention, w.o_bias, "attention")
+    normed = norm(arch, x, w.norm2, w.norm2_bias)
+    return x + cut.complete(normed, ffn, w.down_bias, "ffn")
 
 
 def norm(arch, x, weight, bias):
@@ -48,11 +47,11 @@ def norm(arch, x, weight, bias):
 
 
 def _attention(model, n, step, rotation):
-    """What stands between the attention's two products: (T, C/P) -> (T, H K/P) for layer n."""
-    arch, heads, w = model.arch, model.heads, model.weights.layers[n]
+    """This rank's share of the attention half of layer n: function (T, D) -> (T, D){sum}."""
+    arch, heads, cut, w = model.arch, model.heads, model.cut(step), model.cut(step).layer(n)
 
     def attend(qkv):
-        qkv, T = model.cut(step).whole(qkv), qkv.shape[0]
+        qkv, T = cut.whole(qkv), qkv.shape[0]
         q, k, v = _split(qkv.reshape(T, heads.n_query + 2 * heads.n_kv, arch.K), heads)
         if arch.qk_norm:
             q, k = rms_norm(q, w.q_norm, arch.eps), rms_norm(k, w.k_norm, arch.eps)
@@ -63,7 +62,18 @@ def _attention(model, n, step, rotation):
         o = model.context.attend(n, q, step)
         return o.reshape(T, o.shape[1] * arch.K)
 
-    return attend
+    return lambda x: tensor.partial_sum(x, w.qkv, attend, w.o, w.qkv_bias)
+
+
+def _ffn(model, n, step):
+    """This rank's share of the FFN half of layer n: function (T, D) -> (T, D){sum}."""
+    cut, w = model.cut(step), model.cut(step).layer(n)
+    return lambda x: tensor.partial_sum(x, w.up, cut.middle, w.down, w.up_bias)
+
+
+def _sum(a, b):
+    """a + b, of which either may be None."""
+    return b if a is None else a if b is None else a + b
 
 
 def _split(qkv, heads):

@@ -118,6 +118,10 @@ class Weights:
     head: np.ndarray | None = None
     layers: list = field(default_factory=list)
 
+    def layer(self, n):
+        """Parameters of layer n."""
+        return self.layers[n]
+
 
 def table(arch, cp=1):
     """Every tensor that a model of this architecture has, in the order of computation.

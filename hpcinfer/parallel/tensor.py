@@ -32,10 +32,27 @@ def half_layer(comm, x, column, middle, row, column_bias=None, row_bias=None, pu
     -------
     (T, D) float32, equal on every rank
     """
-    y_sum = partial_sum(x, column, middle, row, column_bias)
-    y = collectives.Allreduce(comm, y_sum, purpose=purpose)
-    if row_bias is not None:
-        y += row_bias
+    return complete(
+        comm, x, lambda x: partial_sum(x, column, middle, row, column_bias), row_bias, purpose
+    )
+
+
+def complete(comm, x, products, bias=None, purpose="tensor"):
+    """Partial sums of any products, completed by one Allreduce.
+
+    Parameters
+    ----------
+    x : (T, D) float32, equal on every rank
+    products : function (T, D) -> (T, D){sum}, of this rank's columns only
+    bias : (D,) or None, of the complete sum
+
+    Returns
+    -------
+    (T, D) float32, equal on every rank
+    """
+    y = collectives.Allreduce(comm, products(x), purpose=purpose)
+    if bias is not None:
+        y += bias
     return y
 
 
