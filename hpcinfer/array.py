@@ -116,6 +116,29 @@ def narrow(x, dtype):
     return x if x.dtype == dtype else x.astype(dtype)
 
 
+def pack(*arrays):
+    """Arrays of one length as one run of bytes, in the namespace of the last."""
+    xp = namespace(arrays[-1])
+    return xp.concatenate(
+        [xp.ascontiguousarray(xp.asarray(x)).reshape(-1).view(np.uint8) for x in arrays]
+    )
+
+
+def unpack(block, n, like):
+    """The arrays of `n` items that `pack` made a block of; types and other axes as in `like`."""
+    arrays, start = [], 0
+    for x in like:
+        stop = start + n * item_bytes(x)
+        arrays.append(block[start:stop].view(x.dtype).reshape(n, *x.shape[1:]))
+        start = stop
+    return arrays
+
+
+def item_bytes(x):
+    """Bytes of one item along the first axis of `x`."""
+    return x.itemsize * int(np.prod(x.shape[1:]))
+
+
 def host_free_bytes():
     """Host memory still free for this process, in bytes: the least of machine and control group."""
     import psutil

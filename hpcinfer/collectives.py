@@ -8,7 +8,10 @@ of ranks.
 Bytes are counted as sent per rank by the ring algorithms, n being the bytes of the whole array::
 
     Allgather (P-1) n_own · ReduceScatter n - n_own · Allreduce 2 n (P-1)/P · Bcast n at the root ·
-    Alltoall n - n_own · Gather n_own except at the root · Shift n, if to another rank
+    Alltoall n - n_own · Gather n_own except at the root · Shift n, if to another rank · Send n ·
+    Recv 0 · Fetch_and_op 8, if on another rank
+
+Calls whose names begin with I are started only, and return a `Transfer`.
 """
 
 import atexit
@@ -318,30 +321,170 @@ def Shift(comm, x, out, step=1, purpose=""):
 
     Returns
     -------
-    Transfer; `wait` must be called
+    Transfer of `out`; `wait` must be called
     """
-    return Transfer(comm, x, out, step, purpose)
+    start_s = time.perf_counter()
+    to, source = (comm.rank + step) % comm.size, (comm.rank - step) % comm.size
+    sent = _to_host(x)
+    received = _landing(out)
+    requests = [
+        comm.Irecv([_raw(received), MPI.BYTE], source),
+        comm.Isend([_raw(sent), MPI.BYTE], to),
+    ]
+    sent_bytes = 0 if to == comm.rank else sent.nbytes
+    return Transfer(
+        "Shift", comm, purpose, sent_bytes, start_s, requests, lambda: _landed(received, out), sent
+    )
+
+
+def Isend(comm, x, to, tag=0, purpose=""):
+    """Start sending `x` to rank `to` (of the other group, over an intercommunicator).
+
+    Parameters
+    ----------
+    x : any shape and type; not to be written before the transfer ends
+    to : rank
+    tag : tells messages between the same ranks apart
+    purpose : word for the ledger
+
+    Returns
+    -------
+    Transfer of x; `wait` must be called, for example by `Outgoing`
+    """
+    start_s = time.perf_counter()
+    sent = _to_host(x)
+    requests = [comm.Isend([_raw(sent), MPI.BYTE], to, tag)]
+    return Transfer("Send", comm, purpose, sent.nbytes, start_s, requests, lambda: x, sent)
+
+
+def Recv(comm, out, source, tag=0, purpose=""):
+    """Receive into `out` what rank `source` sends; returns out.
+
+    Parameters
+    ----------
+    out : contiguous, of the size that the sender sends
+    """
+    start_s = time.perf_counter()
+    received = _landing(out)
+    comm.Recv([_raw(received), MPI.BYTE], source, tag)
+    _landed(received, out)
+    ledger.enter("Recv", comm, purpose, 0, start_s)
+    return out
+
+
+def RecvBytes(comm, source=MPI.ANY_SOURCE, tag=0, purpose=""):
+    """Receive a message of any length.
+
+    Returns
+    -------
+    (n,) uint8, host
+    """
+    start_s = time.perf_counter()
+    status = MPI.Status()
+    message = comm.Mprobe(source, tag, status)
+    received = np.empty(status.Get_count(MPI.BYTE), np.uint8)
+    message.Recv([received, MPI.BYTE])
+    ledger.enter("Recv", comm, purpose, 0, start_s)
+    return received
+
+
+def Iallgather(comm, part, whole, counts, purpose=""):
+    """Start gathering the ranks' parts of one run of bytes.
+
+    Parameters
+    ----------
+    part : (counts[rank],) uint8, this rank's; not to be written before the transfer ends
+    whole : (sum(counts),) uint8, contiguous; not to be used before the transfer ends
+    counts : bytes of every rank
+
+    Returns
+    -------
+    Transfer of `whole`; `wait` must be called
+    """
+    start_s = time.perf_counter()
+    sent, received = _to_host(part), _landing(whole)
+    request = comm.Iallgatherv(
+        [_raw(sent), MPI.BYTE], [_raw(received), counts, _starts(counts), MPI.BYTE]
+    )
+    sent_bytes = sent.nbytes * (comm.size - 1)
+    return Transfer(
+        "Allgather",
+        comm,
+        purpose,
+        sent_bytes,
+        start_s,
+        [request],
+        lambda: _landed(received, whole),
+        sent,
+    )
+
+
+def Ibcast(comm, x, root=0, purpose=""):
+    """Start copying `x` of rank `root` into `x` of every rank.
+
+    Returns
+    -------
+    Transfer of x; `wait` must be called
+    """
+    start_s = time.perf_counter()
+    buffer = _to_host(x) if comm.rank == root else _landing(x)
+    request = comm.Ibcast(_raw(buffer), root)
+    sent_bytes = x.nbytes if comm.rank == root and comm.size > 1 else 0
+    return Transfer(
+        "Bcast", comm, purpose, sent_bytes, start_s, [request], lambda: _landed(buffer, x), buffer
+    )
+
+
+class Counter:
+    """A number on rank 0 that every rank reads and raises by one-sided calls.
+
+    Collective over `comm` when made and when freed, and at no other time.
+    """
+
+    def __init__(self, comm):
+        self._comm = comm
+        self._window = MPI.Win.Allocate(8 if comm.rank == 0 else 0, 8, comm=comm)
+        if comm.rank == 0:
+            self._window.Lock(0)
+            np.frombuffer(self._window, np.int64)[0] = 0
+            self._window.Unlock(0)
+        comm.Barrier()
+
+    def add(self, n, purpose=""):
+        """Raise the number by `n`; returns what it was before (0 for `n` reads it)."""
+        start_s = time.perf_counter()
+        before, n = np.empty(1, np.int64), np.array([n], np.int64)
+        self._window.Lock(0, MPI.LOCK_SHARED)
+        self._window.Fetch_and_op([n, MPI.INT64_T], [before, MPI.INT64_T], 0, 0, MPI.SUM)
+        self._window.Unlock(0)
+        sent_bytes = 0 if self._comm.rank == 0 else n.nbytes
+        ledger.enter("Fetch_and_op", self._comm, purpose, sent_bytes, start_s)
+        return int(before[0])
+
+    def free(self):
+        """Give the window back; every rank must call this."""
+        self._window.Free()
 
 
 class Transfer:
-    """A shift under way: `test` now and then while computing, `wait` before `out` is used.
+    """A call under way: `test` now and then while computing, `wait` before its result is used.
 
     MPI libraries for CPUs make progress inside MPI calls only: a long message stands still while
     its ranks compute, unless they test it.
+
+    Parameters
+    ----------
+    verb, comm, purpose, sent_bytes, start_s : for the ledger
+    requests : of MPI
+    result : function, what `wait` returns when the requests have ended
+    held : what must stay in memory until then
     """
 
-    def __init__(self, comm, x, out, step, purpose):
-        self._start_s = time.perf_counter()
-        self._comm, self._x, self._out, self._purpose = comm, x, out, purpose
-        self._to, source = (comm.rank + step) % comm.size, (comm.rank - step) % comm.size
-        self._sent = _to_host(x)
-        self._received = out if array.namespace(out) is np else np.empty(out.shape, out.dtype)
-        self._requests = [
-            comm.Irecv([_raw(self._received), MPI.BYTE], source),
-            comm.Isend([_raw(self._sent), MPI.BYTE], self._to),
-        ]
-        self._end_s, self._test_s = None, 0.0
-        self._time_s = time.perf_counter() - self._start_s
+    def __init__(self, verb, comm, purpose, sent_bytes, start_s, requests, result, held=None):
+        self._entry = verb, comm, purpose, sent_bytes, start_s
+        self._requests, self._result, self._held = requests, result, held
+        self._start_s, self._end_s, self._test_s = start_s, None, 0.0
+        self._time_s = time.perf_counter() - start_s
 
     def test(self):
         """Let MPI move the message on; True once the transfer has ended."""
@@ -355,25 +498,43 @@ class Transfer:
         return self._end_s is not None
 
     def wait(self):
-        """Wait until the transfer has ended, enter it in the ledger, and return `out`."""
+        """Wait until the transfer has ended, enter it in the ledger, and return its result."""
         start_s = time.perf_counter()
         if self._end_s is None:
             MPI.Request.Waitall(self._requests)
             self._end_s = time.perf_counter()
-        if self._received is not self._out:
-            self._out.set(self._received)
-        sent_bytes = 0 if self._to == self._comm.rank else self._sent.nbytes
+        result, self._held = self._result(), None
         ledger.enter(
-            "Shift",
-            self._comm,
-            self._purpose,
-            sent_bytes,
-            self._start_s,
+            *self._entry,
             time_s=self._time_s + time.perf_counter() - start_s,
             test_s=self._test_s,
             flight_s=self._end_s - self._start_s,
         )
-        return self._out
+        return result
+
+
+class Outgoing:
+    """Messages on their way that nobody waits for: they are looked after until they have left."""
+
+    def __init__(self):
+        self._transfers = []
+
+    def add(self, transfer):
+        """Look after one more."""
+        self.test()
+        self._transfers.append(transfer)
+
+    def test(self):
+        """Let MPI move the messages on, and forget those that have left."""
+        left = [transfer for transfer in self._transfers if transfer.test()]
+        for transfer in left:
+            transfer.wait()
+        self._transfers = [t for t in self._transfers if t not in left]
+
+    def wait(self):
+        """Wait until all have left."""
+        while self._transfers:
+            self._transfers.pop(0).wait()
 
 
 def _to_host(x):
@@ -388,6 +549,18 @@ def _from_host(buffer, x):
         x.set(buffer)
     elif buffer is not x and not np.shares_memory(buffer, x):
         x[...] = buffer
+
+
+def _landing(out):
+    """Contiguous host array that MPI may write to: `out` itself where it is one."""
+    return out if array.namespace(out) is np else np.empty(out.shape, out.dtype)
+
+
+def _landed(received, out):
+    """`out`, with what MPI wrote to `received`."""
+    if received is not out:
+        _from_host(received, out)
+    return out
 
 
 def _raw(x):

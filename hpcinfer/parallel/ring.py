@@ -55,7 +55,7 @@ def ring(comm, q, k, v, q_tokens, k_tokens, counts, attend, window=None, purpose
     if window is not None:
         steps = _steps_needed(comm, q_tokens, k_tokens, window, purpose)
     travelling = (k_tokens.astype(np.int32), k, v)
-    block, o, lse = _pack(*travelling), None, None
+    block, o, lse = array.pack(*travelling), None, None
     for t in range(steps):
         n, n_next = (counts[(comm.rank - s) % comm.size] for s in (t, t + 1))
 
@@ -63,7 +63,7 @@ def ring(comm, q, k, v, q_tokens, k_tokens, counts, attend, window=None, purpose
         transfer = None
         if t + 1 < steps:
             transfer = _pass_on(comm, block, n_next, travelling, purpose)
-        k_tokens, k, v = _unpack(block, n, travelling)
+        k_tokens, k, v = array.unpack(block, n, travelling)
         between = transfer.test if transfer else None
         part = attend(q, k, v, q_tokens, array.host(k_tokens), between)
         o, lse = part if o is None else merge(o, lse, *part)
@@ -95,7 +95,7 @@ def ring_queries(comm, q, q_tokens, counts, attend_local, purpose="ring queries"
     _check(comm, counts, len(q), "queries")
     xp = array.namespace(q)
     travelling = (q_tokens.astype(np.int32), q)
-    block, records = _pack(*travelling), [None] * comm.size
+    block, records = array.pack(*travelling), [None] * comm.size
     for t in range(comm.size):
         owner = (comm.rank - t) % comm.size
 
@@ -103,7 +103,7 @@ def ring_queries(comm, q, q_tokens, counts, attend_local, purpose="ring queries"
         transfer = None
         if t + 1 < comm.size:
             transfer = _pass_on(comm, block, counts[owner - 1], travelling, purpose)
-        q_tokens, q = _unpack(block, counts[owner], travelling)
+        q_tokens, q = array.unpack(block, counts[owner], travelling)
         o, lse = attend_local(q, array.host(q_tokens))
         records[owner] = xp.concatenate([o, lse[..., None]], axis=-1)
         if transfer:
@@ -138,31 +138,9 @@ def cheaper_to_move_queries(n_queries, n_keys, H, G, K, itemsize):
 
 def _pass_on(comm, block, n_next, travelling, purpose):
     """Start sending `block` to the next rank and receiving the `n_next` tokens' block behind it."""
-    size = n_next * sum(map(_item_bytes, travelling))
+    size = n_next * sum(map(array.item_bytes, travelling))
     following = array.namespace(block).empty(size, np.uint8)
     return collectives.Shift(comm, block, following, purpose=purpose)
-
-
-def _pack(*arrays):
-    """Arrays of one length as one run of bytes, in the namespace of the last."""
-    xp = array.namespace(arrays[-1])
-    return xp.concatenate(
-        [xp.ascontiguousarray(xp.asarray(x)).reshape(-1).view(np.uint8) for x in arrays]
-    )
-
-
-def _unpack(block, n, like):
-    """The arrays of `n` items that `_pack` made a block of; types and other axes as in `like`."""
-    arrays, start = [], 0
-    for x in like:
-        stop = start + n * _item_bytes(x)
-        arrays.append(block[start:stop].view(x.dtype).reshape(n, *x.shape[1:]))
-        start = stop
-    return arrays
-
-
-def _item_bytes(x):
-    return x.itemsize * int(np.prod(x.shape[1:]))
 
 
 def _steps_needed(comm, q_tokens, k_tokens, window, purpose):
