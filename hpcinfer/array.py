@@ -134,6 +134,22 @@ def unpack(block, n, like):
     return arrays
 
 
+def pack_rows(*arrays):
+    """Matrices of one length as one matrix of bytes, side by side: (n, bytes of a row) uint8."""
+    xp = namespace(arrays[0])
+    return xp.concatenate([xp.ascontiguousarray(x).view(np.uint8) for x in arrays], axis=1)
+
+
+def unpack_rows(records, like):
+    """The matrices that `pack_rows` put side by side; types and widths as in `like`."""
+    xp, arrays, start = namespace(records), [], 0
+    for x in like:
+        stop = start + item_bytes(x)
+        arrays.append(xp.ascontiguousarray(records[:, start:stop]).view(x.dtype))
+        start = stop
+    return arrays
+
+
 def item_bytes(x):
     """Bytes of one item along the first axis of `x`."""
     return x.itemsize * int(np.prod(x.shape[1:]))

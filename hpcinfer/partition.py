@@ -143,3 +143,118 @@ def dealt(start, stop, P, first, rank):
     """
     begin = start + (rank - first - start) % P
     return np.arange(begin, max(begin, stop), P)
+
+
+def stages(weights, P):
+    """Runs of layers over the stages of a pipeline, the heaviest run as light as can be.
+
+    Parameters
+    ----------
+    weights : one number per layer, 0 or more: 1 for each cuts by number, bytes by memory, seconds
+        by time
+    P : number of stages
+
+    Returns
+    -------
+    list of (start, stop), length P; with fewer layers than stages some are empty
+    """
+    if P < 1 or any(w < 0 for w in weights):
+        raise ValueError(f"partition: got {P} stages, need 1 or more, and weights of 0 or more")
+    total = np.concatenate([[0.0], np.cumsum(weights)])
+    runs = total[None, :] - total[:, None]
+    runs[np.tril_indices(len(total), -1)] = np.inf
+
+    # Find the weight that the heaviest run cannot go below; below it, even the runs out.
+    heaviest, _ = _cut_runs(runs, P, np.maximum)
+    runs[runs > heaviest * (1 + 1e-9)] = np.inf
+    _, ends = _cut_runs(runs * runs, P, np.add)
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def _cut_runs(cost, P, join):
+    """Best way to cut n items in P runs, of cost (n+1, n+1) from start to stop each, joined.
+
+    Returns
+    -------
+    least joined cost, and where each run ends
+    """
+    least, starts = cost[0], []
+    for _ in range(P - 1):
+        joined = join(least[:, None], cost)
+
+        # Of equal cuts take the last, so that earlier runs are the longer ones.
+        starts.append(len(joined) - 1 - joined[::-1].argmin(axis=0))
+        least = joined.min(axis=0)
+    ends = [len(cost) - 1]
+    for start in reversed(starts):
+        ends.insert(0, int(start[ends[0]]))
+    return least[-1], ends
+
+
+def guided(remaining, P):
+    """Items to take at a time from a queue that P workers share, so that they end together.
+
+    A share of what remains, which shrinks with it (Polychronopoulos and Kuck 1987, guided
+    self-scheduling); all of it for one worker.
+    """
+    return -(-remaining // (2 * P - 1))
+
+
+@dataclass(frozen=True)
+class Share:
+    """Experts of one rank, and the columns of each that it has.
+
+    Attributes
+    ----------
+    experts : (start, stop) among E
+    columns : (start, stop) among F
+    """
+
+    experts: tuple
+    columns: tuple
+
+    @property
+    def is_empty(self):
+        return self.experts[0] == self.experts[1] or self.columns[0] == self.columns[1]
+
+
+def experts(E, F, ep, tp=1):
+    """Experts of every rank of ep x tp, tp running fastest: E cut over ep, F of each over tp.
+
+    Where ep exceeds E, the ranks of an expert cut its columns among them.
+
+    Returns
+    -------
+    list of Share, length ep · tp
+    """
+    if E < 1:
+        raise ValueError(f"partition: got {E} experts, need 1 or more")
+    if ep <= E:
+        columns = block(F, tp)
+        return [Share(owned, part) for owned in block(E, ep) for part in columns]
+    return [
+        Share((e, e + 1), part)
+        for e, ranks in enumerate(counts(block(ep, E)))
+        for part in block(F, ranks * tp)
+    ]
+
+
+def destinations(ids, shares, common=False):
+    """Tokens that each rank must see: those that chose an expert of which it has columns.
+
+    Parameters
+    ----------
+    ids : (T, k) int, experts chosen by each token, host; negative ones are no choice
+    shares : list of Share, one per rank
+    common : True if there is an expert beside these that all tokens choose and all ranks share
+
+    Returns
+    -------
+    list of (n,) int64, one per rank, ascending
+    """
+    rows = []
+    for share in shares:
+        first, stop = share.experts
+        chosen = ((ids >= first) & (ids < stop)).any(axis=1) & (not share.is_empty)
+        rows.append(np.arange(len(ids)) if common else np.flatnonzero(chosen))
+    return rows

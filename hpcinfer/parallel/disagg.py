@@ -1,0 +1,153 @@
+"""Attention-FFN disaggregation: attention and FFN on different ranks, in numbers chosen freely.
+
+    before   x (T/M, D) on each of M attention ranks, with each token's k experts and their weights;
+             experts cut over N FFN ranks
+    after    y (T/M, D) on the attention ranks
+    cost     per layer and micro-batch M N Send there and as many back at most: R (D w + 8 k) bytes
+             sent by an attention rank, w bytes a number; R' 4 D bytes by an FFN rank. R: pairs of
+             an own token and an FFN rank that has columns of an expert it chose; R': pairs of an
+             own expert's token and the attention rank that it came from
+    source   Zhu et al. 2025, MegaScale-Infer, section 4 (arXiv:2504.02263); Wang et al. 2025,
+             Step-3 (arXiv:2507.19427)
+
+Attention reads caches and is bound by memory; the FFN holds most of the weights and is bound by
+compute. Apart, each side gets the ranks it needs. The groups meet over an intercommunicator: M
+ranks send tokens to N, whatever M and N are. A side that waits for the other is idle, so a step is
+divided in micro-batches: while the FFN side computes one, the attention side works on the next
+(ping-pong). Messages between two ranks keep their order, and both sides take layers and
+micro-batches in the same one, so messages need no names; how many tokens come is the length of the
+message. A dense FFN is one expert that all tokens choose, its columns cut over the FFN ranks.
+"""
+
+import numpy as np
+
+from hpcinfer import array, collectives, partition
+
+
+class Dispatch:
+    """Tokens of one micro-batch under way to their experts and back.
+
+    Parameters
+    ----------
+    comm : intercommunicator to the FFN ranks
+    x : (T/M, D) float32
+    ids, weights : (T/M, k) int, float32: experts that each token chose
+    shares : list of partition.Share, the experts and columns of every FFN rank
+    dtype : element type in which tokens travel
+    common : True if the FFN side has an expert beside these that all tokens choose
+
+    Raises
+    ------
+    ValueError
+        If the shares are not one for each FFN rank, or the choices not one row for each token.
+    """
+
+    def __init__(
+        self,
+        comm,
+        x,
+        ids,
+        weights,
+        shares,
+        dtype=np.float32,
+        common=False,
+        purpose="disagg",
+    ):
+        if len(shares) != comm.remote_size or len(ids) != len(x) or weights.shape != ids.shape:
+            raise ValueError(
+                f"disagg: got {len(shares)} shares, choices {ids.shape} and weights "
+                f"{weights.shape} for {len(x)} tokens, need a share for each of "
+                f"{comm.remote_size} FFN ranks and a row a token"
+            )
+        self._comm, self._purpose = comm, purpose
+        xp = array.namespace(x)
+        self._y = xp.zeros(x.shape, xp.float32)
+        self._rows = [
+            xp.asarray(r) for r in partition.destinations(array.host(ids), shares, common)
+        ]
+        records = array.pack_rows(array.narrow(x, dtype), ids.astype(np.int32), weights)
+        self._sends = [
+            collectives.Isend(comm, records[rows], rank, purpose=purpose)
+            for rank, rows in enumerate(self._rows)
+        ]
+
+    def collect(self):
+        """Results of all tokens: (T/M, D) float32, the FFN ranks' added up in their order."""
+        y = self._y
+        for rank, rows in enumerate(self._rows):
+            if len(rows):
+                part = array.namespace(y).empty((len(rows), y.shape[1]), np.float32)
+                y[rows] += collectives.Recv(self._comm, part, rank, purpose=self._purpose)
+        for send in self._sends:
+            send.wait()
+        return y
+
+
+def attention_side(comm, layers, xs, attend, add, shares, dtype=np.float32, purpose="disagg"):
+    """Layers of all micro-batches in ping-pong, on an attention rank.
+
+    Parameters
+    ----------
+    comm : intercommunicator to the FFN ranks
+    layers : numbers of the layers, in order
+    xs : list of micro-batches' activations, as `attend` takes them
+    attend : function (n, b, x) -> x, sent, ids, weights, common: the attention half of layer n for
+        micro-batch b, and the tokens (T/M, D) that go to the FFN side with their choices
+    add : function (n, b, x, y) -> x: the FFN's result (T/M, D) taken up
+    shares : function of a layer's number, the list of partition.Share of the FFN ranks
+
+    Returns
+    -------
+    list of the micro-batches' activations after the last layer
+    """
+    xs, pending = list(xs), [None] * len(xs)
+    for n in layers:
+        for b, under_way in enumerate(pending):
+            if under_way is not None:
+                xs[b] = add(n - 1, b, xs[b], under_way.collect())
+            xs[b], sent, ids, weights, common = attend(n, b, xs[b])
+            pending[b] = Dispatch(comm, sent, ids, weights, shares(n), dtype, common, purpose)
+    for b, under_way in enumerate(pending):
+        if under_way is not None:
+            xs[b] = add(layers[-1], b, xs[b], under_way.collect())
+    return xs
+
+
+def ffn_side(comm, layers, micro_batches, compute, D, k, dtype=np.float32, xp=np, purpose="disagg"):
+    """The same layers and micro-batches on an FFN rank, which serves all attention ranks.
+
+    Parameters
+    ----------
+    comm : intercommunicator to the attention ranks
+    layers : numbers of the layers, in order
+    micro_batches : how many
+    compute : function (n, x, ids, weights) -> (T, D) float32, the weighted sum of the results of
+        this rank's experts, own columns, for tokens x (T, D) of any attention ranks
+    D : model width
+    k : function of a layer's number, choices of each token
+    """
+    outgoing = collectives.Outgoing()
+    for n in layers:
+        like = (
+            np.empty((0, D), dtype),
+            np.empty((0, k(n)), np.int32),
+            np.empty((0, k(n)), np.float32),
+        )
+        row_bytes = sum(map(array.item_bytes, like))
+        for _ in range(micro_batches):
+            messages = [
+                collectives.RecvBytes(comm, rank, purpose=purpose)
+                for rank in range(comm.remote_size)
+            ]
+            records = xp.asarray(np.concatenate(messages)).reshape(-1, row_bytes)
+            x, ids, weights = array.unpack_rows(records, like)
+            y = compute(n, array.widen(x), ids, weights)
+
+            # Answer each attention rank for its own tokens.
+            start = 0
+            for rank, message in enumerate(messages):
+                stop = start + len(message) // row_bytes
+                if stop > start:
+                    outgoing.add(collectives.Isend(comm, y[start:stop], rank, purpose=purpose))
+                start = stop
+    outgoing.wait()

@@ -1,0 +1,73 @@
+"""Sequence parallelism: tokens are cut outside the products, whole inside them.
+
+    before   x (T/P, D); column (C/P, D), row (D, M/P)
+    after    y (T/P, D)
+    cost     1 Allgather and 1 ReduceScatter per half layer: (P-1)/P · T D words of 4 bytes sent per
+             rank each, together what tensor parallelism sends in its Allreduce
+    source   Korthikanti et al. 2022, section 4.2.2 (arXiv:2205.05198)
+
+Norms and residuals work token by token, so each rank computes those of its own tokens only, and
+holds 1/P of the activations between the halves. The column product needs all tokens, because each
+rank has only some of the columns: an Allgather puts them together. The row product leaves a partial
+sum of all tokens on every rank: a ReduceScatter completes each rank's own. The non-linearity stands
+between the two, where tokens and columns are whole, as f(a + b) != f(a) + f(b). The tokens need not
+divide by P, and a rank may have none; where tokens are fewer than ranks, `tensor` sends less often.
+"""
+
+from hpcinfer import collectives
+from hpcinfer.ops.linear import linear
+
+
+def half_layer(
+    comm, x, counts, column, middle, row, column_bias=None, row_bias=None, purpose="sequence"
+):
+    """Allgather, column product, `middle`, row product, ReduceScatter.
+
+    Parameters
+    ----------
+    x : (T/P, D) float32
+    counts : tokens of every rank
+    column, column_bias : (C/P, D), (C/P,) or None
+    middle : function (T, C/P) -> (T, M/P), of this rank's columns only
+    row, row_bias : (D, M/P), (D,) or None; the bias is whole
+
+    Returns
+    -------
+    (T/P, D) float32
+    """
+
+    def products(x_all):
+        return linear(middle(linear(x_all, column, column_bias)), row)
+
+    return complete(comm, x, counts, products, row_bias, purpose)
+
+
+def complete(comm, x, counts, products, bias=None, purpose="sequence"):
+    """Any products of all tokens, their partial sums completed for the own tokens.
+
+    Parameters
+    ----------
+    x : (T/P, D) float32
+    counts : tokens of every rank
+    products : function (T, D) -> (T, D){sum}, of this rank's columns only
+    bias : (D,) or None, of the complete sum
+
+    Returns
+    -------
+    (T/P, D) float32
+
+    Raises
+    ------
+    ValueError
+        If `counts` does not fit the ranks, or this rank's tokens.
+    """
+    if len(counts) != comm.size or min(counts) < 0 or counts[comm.rank] != len(x):
+        raise ValueError(
+            f"sequence: got {len(x)} tokens on rank {comm.rank} and counts {list(counts)}, need "
+            f"the tokens of each of {comm.size} ranks"
+        )
+    x_all = collectives.Allgather(comm, x, counts, purpose=purpose)
+    y = collectives.ReduceScatter(comm, products(x_all), counts, purpose=purpose)
+    if bias is not None:
+        y += bias
+    return y
