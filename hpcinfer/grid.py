@@ -4,17 +4,28 @@ Ranks are numbered with tp running fastest, so that the axis with the most messa
 node, then cp, dp and pp::
 
     rank = ((pp_index · dp + dp_index) · cp + cp_index) · tp + tp_index
+
+With attention and FFN on ranks of their own (afd=M:N) the first M ranks are such a grid, and the
+other N, the FFN side, are N ranks along tp. Experts are spread over existing axes: over tp and cp
+of a replica where ep divides their number, else over all ranks of a pipeline stage.
 """
 
 import os
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from hpcinfer.errors import UsageError, agreed
 
 AXES = ("pp", "dp", "cp", "tp")
-_STRATEGIES = {"prefill": ("ring", "ulysses", "split-q"), "decode": ("tree", "gather", "ring")}
+_STRATEGIES = {
+    "prefill": ("ring", "ulysses", "split-q"),
+    "decode": ("tree", "gather", "ring"),
+    "sp": ("off", "on"),
+    "zero": ("off", "broadcast", "allgather"),
+    "stages": ("layers", "memory", "time"),
+}
+_WORDS = (*AXES, "ep", "afd", *_STRATEGIES)
 
 # Launchers tell a process its rank and number before MPI starts; the first that is set holds.
 _RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
@@ -56,64 +67,150 @@ class Layout:
 
     Attributes
     ----------
-    pp, dp, cp, tp : lengths
+    pp, dp, cp, tp : lengths; of the attention side where there is one
+    ep : ranks over which experts are spread, a divisor of cp · tp, of dp · cp · tp, or of the ranks
+        of the FFN side
+    afd : (M, N) ranks of attention and FFN side; None if every rank does both
     prefill : ring, ulysses or split-q, how several new tokens meet keys that are cut over cp
     decode : tree, gather or ring, how one new token of a sequence does
+    sp : on or off, whether tokens are cut over tp outside the products
+    zero : off, broadcast or allgather, how parameters that dp and cp hold alike are kept once
+    stages : layers, memory or time, what is equal in the stages of the pipeline
     """
 
     pp: int = 1
     dp: int = 1
     cp: int = 1
     tp: int = 1
+    ep: int = 1
+    afd: tuple | None = None
     prefill: str = "ring"
     decode: str = "tree"
+    sp: str = "off"
+    zero: str = "off"
+    stages: str = "layers"
 
     @property
     def size(self):
         """Number of ranks that the layout needs."""
-        return self.pp * self.dp * self.cp * self.tp
+        return self.pp * self.dp * self.cp * self.tp + (self.afd[1] if self.afd else 0)
+
+    @property
+    def lockstep(self):
+        """True if the replicas meet inside a step, so that they must take their steps together."""
+        return self.dp > 1 and (self.zero != "off" or self.afd is not None or self.experts_over_dp)
+
+    @property
+    def experts_over_dp(self):
+        """True if experts are spread over the replicas too."""
+        return self.afd is None and (self.cp * self.tp) % self.ep != 0
 
     def __str__(self):
-        words = ("dp", "pp", "cp", "tp") + (("prefill", "decode") if self.cp > 1 else ())
-        return ",".join(f"{word}={getattr(self, word)}" for word in words)
+        shown = dict.fromkeys(("dp", "pp", "cp", "tp"), True)
+        shown |= {"ep": self.ep > 1, "afd": self.afd is not None}
+        shown |= {"prefill": self.cp > 1, "decode": self.cp > 1}
+        shown |= {
+            word: getattr(self, word) != _STRATEGIES[word][0] for word in ("sp", "zero", "stages")
+        }
+        values = {word: getattr(self, word) for word in shown} | {
+            "afd": "{}:{}".format(*self.afd or "--")
+        }
+        return ",".join(f"{word}={values[word]}" for word, show in shown.items() if show)
 
 
 def parse_layout(text, size):
     """Layout written as ``dp=1,pp=1,cp=1,tp=2`` for `size` ranks.
 
-    Axes that are left out are 1; an empty or missing text means tp=size.
+    Axes that are left out are 1; where none is named all ranks (of the attention side) are along
+    tp.
 
     Raises
     ------
     UsageError
-        For an unknown axis, a length that is no positive integer, or a product other than `size`.
+        For an unknown word, a length that is no positive integer, a product other than `size`, or a
+        combination that makes no sense; with the nearest one that does.
     """
-    if not text:
-        return Layout(tp=size)
     values = {}
-    for item in text.split(","):
+    for item in (text or "").split(",") if text else ():
         word, _, value = item.strip().partition("=")
-        if word not in AXES and word not in _STRATEGIES:
-            known = ", ".join((*AXES, *_STRATEGIES))
+        if word not in _WORDS:
+            known = ", ".join(_WORDS)
             raise UsageError(f"layout: got {item.strip()!r}, need WORD=VALUE, WORD one of {known}")
         if word in values:
             raise UsageError(f"layout: got {word} twice in {text!r}, need each word once")
-        if word in _STRATEGIES:
-            if value not in _STRATEGIES[word]:
-                known = ", ".join(_STRATEGIES[word])
-                raise UsageError(f"layout: got {item.strip()!r}, need {word} one of {known}")
-            values[word] = value
-        elif not value.isdecimal() or int(value) < 1:
-            raise UsageError(f"layout: got {item.strip()!r}, need a length of 1 or more")
-        else:
-            values[word] = int(value)
+        values[word] = _value(word, value, item.strip())
+    afd = values.get("afd")
+    if not values.keys() & set(AXES):
+        values["tp"] = afd[0] if afd else size
     layout = Layout(**values)
-    if layout.size != size:
+    if layout.size != size and not afd:
         raise UsageError(
             f"layout: got {text!r}, which is {layout.size} ranks, need {size} as launched; "
             f"start {layout.size} ranks or write --layout tp={size}"
         )
+    if afd:
+        _refuse_sides(layout, text, size)
+    _refuse_senseless(layout)
     return layout
+
+
+def _value(word, value, item):
+    """Value of one word of a layout."""
+    if word in _STRATEGIES:
+        if value not in _STRATEGIES[word]:
+            known = ", ".join(_STRATEGIES[word])
+            raise UsageError(f"layout: got {item!r}, need {word} one of {known}")
+        return value
+    if word == "afd":
+        sides = value.split(":")
+        if len(sides) != 2 or not all(n.isdecimal() and int(n) > 0 for n in sides):
+            raise UsageError(f"layout: got {item!r}, need afd=M:N, M attention and N FFN ranks")
+        return tuple(int(n) for n in sides)
+    if not value.isdecimal() or int(value) < 1:
+        raise UsageError(f"layout: got {item!r}, need a length of 1 or more")
+    return int(value)
+
+
+def _refuse_sides(layout, text, size):
+    """Refuse sides that are not the axes' product and the ranks launched."""
+    M, N = layout.afd
+    axes = layout.pp * layout.dp * layout.cp * layout.tp
+    if axes != M:
+        raise UsageError(
+            f"layout: got {text!r}, whose axes make {axes} ranks, need {M}, the attention side of "
+            f"afd={M}:{N}; write tp={M}"
+        )
+    if M + N != size:
+        raise UsageError(
+            f"layout: got {text!r}, which is {M + N} ranks, need {size} as launched; start "
+            f"{M + N} ranks or write --layout tp={size}"
+        )
+
+
+def _refuse_senseless(layout):
+    """Refuse a combination that makes no sense, with the reason and the nearest one that does."""
+    nearest = None
+    if layout.afd and layout.pp > 1:
+        reason = "afd gives every layer to both sides, pp gives layers to stages"
+        nearest = replace(layout, pp=1, tp=layout.tp * layout.pp)
+    elif layout.afd and layout.zero != "off":
+        reason = "with afd no rank holds weights that zero could cut beside another's"
+        nearest = replace(layout, zero="off")
+    elif layout.sp == "on" and layout.tp == 1:
+        reason = "sp cuts tokens over tp, which is 1"
+        nearest = replace(layout, sp="off")
+    elif layout.zero != "off" and layout.dp * layout.cp == 1:
+        reason = "zero cuts what the ranks of dp and cp hold alike, and both are 1"
+        nearest = replace(layout, zero="off")
+    else:
+        over = layout.afd[1] if layout.afd else layout.dp * layout.cp * layout.tp
+        if over % layout.ep:
+            reason = f"experts are spread over {over} ranks, which ep={layout.ep} does not divide"
+            nearest = replace(
+                layout, ep=max(n for n in range(1, over + 1) if over % n == 0 and n <= layout.ep)
+            )
+    if nearest is not None:
+        raise UsageError(f"layout: got {layout}, need another: {reason}; try --layout {nearest}")
 
 
 class Grid:
@@ -123,8 +220,16 @@ class Grid:
     ----------
     layout : Layout
     comm : all ranks of the grid
-    pp, dp, cp, tp : the ranks that differ from this one along that axis only
+    pp, dp, cp, tp : the ranks that differ from this one along that axis only; on the FFN side tp is
+        all of it
     tp_cp : the ranks that differ from this one along tp and cp, numbered with cp running fastest
+    dp_cp : those that differ along dp and cp
+    replica : those of the same replica, along pp, cp and tp
+    stage : those of the same pipeline stage, along dp, cp and tp
+    experts : those over which experts are spread: `tp_cp`, `stage` or the FFN side; None for ep=1
+        without sides
+    side : "attention" or "ffn"; "" if every rank does both
+    inter : intercommunicator to the other side, or None
     node : the ranks of the grid that share memory with this one
     """
 
@@ -136,16 +241,28 @@ class Grid:
         self.layout, self._splits = layout, {}
         self.comm = comm.Dup()
         self.comm.Set_name("world")
-        index, rest = {}, comm.rank
-        for axis in reversed(AXES):
-            rest, index[axis] = divmod(rest, getattr(layout, axis))
+        self.node = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
+        self.node.Set_name("node")
+        self.side, self.inter, self._base = "", None, self.comm
+        self._lengths = {axis: getattr(layout, axis) for axis in AXES}
+        if layout.afd:
+            self._take_sides(*layout.afd)
 
         # Ranks with equal indices on all other axes form one communicator of the axis.
+        index, rest = {}, self._base.rank
+        for axis in reversed(AXES):
+            rest, index[axis] = divmod(rest, self._lengths[axis])
         for axis in AXES:
             setattr(self, axis, self._split((axis,), index))
         self.tp_cp = self._split(("tp", "cp"), index)
-        self.node = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
-        self.node.Set_name("node")
+        self.dp_cp = self._split(("dp", "cp"), index)
+        self.replica = self._split(("pp", "cp", "tp"), index)
+        self.stage = self._split(("dp", "cp", "tp"), index)
+        self.experts = None
+        if self.side == "ffn":
+            self.experts = self.tp
+        elif layout.ep > 1 and not layout.afd:
+            self.experts = self.stage if layout.experts_over_dp else self.tp_cp
 
     def split(self, colour, key, name):
         """Communicator of the ranks of tp x cp with equal `colour`, ordered by `key`; made once."""
@@ -155,14 +272,24 @@ class Grid:
             self._splits[name] = comm
         return self._splits[name]
 
+    def _take_sides(self, M, N):
+        """Divide the ranks in attention and FFN side, which meet over an intercommunicator."""
+        attends = self.comm.rank < M
+        self.side = "attention" if attends else "ffn"
+        self._base = self.comm.Split(int(not attends))
+        self.inter = self._base.Create_intercomm(0, self.comm, M if attends else 0)
+        self.inter.Set_name("afd")
+        if not attends:
+            self._lengths = dict.fromkeys(AXES, 1) | {"tp": N}
+
     def _split(self, axes, index):
         """Communicator of the ranks that differ along `axes` only, the last running fastest."""
         colour = key = 0
         for axis in AXES:
-            colour = colour * getattr(self.layout, axis) + (0 if axis in axes else index[axis])
+            colour = colour * self._lengths[axis] + (0 if axis in axes else index[axis])
         for axis in axes:
-            key = key * getattr(self.layout, axis) + index[axis]
-        comm = self.comm.Split(colour, key)
+            key = key * self._lengths[axis] + index[axis]
+        comm = self._base.Split(colour, key)
         comm.Set_name(" x ".join(axes))
         return comm
 
@@ -170,6 +297,16 @@ class Grid:
     def is_root(self):
         """True on the one rank that reads input, prints and writes results."""
         return self.comm.rank == 0
+
+    @property
+    def is_leader(self):
+        """True on the one rank of a replica that reads its requests and hands on its results."""
+        return self.replica.rank == 0 and self.side != "ffn"
+
+    @property
+    def shares(self):
+        """(ep, tp) by which experts are cut over the ranks of `experts`."""
+        return self.layout.ep, self.experts.size // self.layout.ep
 
 
 def grid_of(comm, layout):
@@ -181,7 +318,7 @@ def grid_of(comm, layout):
     if grids is None:
         grids = {}
         comm.Set_attr(_grids_key(), grids)
-    lengths = tuple(getattr(layout, axis) for axis in AXES)
+    lengths = tuple(getattr(layout, word) for word in (*AXES, "ep", "afd"))
     if lengths not in grids:
         grids[lengths] = Grid(comm, layout)
     grid = copy(grids[lengths])

@@ -31,7 +31,7 @@ def test_layout_as_text_and_back():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("xp=2", "got 'xp=2', need WORD=VALUE, WORD one of pp, dp, cp, tp, prefill, decode"),
+        ("xp=2", "got 'xp=2', need WORD=VALUE, WORD one of pp, dp, cp, tp, ep, afd"),
         ("4", "got '4', need WORD=VALUE"),
         ("tp=2,", "got '', need WORD=VALUE"),
         ("tp=2,tp=2", "got tp twice"),
