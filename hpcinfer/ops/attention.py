@@ -355,5 +355,5 @@ def reach(q_pos, window):
 
 def _flat(gathered):
     """Pages (n, G, page, K) as one run of keys (n · page, G, K)."""
-    gathered = gathered.swapaxes(1, 2)
-    return gathered.reshape(-1, *gathered.shape[2:])
+    n, G, page, K = gathered.shape
+    return gathered.swapaxes(1, 2).reshape(n * page, G, K)
