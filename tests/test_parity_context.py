@@ -3,7 +3,7 @@
 import pytest
 from test_parity_reference import assert_equals_record, load
 
-CASES = ("llama-gqa", "qwen2", "mistral-window", "gpt_neox")
+CASES = ("llama-gqa", "qwen2", "mistral-window", "gpt_neox", "qwen2_moe-step", "olmoe")
 CHUNKED = ("llama-gqa", "mistral-window")
 MODES = (("ring", "tree"), ("ulysses", "gather"), ("split-q", "ring"))
 
@@ -35,7 +35,9 @@ def test_equals_transformers(comm, shared_path, case, modes):
             assert_equals_record(engine, case)
 
 
-@pytest.mark.parametrize("case", ["llama-rope-longrope", "llama-rope-dynamic", "gpt2", "qwen3"])
+@pytest.mark.parametrize(
+    "case", ["llama-rope-longrope", "llama-rope-dynamic", "gpt2", "qwen3", "mixtral-window"]
+)
 def test_other_families(comm, shared_path, case):
     """The default modes for the families and ropes that the other test leaves out."""
     for layout in layouts(comm.size):

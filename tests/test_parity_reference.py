@@ -11,8 +11,17 @@ import hpcinfer
 from hpcinfer.io.convert import convert
 
 LENGTHS = (1, 7, 33, 150)
-ONE_PER_FAMILY = ("llama-gqa", "mistral-window", "qwen2", "qwen3", "gpt2", "gpt_neox")
-CHUNKED = ONE_PER_FAMILY + ("llama-rope-dynamic", "llama-rope-longrope", "qwen2-window")
+DENSE = ("llama-gqa", "mistral-window", "qwen2", "qwen3", "gpt2", "gpt_neox")
+SPARSE = ("mixtral", "qwen2_moe-step", "qwen3_moe", "olmoe")
+ONE_PER_FAMILY = DENSE + SPARSE
+CHUNKED = (
+    DENSE
+    + (
+        "mixtral-window",
+        "qwen2_moe-step",
+    )
+    + ("llama-rope-dynamic", "llama-rope-longrope", "qwen2-window")
+)
 
 
 def write(case, form, path, dtype="float32"):

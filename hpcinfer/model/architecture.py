@@ -9,10 +9,39 @@ from hpcinfer import array
 from hpcinfer.ops import rope as ropes
 from hpcinfer.ops.activation import activation
 from hpcinfer.ops.rope import Rope
+from hpcinfer.ops.route import Router
 
 # Largest value that a size and a number in a config may have, and most layers; anything above is a
 # broken or hostile file.
 _LARGEST, _LARGEST_NUMBER, _MOST_LAYERS = 1 << 31, 1e30, 1 << 12
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Multi-head latent attention (DeepSeek-AI 2024, section 2.1, arXiv:2405.04434).
+
+    Keys and values of all heads are products of one latent per token, which is all that the cache
+    holds, beside one rotated key that all heads share.
+
+    Attributes
+    ----------
+    q_rank : width of the latent of the queries, 0 if they are products of the input itself
+    kv_rank : width of the latent of keys and values
+    plain, rotated, value : columns of a head's queries and keys without and with rotary embedding,
+        and of its values
+    interleaved : True if rotated pairs are columns 2 i and 2 i + 1 in the weights
+    bias : True if the products that give the latents have biases
+    eps : added to the mean square in the latents' norms
+    """
+
+    q_rank: int
+    kv_rank: int
+    plain: int
+    rotated: int
+    value: int
+    interleaved: bool = True
+    bias: bool = False
+    eps: float = 1e-6
 
 
 @dataclass(frozen=True)
@@ -22,7 +51,8 @@ class Architecture:
     Attributes
     ----------
     family : the config's model_type
-    D, H, G, K, F, V, N : sizes, see the legend in `hpcinfer`
+    D, H, G, K, F, V, N : sizes, see the legend in `hpcinfer`; F is the width of a dense FFN. With
+        latent attention G is 1 and K the width of what is cached for a token
     context : positions that the model can take
     dtype : element type that the config names for the weights
     activation : name of the FFN's non-linearity
@@ -32,7 +62,10 @@ class Architecture:
     rope : Rope or None
     learned_positions : number of learned position embeddings, 0 if there are none
     parallel_residual : True if both halves of a layer read the same input
-    qk_norm : True if queries and keys are normed per head
+    qk_norm : "head" if queries and keys are normed head by head, "whole" if over all heads
+        together, "" if not
+    clip_qkv : bound of the magnitude of queries, keys and values, None for none
+    mla : Latent or None
     qkv_bias, o_bias, ffn_bias : True if these projections have biases
     tied : True if the head is the embedding
     scales : factor on the attention scores, per layer
@@ -40,6 +73,12 @@ class Architecture:
     names : tensor names in the checkpoint, by the keys of `hpcinfer.model.weights`
     stored_in_out : True if the checkpoint stores matrices (in, out)
     qkv_per_head : True if fused queries, keys and values alternate head by head
+    E, moe_F : experts of a layer that has any, and the width of each
+    shared_F : width of all the experts together that every token takes, 0 if there are none
+    shared_gate : True if a gate per token weighs the shared experts
+    router : Router or None
+    sparse : True or False per layer: its FFN is a mixture of experts
+    unread_layers : layers behind the last that a checkpoint may hold and inference does not read
     """
 
     family: str
@@ -59,7 +98,9 @@ class Architecture:
     rope: Rope | None = None
     learned_positions: int = 0
     parallel_residual: bool = False
-    qk_norm: bool = False
+    qk_norm: str = ""
+    clip_qkv: float | None = None
+    mla: Latent | None = None
     qkv_bias: bool = False
     o_bias: bool = False
     ffn_bias: bool = False
@@ -69,9 +110,18 @@ class Architecture:
     names: dict = field(default_factory=dict)
     stored_in_out: bool = False
     qkv_per_head: bool = False
+    E: int = 0
+    moe_F: int = 0
+    shared_F: int = 0
+    shared_gate: bool = False
+    router: Router | None = None
+    sparse: tuple = ()
+    unread_layers: int = 0
 
     def __post_init__(self):
         activation(self.activation)
+        if len(self.sparse) != self.N:
+            object.__setattr__(self, "sparse", (False,) * self.N)
         if self.H % self.G:
             raise ValueError(
                 f"config: got {self.H} query heads and {self.G} key/value heads, need the second "
@@ -101,6 +151,11 @@ class Config:
         if value > _MOST_LAYERS:
             raise ValueError(f"config: got {names[0]}={value}, need at most {_MOST_LAYERS}")
         return value
+
+    def count(self, *names, default=0):
+        """Integer of 0 or more under the first of `names` that is present and not null."""
+        value = self.get(*names, default=default)
+        return 0 if type(value) is int and value == 0 else self.size(*names, default=value)
 
     def number(self, *names, default=None):
         """Number under the first of `names` that is present and not null."""
@@ -180,6 +235,23 @@ class Config:
         if theta <= 1:
             raise ValueError(f"config: got rope_theta={theta}, need more than 1")
         return _ROPES[kind](table, dim, theta, positions, original)
+
+    def router(self, E, k, **choices):
+        """Router over `E` experts; `k` is the family's own number of choices."""
+        router = Router(self.size("num_experts_per_tok", default=k), **choices)
+        groups, top_groups = router.groups, router.top_groups
+        if E % groups:
+            raise ValueError(f"config: got n_group={groups}, need a divisor of {E} experts")
+        if not top_groups <= groups:
+            raise ValueError(f"config: got topk_group={top_groups}, need at most {groups} groups")
+        if router.group_score == "top2" and 1 < groups and E < 2 * groups:
+            raise ValueError(f"config: got {E} experts in {groups} groups, need 2 in each or more")
+        if router.k > E // groups * top_groups:
+            raise ValueError(
+                f"config: got num_experts_per_tok={router.k}, need at most "
+                f"{E // groups * top_groups}, the experts that can be chosen"
+            )
+        return router
 
 
 def _default(table, dim, theta, positions, original):

@@ -38,6 +38,7 @@ class Context:
     ----------
     kv : communicator of the ranks that hold parts of the same key/value heads
     heads : Heads of this rank
+    first_kv : (start, stop) among its key/value heads: those that no rank of tp before it has
     sharers : ranks of tp that read the same key/value head and share its keys; 1 as a rule
     by_columns : True if decoding may divide columns, not tokens, among the ranks of cp
     """
@@ -45,7 +46,10 @@ class Context:
     def __init__(self, arch, grid, cache):
         self.arch, self.grid, self._cache = arch, grid, cache
         C, P = grid.cp.size, grid.tp.size
-        self.heads = partition.heads(arch.H, arch.G, P)[grid.tp.rank]
+        of_ranks = partition.heads(arch.H, arch.G, P)
+        self.heads = of_ranks[grid.tp.rank]
+        before = max((heads.kv[1] for heads in of_ranks[: grid.tp.rank]), default=0)
+        self.first_kv = (max(0, before - self.heads.kv[0]), self.heads.n_kv)
         self.sharers = P // arch.G if C > 1 and P > arch.G and P % arch.G == 0 else 1
         self.kv = _kv_comm(grid, self.sharers)
         self._shares = [(0, self.heads.n_query)]

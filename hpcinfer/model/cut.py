@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from hpcinfer import collectives, partition
-from hpcinfer.model.weights import slice_columns
+from hpcinfer.model.weights import FFN_CUTS, slice_columns
 from hpcinfer.ops import activation
 from hpcinfer.parallel import tensor
 
@@ -25,21 +25,27 @@ class Cut:
     complete : function (x, products, bias, purpose) that completes the partial sums of `products`,
         as `tensor.complete` does
     layer : function of a layer's number, this rank's parameters
-    middle : what stands between the FFN's two products
+    middle, experts_middle, shared_middle : what stands between the two products of a dense FFN, of
+        an expert, of the shared experts
+    first_expert : number of the first expert that this rank owns
     whole : function (T, own columns) -> (T, C/P) that completes queries, keys and values
     """
 
     complete: Callable
     layer: Callable
     middle: Callable
+    experts_middle: Callable
+    shared_middle: Callable
+    first_expert: int
     whole: Callable
 
 
 def cut_by_tokens(arch, grid, ranges, weights):
     """Own tokens, all columns of the tensor-parallel shard."""
-    widths = [stop - start for start, stop in _ffn_parts(ranges, grid.cp.size)]
+    widths = [partition.counts(_parts(ranges, c, grid.cp.size)) for c in FFN_CUTS]
     complete = partial(tensor.complete, grid.tp)
-    return Cut(complete, weights.layer, _ffn_middle(arch, widths), lambda qkv: qkv)
+    middles = [_middle(arch, of_parts) for of_parts in widths]
+    return Cut(complete, weights.layer, *middles, ranges["experts"][0], lambda qkv: qkv)
 
 
 def cut_by_columns(arch, grid, ranges, weights, heads):
@@ -47,23 +53,23 @@ def cut_by_columns(arch, grid, ranges, weights, heads):
     cp, part, K = grid.cp.size, grid.cp.rank, arch.K
     blocks = partition.block(heads.n_query + 2 * heads.n_kv, cp)
     counts = [n * K for n in partition.counts(blocks)]
-    start, stop = (bound - ranges["ffn"][0] for bound in _ffn_parts(ranges, cp)[part])
-    rows = 2 if arch.gated else 1
+    bounds = [_parts(ranges, c, cp)[part] for c in FFN_CUTS]
+    slices = [_column_and_row(arch, *bound) for bound in bounds]
 
     def layer(n):
         return slice_columns(
             weights.layer(n),
-            qkv=_scaled(blocks[part], K),
-            o=_scaled(query_heads(heads, cp)[part], K),
-            up=slice(rows * start, rows * stop),
-            down=slice(start, stop),
+            _scaled(blocks[part], K),
+            _scaled(query_heads(heads, cp)[part], K),
+            *slices,
         )
 
     def whole(qkv):
         return collectives.Allgather(grid.cp, qkv, counts, axis=1, purpose="qkv")
 
     complete = partial(tensor.complete, grid.tp_cp)
-    return Cut(complete, layer, _ffn_middle(arch, [stop - start]), whole)
+    middles = [_middle(arch, [stop - start]) for start, stop in bounds]
+    return Cut(complete, layer, *middles, ranges["experts"][0], whole)
 
 
 def query_heads(heads, cp):
@@ -71,16 +77,24 @@ def query_heads(heads, cp):
     return partition.block(heads.n_query, cp)
 
 
-def _ffn_middle(arch, widths):
-    """The FFN's non-linearity, gated in blocks of columns or not."""
+def _middle(arch, widths):
+    """An FFN's non-linearity, gated in blocks of columns or not."""
     function = activation.activation(arch.activation)
     if arch.gated:
         return lambda gate_up: activation.gated(function, gate_up, widths)
     return function
 
 
-def _ffn_parts(ranges, cp):
-    return [ranges[f"ffn {part}"] for part in range(cp)]
+def _parts(ranges, cut, cp):
+    """The columns of every part of cp among those of this rank."""
+    start, stop = ranges[cut]
+    return partition.block(stop - start, cp)
+
+
+def _column_and_row(arch, start, stop):
+    """Slices of the column cut's rows and of the row cut's inputs for some columns."""
+    rows = 2 if arch.gated else 1
+    return slice(rows * start, rows * stop), slice(start, stop)
 
 
 def _scaled(bounds, unit):

@@ -28,7 +28,7 @@ class Model:
 
     def __init__(self, arch, checkpoint, grid, device, dtype):
         self.arch, self.grid, self.device, self.dtype = arch, grid, device, dtype
-        self.cache = None
+        self.cache = self.expert_load = None
         self.context = Context(arch, grid, lambda n: (self.cache.k[n], self.cache.v[n]))
         self.heads = self.context.heads
         cp = grid.cp.size

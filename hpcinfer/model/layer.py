@@ -1,6 +1,7 @@
 """One decoder layer, composed from the rooms and one rank's mathematics."""
 
-from hpcinfer import array
+from hpcinfer import array, collectives
+from hpcinfer.model.moe import moe_sum, routed_choices
 from hpcinfer.ops.norm import layer_norm, rms_norm
 from hpcinfer.ops.rope import rotate
 from hpcinfer.parallel import tensor
@@ -19,8 +20,9 @@ def layer(model, n, x, step, rotation):
     -------
     (T/P, D) float32, equal on every rank of the tensor axis
     """
-    arch, cut, w = model.arch, model.cut(step), model.cut(step).layer(n)
-    attention, ffn = _attention(model, n, step, rotation), _ffn(model, n, step)
+    arch, cut = model.arch, model.cut(step)
+    w = cut.layer(n)
+    attention, ffn = _attention(model, n, cut, w, step, rotation), _ffn(model, n, cut, w)
 
     # Both halves read the same input: their partial sums are completed together.
     if arch.parallel_residual:
@@ -46,15 +48,19 @@ def norm(arch, x, weight, bias):
     return rms_norm(x, weight, arch.eps)
 
 
-def _attention(model, n, step, rotation):
+def _attention(model, n, cut, w, step, rotation):
     """This rank's share of the attention half of layer n: function (T, D) -> (T, D){sum}."""
-    arch, heads, cut, w = model.arch, model.heads, model.cut(step), model.cut(step).layer(n)
+    arch, heads = model.arch, model.heads
 
     def attend(qkv):
         qkv, T = cut.whole(qkv), qkv.shape[0]
         q, k, v = _split(qkv.reshape(T, heads.n_query + 2 * heads.n_kv, arch.K), heads)
-        if arch.qk_norm:
+        if arch.qk_norm == "head":
             q, k = rms_norm(q, w.q_norm, arch.eps), rms_norm(k, w.k_norm, arch.eps)
+        elif arch.qk_norm == "whole":
+            q, k = _norm_of_all_heads(model, w, q, k)
+        if arch.clip_qkv is not None:
+            q, k, v = (x.clip(-arch.clip_qkv, arch.clip_qkv) for x in (q, k, v))
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         stored = array.namespace(k).asarray(step.stored)
@@ -65,10 +71,42 @@ def _attention(model, n, step, rotation):
     return lambda x: tensor.partial_sum(x, w.qkv, attend, w.o, w.qkv_bias)
 
 
-def _ffn(model, n, step):
+def _norm_of_all_heads(model, w, q, k):
+    """RMS norms over the heads of all ranks together: their sums of squares are added up.
+
+    Parameters
+    ----------
+    q, k : (T, H/P, K), (T, G/P, K) float32; a key head may be on several ranks and counts once
+    """
+    arch, xp = model.arch, array.namespace(q)
+    squares = xp.stack([_squares(q), _squares(k[:, slice(*model.context.first_kv)])])
+    squares = collectives.Allreduce(model.grid.tp, squares, purpose="qk norm")
+    results = []
+    for x, weight, n, square in zip(
+        (q, k), (w.q_norm, w.k_norm), (arch.H, arch.G), squares, strict=True
+    ):
+        root = xp.sqrt(square / xp.float32(n * arch.K) + xp.float32(arch.eps))
+        results.append(x / root[:, None, None] * weight.reshape(x.shape[1:]))
+    return results
+
+
+def _squares(x):
+    """Sum of squares of every token: (T, heads, K) -> (T,)."""
+    return (x * x).sum(axis=(1, 2))
+
+
+def _ffn(model, n, cut, w):
     """This rank's share of the FFN half of layer n: function (T, D) -> (T, D){sum}."""
-    cut, w = model.cut(step), model.cut(step).layer(n)
-    return lambda x: tensor.partial_sum(x, w.up, cut.middle, w.down, w.up_bias)
+    if not model.arch.sparse[n]:
+        return lambda x: tensor.partial_sum(x, w.up, cut.middle, w.down, w.up_bias)
+
+    def mixture(x):
+        ids, weights = routed_choices(model.arch, w, x)
+        if model.expert_load is not None:
+            model.expert_load.add(n, ids)
+        return moe_sum(cut, w, x, ids, weights)
+
+    return mixture
 
 
 def _sum(a, b):

@@ -12,6 +12,10 @@ import numpy as np
 
 from hpcinfer import array, partition
 
+# Cuts of which the parts of cp are cut once more, and parameters that are float32 like vectors.
+FFN_CUTS = ("ffn", "moe", "shared")
+_FULL = ("router", "shared_gate")
+
 # Tensors that checkpoints carry and inference does not read: masks and tables that are computed
 # here.
 _IGNORED = re.compile(
@@ -29,12 +33,13 @@ class Row:
     layer : number of the layer, None outside the layers
     name : tensor name in the checkpoint
     shape : global shape as stored
-    cut : "query", "kv", "ffn", "ffn I" (part I of cp), "embed", "head", or None if every rank
-        holds the whole
+    cut : "query", "kv", "ffn", "moe", "shared", these three also with " I" behind (part I of cp),
+        "embed", "head", or None if every rank holds the whole
     axis : stored axis that is cut
     unit : length of one item (head width for heads, 1 otherwise)
     offset, stride : item j begins at offset + j · stride
     transposed : True if stored (in, out)
+    expert : number of the expert, None outside the experts
     """
 
     key: str
@@ -47,6 +52,7 @@ class Row:
     offset: int = 0
     stride: int = 1
     transposed: bool = False
+    expert: int | None = None
 
     def pieces(self, ranges):
         """(start, stop) ranges of the cut axis that a rank owning items `ranges[cut]` reads."""
@@ -76,10 +82,15 @@ class Layer:
     ----------
     norm1, norm1_bias, norm2, norm2_bias : (D,) float32
     qkv, qkv_bias : (C/P, D), (C/P,): queries, then keys, then values of the rank's heads
-    q_norm, k_norm : (K,) float32
+    q_norm, k_norm : (K,) float32, or (H K/P,), (G K/P,) where all heads are normed together
     o, o_bias : (D, H K/P), (D,)
     up, up_bias : (U/P, D), (U/P,): for every part of cp its gate, if there is one, then its up
     down, down_bias : (D, F/P), (D,)
+    router, router_bias : (E, D), (E,) float32
+    experts_up : (own experts, U/P, D), own columns of each in the order of `up`
+    experts_down : (own experts, D, F/P)
+    shared_up, shared_down : (U/P, D), (D, F/P), of all shared experts as one FFN
+    shared_gate : (1, D) float32
     """
 
     norm1: np.ndarray | None = None
@@ -96,6 +107,13 @@ class Layer:
     up_bias: np.ndarray | None = None
     down: np.ndarray | None = None
     down_bias: np.ndarray | None = None
+    router: np.ndarray | None = None
+    router_bias: np.ndarray | None = None
+    experts_up: np.ndarray | None = None
+    experts_down: np.ndarray | None = None
+    shared_up: np.ndarray | None = None
+    shared_down: np.ndarray | None = None
+    shared_gate: np.ndarray | None = None
 
 
 @dataclass
@@ -151,7 +169,8 @@ def owned(arch, P, rank, cp=1, part=0):
     """Items of every cut axis that a rank owns.
 
     The vocabulary's logits are divided among all ranks of tp and cp, the embedding's rows among
-    those of tp only, as every part of cp looks up its own tokens.
+    those of tp only, as every part of cp looks up its own tokens. Every rank owns all experts, and
+    its own columns of each; who owns them otherwise changes "experts" and "moe".
 
     Parameters
     ----------
@@ -163,18 +182,33 @@ def owned(arch, P, rank, cp=1, part=0):
     dict cut -> (start, stop)
     """
     heads = partition.heads(arch.H, arch.G, P)[rank]
-    first, last = partition.block(arch.F, P)[rank]
     logits = partition.block(arch.V, P * cp)[rank * cp : (rank + 1) * cp]
     ranges = {
         "query": heads.query,
         "kv": heads.kv,
-        "ffn": (first, last),
+        "ffn": partition.block(arch.F, P)[rank],
+        "experts": (0, arch.E),
+        "moe": partition.block(arch.moe_F, P)[rank],
+        "shared": partition.block(arch.shared_F, P)[rank],
         "embed": (logits[0][0], logits[-1][1]),
         "head": logits[part],
     }
-    for i, (start, stop) in enumerate(partition.block(last - first, cp)):
-        ranges[f"ffn {i}"] = (first + start, first + stop)
-    return ranges
+    return in_parts(ranges, cp)
+
+
+def in_parts(ranges, cp):
+    """The ranges, with the part of every rank of cp ("ffn 0", "ffn 1", ...) of the columns in them.
+
+    Parameters
+    ----------
+    ranges : dict cut -> (start, stop), as `owned` returns it
+    """
+    parts = {}
+    for cut in FFN_CUTS:
+        first, last = ranges[cut]
+        for i, (start, stop) in enumerate(partition.block(last - first, cp)):
+            parts[f"{cut} {i}"] = (first + start, first + stop)
+    return {**ranges, **parts}
 
 
 def check(arch, tensors):
@@ -194,6 +228,7 @@ def check(arch, tensors):
         For a missing tensor, a shape other than the config's, a type that is no floating type, or a
         tensor that this family does not know.
     """
+    _check_experts(arch, tensors)
     rows = table(arch)
     names = {row.name: _find(row.name, tensors) for row in rows}
     missing = [row.name for row in rows if names[row.name] is None]
@@ -220,7 +255,7 @@ def check(arch, tensors):
     unknown = sorted(
         name
         for name in set(tensors) - set(names.values()) - {_find(arch.names["head"], tensors)}
-        if not _IGNORED.search(name)
+        if not _IGNORED.search(name) and not _behind(arch, name)
     )
     if unknown:
         raise ValueError(
@@ -237,54 +272,85 @@ def load(arch, checkpoint, ranges, dtype, device, cp=1):
 
     Parameters
     ----------
-    ranges : dict cut -> (start, stop), as `owned` returns it
+    ranges : dict cut -> (start, stop), as `owned` returns it; its parts of cp follow from the rest
     cp : ranks of cp
 
     Returns
     -------
     Weights
     """
-    names = check(arch, checkpoint.tensors)
+    names, ranges = check(arch, checkpoint.tensors), in_parts(ranges, cp)
     weights = Weights(layers=[Layer() for _ in range(arch.N)])
     for rows in _by_target(table(arch, cp)):
         target = weights if rows[0].layer is None else weights.layers[rows[0].layer]
-        parameter = _read(rows, names, checkpoint, ranges, dtype)
+        read = _read if rows[0].expert is None else _read_experts
+        parameter = read(rows, names, checkpoint, ranges, dtype)
         setattr(target, rows[0].key, device.put(parameter))
     if arch.tied:
         weights.head = _tied_head(arch, checkpoint, ranges, weights, dtype, device)
     return weights
 
 
-def slice_columns(layer, qkv, o, up, down):
+def slice_columns(layer, qkv, o, ffn, moe, shared):
     """A layer with only some of its columns: views of its parameters.
 
     Parameters
     ----------
-    qkv, up : slices of the rows of the column cuts
-    o, down : slices of the inputs of the row cuts
+    qkv, o : slices of the rows of a column cut, of the inputs of a row cut
+    ffn, moe, shared : pairs of such slices
     """
 
-    def part(parameter, index):
-        return None if parameter is None else parameter[index]
+    def part(parameter, *index):
+        return None if parameter is None else parameter[(..., *index)]
 
+    whole = slice(None)
     return replace(
         layer,
-        qkv=layer.qkv[qkv],
+        qkv=part(layer.qkv, qkv, whole),
         qkv_bias=part(layer.qkv_bias, qkv),
-        o=layer.o[:, o],
-        up=layer.up[up],
-        up_bias=part(layer.up_bias, up),
-        down=layer.down[:, down],
+        o=part(layer.o, o),
+        up=part(layer.up, ffn[0], whole),
+        up_bias=part(layer.up_bias, ffn[0]),
+        down=part(layer.down, ffn[1]),
+        experts_up=part(layer.experts_up, moe[0], whole),
+        experts_down=part(layer.experts_down, moe[1]),
+        shared_up=part(layer.shared_up, shared[0], whole),
+        shared_down=part(layer.shared_down, shared[1]),
     )
 
 
 def _read(rows, names, checkpoint, ranges, dtype):
     """One parameter of this rank, from the rows of the table that make it up."""
+    shape = _stacked(rows, ranges)
+    full = len(shape) == 1 or rows[0].key in _FULL
+    parameter = np.empty(shape, np.float32 if full else dtype)
+    _read_into(parameter, rows, names, checkpoint, ranges)
+    return parameter
+
+
+def _read_experts(rows, names, checkpoint, ranges, dtype):
+    """One parameter of all experts of this rank: as `_read`, the experts along a new first axis."""
+    first, last = ranges["experts"]
+    of_expert = {}
+    for row in rows:
+        of_expert.setdefault(row.expert, []).append(row)
+    parameter = np.empty((last - first, *_stacked(of_expert[0], ranges)), dtype)
+    for e in range(first, last):
+        _read_into(parameter[e - first], of_expert[e], names, checkpoint, ranges)
+    return parameter
+
+
+def _stacked(rows, ranges):
+    """Shape of the own parts of some rows of the table, laid one after the other."""
     shapes = [row.local_shape(ranges) for row in rows]
-    kind = np.dtype(np.float32) if len(shapes[0]) == 1 else dtype
-    parameter = np.empty((sum(shape[0] for shape in shapes), *shapes[0][1:]), kind)
+    return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+
+def _read_into(parameter, rows, names, checkpoint, ranges):
+    """Read the own parts of some rows of the table, one after the other, into a parameter."""
     start = 0
-    for row, shape in zip(rows, shapes, strict=True):
+    for row in rows:
+        shape = row.local_shape(ranges)
         part = parameter[start : start + shape[0]]
         start += shape[0]
         pieces = None if row.cut is None else row.pieces(ranges)
@@ -294,7 +360,6 @@ def _read(rows, names, checkpoint, ranges, dtype):
             part[...] = checkpoint.read(names[row.name], row.axis, pieces).T
         else:
             checkpoint.read(names[row.name], row.axis, pieces, out=part)
-    return parameter
 
 
 def _tied_head(arch, checkpoint, ranges, weights, dtype, device):
@@ -322,19 +387,58 @@ def _norm(arch, key, layer):
 
 def _layer(arch, n, cp):
     """Rows of layer n."""
-    rows = _norm(arch, "norm1", n) + _qkv(arch, n)
-    if arch.qk_norm:
-        rows += [Row(k, n, arch.names[k].format(n=n), (arch.K,)) for k in ("q_norm", "k_norm")]
+    rows = _norm(arch, "norm1", n) + _qkv(arch, n) + _qk_norm(arch, n)
     query = {"cut": "query", "unit": arch.K, "stride": arch.K}
     rows += _matrix(arch, n, "o", "o", arch.H * arch.K, arch.D, arch.o_bias, query, column=False)
     rows += _norm(arch, "norm2", n)
+    return rows + (_moe(arch, n, cp) if arch.sparse[n] else _ffn(arch, n, cp))
+
+
+def _qk_norm(arch, n):
+    """Rows of the norms of queries and keys: of one head, or of the own heads of all."""
+    if arch.qk_norm != "whole":
+        keys = ("q_norm", "k_norm") if arch.qk_norm else ()
+        return [Row(k, n, arch.names[k].format(n=n), (arch.K,)) for k in keys]
+    cuts = (("q_norm", "query", arch.H), ("k_norm", "kv", arch.G))
+    return [
+        Row(k, n, arch.names[k].format(n=n), (m * arch.K,), cut, unit=arch.K, stride=arch.K)
+        for k, cut, m in cuts
+    ]
+
+
+def _ffn(arch, n, cp):
+    """Rows of a dense FFN."""
+    rows, bias = [], arch.ffn_bias
     for part in range(cp):
         for name in ("gate", "up") if arch.gated else ("up",):
-            ffn = {"cut": f"ffn {part}"}
-            rows += _matrix(arch, n, "up", name, arch.D, arch.F, arch.ffn_bias, ffn)
-    ffn = {"cut": "ffn"}
-    rows += _matrix(arch, n, "down", "down", arch.F, arch.D, arch.ffn_bias, ffn, column=False)
+            rows += _matrix(arch, n, "up", name, arch.D, arch.F, bias, {"cut": f"ffn {part}"})
+    return rows + _matrix(arch, n, "down", "down", arch.F, arch.D, bias, {"cut": "ffn"}, False)
+
+
+def _moe(arch, n, cp):
+    """Rows of a mixture of experts: router, routed experts, shared experts and their gate."""
+    D, E, names = arch.D, arch.E, arch.names
+    rows = [Row("router", n, names["router"].format(n=n), (E, D))]
+    if arch.router.corrected:
+        rows.append(Row("router_bias", n, names["router_bias"].format(n=n), (E,)))
+    for e in range(E):
+        rows += _gated(names, "experts", n, e, D, arch.moe_F, "moe", cp)
+    if arch.shared_F:
+        rows += _gated(names, "shared", n, None, D, arch.shared_F, "shared", cp)
+    if arch.shared_gate:
+        rows.append(Row("shared_gate", n, names["shared_gate"].format(n=n), (1, D)))
     return rows
+
+
+def _gated(names, key, n, e, D, F, cut, cp):
+    """Rows of an FFN with a gate and no biases: of expert e, or of the shared experts."""
+    gate, up, down = (names[f"{key}.{x}"].format(n=n, e=e) for x in ("gate", "up", "down"))
+    rows = [
+        Row(f"{key}_up", n, name, (F, D), f"{cut} {part}", expert=e)
+        for part in range(cp)
+        for name in (gate, up)
+    ]
+    return [*rows, Row(f"{key}_down", n, down, (D, F), cut, axis=1, expert=e)]
 
 
 def _qkv(arch, n):
@@ -372,6 +476,22 @@ def _by_target(rows):
     for row in rows:
         groups.setdefault((row.layer, row.key), []).append(row)
     return groups.values()
+
+
+def _check_experts(arch, tensors):
+    """Refuse a config with more experts than tensors, before they are listed one by one."""
+    n_experts = arch.E * sum(arch.sparse)
+    if n_experts > len(tensors):
+        raise ValueError(
+            f"weights: got {len(tensors)} tensors, need those of {n_experts} experts as the config "
+            "says; check that the checkpoint is complete and stores each expert by itself"
+        )
+
+
+def _behind(arch, name):
+    """True for a tensor of a layer behind the last, as some checkpoints hold for training."""
+    number = re.search(r"(?:^|\.)layers\.(\d{1,9})\.", name) if arch.unread_layers else None
+    return number is not None and 0 <= int(number[1]) - arch.N < arch.unread_layers
 
 
 def _find(name, tensors):

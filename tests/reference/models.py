@@ -40,6 +40,35 @@ _LLAMA = {
 _MISTRAL = _LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
 _QWEN2 = _LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 _QWEN3 = _LLAMA | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+_MIXTRAL = _LLAMA | {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "intermediate_size": 43,
+    "num_experts_per_tok": 2,
+    "num_local_experts": 5,
+    "router_jitter_noise": 0.0,
+}
+_QWEN2_MOE = _QWEN2 | {
+    "architectures": ["Qwen2MoeForCausalLM"],
+    "model_type": "qwen2_moe",
+    "decoder_sparse_step": 1,
+    "intermediate_size": 83,
+    "max_position_embeddings": 512,
+    "moe_intermediate_size": 37,
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "shared_expert_intermediate_size": 41,
+}
+_QWEN3_MOE = _QWEN3 | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "decoder_sparse_step": 1,
+    "intermediate_size": 83,
+    "max_position_embeddings": 512,
+    "moe_intermediate_size": 37,
+    "num_experts": 7,
+    "num_experts_per_tok": 3,
+}
 _GPT2 = {
     "architectures": ["GPT2LMHeadModel"],
     "model_type": "gpt2",
@@ -302,6 +331,99 @@ CASES: dict[str, dict] = {
         "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
         "use_sliding_window": True,
     },
+    # Mixtral: weights of the choices that add up to 1; a window in every layer
+    "mixtral": _MIXTRAL
+    | _V4
+    | {
+        "hidden_size": 80,
+        "num_attention_heads": 10,
+        "num_key_value_heads": 2,
+        "vocab_size": 1003,
+        "max_position_embeddings": 512,
+        "output_router_logits": False,
+        "router_aux_loss_coef": 0.02,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "rope_theta": 1000000.0,
+    },
+    "mixtral-window": _MIXTRAL
+    | _V5
+    | _heads(66, 3, 1, 16)
+    | {
+        "vocab_size": 1009,
+        "max_position_embeddings": 512,
+        "num_experts_per_tok": 1,
+        "num_local_experts": 6,
+        "sliding_window": 19,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+    },
+    # Qwen2-MoE: a gated shared expert; a dense layer by the step and one by its number
+    "qwen2_moe": _QWEN2_MOE
+    | _V4
+    | {
+        "hidden_size": 84,
+        "num_attention_heads": 7,
+        "num_key_value_heads": 7,
+        "vocab_size": 1011,
+        "norm_topk_prob": False,
+        "sliding_window": None,
+        "use_sliding_window": False,
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": False,
+    },
+    "qwen2_moe-step": _QWEN2_MOE
+    | _V5
+    | {
+        "hidden_size": 80,
+        "num_attention_heads": 10,
+        "num_key_value_heads": 5,
+        "num_hidden_layers": 4,
+        "vocab_size": 1007,
+        "decoder_sparse_step": 2,
+        "max_window_layers": 2,
+        "mlp_only_layers": [3],
+        "norm_topk_prob": True,
+        "num_experts": 6,
+        "qkv_bias": False,
+        "sliding_window": 23,
+        "tie_word_embeddings": True,
+        "use_sliding_window": True,
+        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+    },
+    # Qwen3-MoE: a dense layer in the middle
+    "qwen3_moe": _QWEN3_MOE
+    | _V4
+    | _heads(68, 6, 2, 24)
+    | {
+        "vocab_size": 1013,
+        "mlp_only_layers": [1],
+        "norm_topk_prob": True,
+        "num_hidden_layers": 3,
+        "rope_theta": 10000.0,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "use_sliding_window": False,
+    },
+    # OLMoE: norms over all heads together, with clipping and shared key/value heads, and without
+    "olmoe": _LLAMA
+    | _V4
+    | {
+        "architectures": ["OlmoeForCausalLM"],
+        "model_type": "olmoe",
+        "hidden_size": 80,
+        "intermediate_size": 37,
+        "num_attention_heads": 10,
+        "num_key_value_heads": 5,
+        "num_experts": 9,
+        "num_experts_per_tok": 3,
+        "clip_qkv": 0.9,
+        "max_position_embeddings": 512,
+        "norm_topk_prob": False,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "vocab_size": 1017,
+    },
     # GPT-2: odd FFN, the Hub's file form, and an untied head
     "gpt2": _GPT2
     | _V5
@@ -400,7 +522,7 @@ def draw(key: str, shape: Iterable[int]) -> np.ndarray:
 def tensor(key: str, name: str, shape: Iterable[int]) -> np.ndarray:
     """Return the weights of one tensor, with attention and logits neither flat nor peaked."""
     x = draw(f"{key}/{name}", shape)
-    if name.endswith(".bias"):
+    if name.endswith((".bias", "e_score_correction_bias")):
         return np.float32(0.2) * x
     # A final norm of both signs: with a tied head a token would else be its own best successor
     if name.endswith(("model.norm.weight", "ln_f.weight", "final_layer_norm.weight")):
@@ -416,6 +538,9 @@ def tensor(key: str, name: str, shape: Iterable[int]) -> np.ndarray:
     # What GELU adds is mostly the same for all tokens: without less of it and sharper attention,
     # greedy decoding repeats a few tokens
     gain = 1.2
+    # Routers that decide, so that few choices of experts are near
+    if name.endswith((".mlp.gate.weight", "moe.gate.weight")):
+        gain = 3.0
     if "4h_to_h" in name or "mlp.c_proj" in name:
         gain = 0.5
     if "query_key_value" in name or "c_attn" in name:

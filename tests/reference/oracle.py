@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import tempfile
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def put_weights(model: torch.nn.Module, weights: dict[str, np.ndarray]) -> torch
     """Load weights by their saved names; every parameter must be given, of tied ones either."""
     known = model.state_dict()
     state = {}
-    for name, array in weights.items():
+    for name, array in with_experts_stacked(weights).items():
         inner = name if name in known else name.replace("embed_out.", "lm_head.")
         state[inner] = torch.from_numpy(array)
     if model.config.tie_word_embeddings:
@@ -33,6 +34,37 @@ def put_weights(model: torch.nn.Module, weights: dict[str, np.ndarray]) -> torch
         state.update({name: given for name in twins})
     model.load_state_dict(state, strict=True)
     return model
+
+
+def with_experts_stacked(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Put the experts of a layer into the two tensors that transformers' modules have for them."""
+    whole, experts = {}, {}
+    for name, array in weights.items():
+        match = re.fullmatch(r"(.*\.experts)\.(\d+)\.(\w+)\.weight", name)
+        if match:
+            prefix = match[1].replace("block_sparse_moe", "mlp")
+            experts.setdefault(prefix, {}).setdefault(match[3], {})[int(match[2])] = array
+        else:
+            whole[name.replace("block_sparse_moe", "mlp")] = array
+    for prefix, parts in experts.items():
+        gate, up, down = (
+            np.stack([array for _, array in sorted((parts.get(a) or parts[b]).items())])
+            for a, b in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2"))
+        )
+        whole[f"{prefix}.gate_up_proj"] = np.concatenate([gate, up], axis=1)
+        whole[f"{prefix}.down_proj"] = down
+    return whole
+
+
+@torch.no_grad()
+def choices(model: torch.nn.Module, ids: list[int]) -> list[np.ndarray]:
+    """Return the experts that each router chooses, (T, k) ascending; [] for a dense model."""
+    model, chosen = fresh(model), []
+    for name, module in model.named_modules():
+        if name.endswith(".gate"):
+            module.register_forward_hook(lambda *call: chosen.append(call[-1][-1].sort(-1)[0]))
+    model(torch.tensor([ids]))
+    return [x.numpy() for x in chosen]
 
 
 def fresh(model: torch.nn.Module) -> torch.nn.Module:

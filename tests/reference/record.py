@@ -8,7 +8,9 @@ attention. Written are `<case>.json` and `<case>.npz`:
 
     tensors        name and shape of every tensor that `save_pretrained` writes
     seed           of the weights: the first with which every greedy choice is decided by more than
-                   MARGIN and no greedy path runs into a short cycle
+                   MARGIN, no greedy path runs into a short cycle, and experts are chosen clearly:
+                   the same ones with weights rounded to 16 bits, in the text of ROUNDED tokens, and
+                   with routers off by NUDGE, in all texts
     logprobs_<n>   (n,) log-probability of each token of `models.tokens(case, n)` given those
                    before it; the first is NaN
     bfloat16, float16   (ROUNDED,) the same with the weights rounded to that type
@@ -32,7 +34,7 @@ import models
 import numpy as np
 import torch
 import transformers
-from oracle import fresh, greedy, logprobs, put_weights, saved_tensors
+from oracle import choices, fresh, greedy, logprobs, put_weights, saved_tensors
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -43,6 +45,9 @@ PROMPTS = (12, 70, 90)
 NEW_TOKENS = 64
 MARGIN = 2e-3
 DISTINCT = 20
+NUDGE = 3e-5
+SEEDS = 200
+HALF = (torch.bfloat16, torch.float16)
 
 
 def build(case: str) -> torch.nn.Module:
@@ -50,7 +55,7 @@ def build(case: str) -> torch.nn.Module:
     config = copy.deepcopy(models.CASES[case])
     config = CONFIG_MAPPING[config["model_type"]].from_dict(config)
     return AutoModelForCausalLM.from_config(
-        config, attn_implementation="eager", dtype=torch.float32
+        config, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32
     ).eval()
 
 
@@ -69,19 +74,41 @@ def generated(model: torch.nn.Module, ids: list[int]) -> list[int]:
 
 def decided(case: str, model: torch.nn.Module, facts: dict) -> None:
     """Load the weights of the first seed with clear greedy choices and DISTINCT or more tokens."""
-    for seed in range(50):
+    for seed in range(SEEDS):
         facts["seed"] = seed
         put_weights(model, models.weights(case, facts))
+        text = models.tokens(case, ROUNDED)
+        if not all(same_experts(model, rounded(model, dtype), text) for dtype in HALF):
+            continue
         paths = [greedy(model, models.tokens(case, n), NEW_TOKENS) for n in PROMPTS]
         clear = min(margin for _, margin in paths) > MARGIN
-        if clear and min(len(set(path)) for path, _ in paths) >= DISTINCT:
+        varied = min(len(set(path)) for path, _ in paths) >= DISTINCT
+        texts = [models.tokens(case, max(LENGTHS))]
+        texts += [models.tokens(case, n) + p for n, (p, _) in zip(PROMPTS, paths, strict=True)]
+        if clear and varied and all(same_experts(model, nudged(model), ids) for ids in texts):
             break
     else:
-        raise RuntimeError(f"record: no seed of 50 gives case {case} clear and varied greedy paths")
+        raise RuntimeError(f"record: no seed of {SEEDS} gives case {case} clear and varied paths")
     facts["greedy"] = [
         {"prompt": n, "tokens": path, "margin": margin}
         for n, (path, margin) in zip(PROMPTS, paths, strict=True)
     ]
+
+
+def same_experts(a: torch.nn.Module, b: torch.nn.Module, ids: list[int]) -> bool:
+    """Return whether two models choose the same experts for every token of a text."""
+    return all(map(np.array_equal, choices(a, ids), choices(b, ids)))
+
+
+def nudged(model: torch.nn.Module) -> torch.nn.Module:
+    """Return a copy whose routers are off by NUDGE, relative to each weight."""
+    model = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(".gate.weight"):
+                p.mul_(1 + NUDGE * torch.randn(p.shape, generator=generator))
+    return model
 
 
 def rounded(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
@@ -126,7 +153,10 @@ def record(case: str) -> None:
     with tempfile.TemporaryDirectory() as directory:
         models.write_model(case, Path(directory), shards=models.SHARDS.get(case, 1))
         loaded = AutoModelForCausalLM.from_pretrained(
-            directory, attn_implementation="eager", dtype=torch.float32
+            directory,
+            attn_implementation="eager",
+            experts_implementation="eager",
+            dtype=torch.float32,
         ).eval()
     for n, ids in texts.items():
         np.testing.assert_array_equal(logprobs(loaded, ids), arrays[f"logprobs_{n}"])

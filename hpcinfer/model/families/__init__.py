@@ -4,7 +4,18 @@ from importlib import import_module
 
 from hpcinfer.model.architecture import Config
 
-FAMILIES = ("gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3")
+FAMILIES = (
+    "gpt2",
+    "gpt_neox",
+    "llama",
+    "mistral",
+    "mixtral",
+    "olmoe",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+)
 
 
 def read_architecture(config):

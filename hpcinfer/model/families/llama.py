@@ -22,6 +22,10 @@ NAMES = {
     "gate_bias": "model.layers.{n}.mlp.gate_proj.bias",
     "up_bias": "model.layers.{n}.mlp.up_proj.bias",
     "down_bias": "model.layers.{n}.mlp.down_proj.bias",
+    "router": "model.layers.{n}.mlp.gate.weight",
+    "experts.gate": "model.layers.{n}.mlp.experts.{e}.gate_proj.weight",
+    "experts.up": "model.layers.{n}.mlp.experts.{e}.up_proj.weight",
+    "experts.down": "model.layers.{n}.mlp.experts.{e}.down_proj.weight",
     "final_norm": "model.norm.weight",
     "head": "lm_head.weight",
 }
@@ -38,7 +42,7 @@ def architecture(config, **differences):
     positions = differences.pop("positions", None) or config.size(
         "max_position_embeddings", default=2048
     )
-    rope = config.rope(K)
+    rope = config.rope(K, theta=differences.pop("theta", None))
     if rope.dim != K:
         raise ValueError(f"config: got {rope.dim} rotated columns, need the whole head of {K}")
     bias = config.flag("attention_bias", False)

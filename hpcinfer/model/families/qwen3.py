@@ -7,4 +7,4 @@ def architecture(config):
     """Architecture of a qwen3; the width of a head is its own number."""
     K = config.size("head_dim", default=128)
     bias = config.flag("attention_bias", False)
-    return qwen2.architecture(config, K=K, qk_norm=True, qkv_bias=bias, o_bias=bias)
+    return qwen2.architecture(config, K=K, qk_norm="head", qkv_bias=bias, o_bias=bias)
