@@ -15,7 +15,9 @@ _ROWS, _KEYS, _MOST_KEYS = 512, 512, 1024
 _LOWEST = np.finfo(np.float32).min
 
 
-def attention(q, k, v, q_pos, k_pos, *, scale, groups, window=None, softcap=None, between=None):
+def attention(
+    q, k, v, q_pos, k_pos, *, scale, groups, window=None, softcap=None, between=None, v_columns=None
+):
     """Causal attention of one sequence, blockwise: no (S, L) score matrix is ever in memory.
 
     Parameters
@@ -28,27 +30,30 @@ def attention(q, k, v, q_pos, k_pos, *, scale, groups, window=None, softcap=None
     window : a query sees only the last `window` positions, its own included; None for all
     softcap : bound of the scores, which become softcap · tanh(score / softcap); None for none
     between : function called after every block, to drive messages under way; None for none
+    v_columns : leading columns of k that are the values, v is then (L, G, 0); None if v has them
 
     Returns
     -------
-    o : (S, H, K) float32; zero where no key is seen
+    o : (S, H, width of a value) float32; zero where no key is seen
     lse : (S, H) float32; -inf where no key is seen
     """
     xp = array.namespace(q)
     S, H, _ = q.shape
-    running = [_Running(xp, S, stop - start, v.shape[-1]) for start, stop in groups]
+    width = v.shape[-1] if v_columns is None else v_columns
+    running = [_Running(xp, S, stop - start, width) for start, stop in groups]
     factor = xp.float32(scale if softcap is None else scale / softcap)
     q_scaled = [q[:, start:stop] * factor for start, stop in groups]
     for columns, seen in _blocks(q_pos, k_pos, window, H / max(1, len(groups))):
         seen = [(rows, None if hidden is None else xp.asarray(hidden)) for rows, hidden in seen]
         for g, state in enumerate(running):
-            k_block, v_block = array.widen(k[columns, g]), array.widen(v[columns, g])
+            k_block = array.widen(k[columns, g])
+            v_block = array.widen(v[columns, g]) if v_columns is None else k_block[:, :v_columns]
             for rows, hidden in seen:
                 state.add(rows, q_scaled[g][rows], k_block, v_block, hidden, softcap)
                 if between is not None:
                     between()
 
-    o, lse = xp.zeros((S, H, v.shape[-1]), xp.float32), xp.full((S, H), -xp.inf, xp.float32)
+    o, lse = xp.zeros((S, H, width), xp.float32), xp.full((S, H), -xp.inf, xp.float32)
     for (start, stop), state in zip(groups, running, strict=True):
         o[:, start:stop], lse[:, start:stop] = state.result()
     return o, lse
@@ -152,7 +157,18 @@ def _hidden(q_pos, k_pos, window):
 
 
 def ragged_attention(
-    q, k, v, q_tokens, k_tokens, *, scale, groups, window=None, softcap=None, between=None
+    q,
+    k,
+    v,
+    q_tokens,
+    k_tokens,
+    *,
+    scale,
+    groups,
+    window=None,
+    softcap=None,
+    between=None,
+    v_columns=None,
 ):
     """Causal attention of tokens of several sequences, each to the keys of its own sequence.
 
@@ -162,11 +178,11 @@ def ragged_attention(
     k, v : (L, G, K) float32, float16 or bfloat16
     q_tokens, k_tokens : (T, 2), (L, 2) integers, host: sequence and position of every token. In any
         order; where sequences are not ascending the tokens are sorted, which copies them
-    scale, groups, window, softcap, between : as for `attention`
+    scale, groups, window, softcap, between, v_columns : as for `attention`
 
     Returns
     -------
-    o : (T, H, K) float32; zero where no key is seen
+    o : (T, H, width of a value) float32; zero where no key is seen
     lse : (T, H) float32; -inf where no key is seen
     """
     xp = array.namespace(q)
@@ -175,13 +191,15 @@ def ragged_attention(
         o, lse = ragged_attention(
             q[xp.asarray(order)], k, v, q_tokens[order], k_tokens,
             scale=scale, groups=groups, window=window, softcap=softcap, between=between,
+            v_columns=v_columns,
         )  # fmt: skip
         return o[xp.asarray(back)], lse[xp.asarray(back)]
     if not _in_order(k_tokens):
         order, _ = _order(k_tokens)
         k, v, k_tokens = k[xp.asarray(order)], v[xp.asarray(order)], k_tokens[order]
 
-    o = xp.zeros((*q.shape[:2], v.shape[-1]), xp.float32)
+    width = v.shape[-1] if v_columns is None else v_columns
+    o = xp.zeros((*q.shape[:2], width), xp.float32)
     lse = xp.full(q.shape[:2], -xp.inf, xp.float32)
     keys_of = dict(sequences(k_tokens))
     for b, rows in sequences(q_tokens):
@@ -190,6 +208,7 @@ def ragged_attention(
             o[rows], lse[rows] = attention(
                 q[rows], k[keys], v[keys], q_tokens[rows, 1], k_tokens[keys, 1],
                 scale=scale, groups=groups, window=window, softcap=softcap, between=between,
+                v_columns=v_columns,
             )  # fmt: skip
     return o, lse
 
@@ -300,7 +319,9 @@ def _order(tokens):
     return order, np.argsort(order)
 
 
-def paged_attention(q, q_tokens, k_pages, v_pages, books, *, scale, groups, window=None):
+def paged_attention(
+    q, q_tokens, k_pages, v_pages, books, *, scale, groups, window=None, v_columns=None
+):
     """Attention of some tokens of a step to the keys and values in this rank's pages.
 
     Parameters
@@ -310,22 +331,24 @@ def paged_attention(q, q_tokens, k_pages, v_pages, books, *, scale, groups, wind
     k_pages, v_pages : (pages, G, page, K), this step's keys and values already written
     books : object whose `pages(b, start)` gives this rank's pages of sequence b, and which page of
         the sequence each one is; and `lengths`, the keys of every sequence
-    scale, groups, window : as for `attention`
+    scale, groups, window, v_columns : as for `attention`
 
     Returns
     -------
-    o : (T, H, K) float32, over this rank's keys only; zero where it has none
+    o : (T, H, width of a value) float32, over this rank's keys only; zero where it has none
     lse : (T, H) float32
     """
     xp = array.namespace(q)
-    o = xp.empty((*q.shape[:2], v_pages.shape[-1]), xp.float32)
+    width = v_pages.shape[-1] if v_columns is None else v_columns
+    o = xp.empty((*q.shape[:2], width), xp.float32)
     lse = xp.empty(q.shape[:2], xp.float32)
     for b, rows in sequences(q_tokens):
         q_pos = q_tokens[rows, 1]
         k, v, k_pos = cached(k_pages, v_pages, books, b, reach(q_pos, window))
         o[rows], lse[rows] = attention(
-            q[rows], k, v, q_pos, k_pos, scale=scale, groups=groups, window=window
-        )
+            q[rows], k, v, q_pos, k_pos,
+            scale=scale, groups=groups, window=window, v_columns=v_columns,
+        )  # fmt: skip
     return o, lse
 
 
