@@ -12,15 +12,16 @@ from hpcinfer.io.convert import convert
 
 LENGTHS = (1, 7, 33, 150)
 DENSE = ("llama-gqa", "mistral-window", "qwen2", "qwen3", "gpt2", "gpt_neox")
-SPARSE = ("mixtral", "qwen2_moe-step", "qwen3_moe", "olmoe")
+SPARSE = ("mixtral", "qwen2_moe-step", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3")
 ONE_PER_FAMILY = DENSE + SPARSE
 CHUNKED = (
-    DENSE
-    + (
-        "mixtral-window",
-        "qwen2_moe-step",
-    )
-    + ("llama-rope-dynamic", "llama-rope-longrope", "qwen2-window")
+    *DENSE,
+    "llama-rope-dynamic",
+    "llama-rope-longrope",
+    "qwen2-window",
+    "mixtral-window",
+    "qwen2_moe-step",
+    "deepseek_v2",
 )
 
 

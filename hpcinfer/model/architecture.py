@@ -128,6 +128,11 @@ class Architecture:
                 "to divide the first"
             )
 
+    @property
+    def value_width(self):
+        """Columns of a cached value: 0 where the values are columns of the cached key."""
+        return self.K if self.mla is None else 0
+
 
 class Config:
     """Reader of a config.json that names the key in every error."""
@@ -205,17 +210,21 @@ class Config:
         name = self.get("dtype", "torch_dtype", default="float32")
         return array.parse_dtype(name)
 
-    def rope(self, width, theta=None, partial=1.0):
-        """Rotary embedding of heads `width` wide, in the keys of transformers 4 or 5.
-
-        `theta` and `partial` are the family's own defaults.
-        """
+    def rope_table(self):
+        """What the config says of its rope, as a config of its own."""
         values = self.get("rope_scaling", "rope_parameters", default={})
         if not isinstance(values, dict):
             raise ValueError(
                 f"config: got rope_scaling={reprlib.repr(values)}, need an object or null"
             )
-        table = Config({"rope_theta": self.get("rope_theta"), **values})
+        return Config({"rope_theta": self.get("rope_theta"), **values})
+
+    def rope(self, width, theta=None, partial=1.0):
+        """Rotary embedding of heads `width` wide, in the keys of transformers 4 or 5.
+
+        `theta` and `partial` are the family's own defaults.
+        """
+        table = self.rope_table()
         kind = table.word("rope_type", "type", default="default")
         if kind not in _ROPES:
             known = ", ".join(_ROPES)

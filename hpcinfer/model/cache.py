@@ -13,13 +13,15 @@ class Cache:
 
     Attributes
     ----------
-    k, v : list over the layers of (pages, G, PAGE, K) arrays
+    k, v : list over the layers of (pages, G, PAGE, K) arrays; values that are columns of the keys
+        take no columns of their own
     """
 
-    def __init__(self, device, layers, n_kv, width, pages, dtype):
-        shape = (pages, n_kv, PAGE, width)
-        self.k = [device.empty(shape, dtype) for _ in range(layers)]
-        self.v = [device.empty(shape, dtype) for _ in range(layers)]
+    def __init__(self, device, layers, n_kv, width, pages, dtype, value_width=None):
+        value_width = width if value_width is None else value_width
+        shape = (pages, n_kv, PAGE)
+        self.k = [device.empty((*shape, width), dtype) for _ in range(layers)]
+        self.v = [device.empty((*shape, value_width), dtype) for _ in range(layers)]
 
     def write(self, layer, slots, k, v):
         """Store the keys and values of one step.
@@ -27,7 +29,7 @@ class Cache:
         Parameters
         ----------
         slots : (T,) int64, page · PAGE + offset
-        k, v : (T, G, K) float32, rounded to the cache's type
+        k, v : (T, G, K) float32, rounded to the cache's type; v (T, G, 0) if it is in k
         """
         xp = array.namespace(k)
         pages, offsets = (xp.asarray(a) for a in np.divmod(slots, PAGE))
@@ -35,6 +37,7 @@ class Cache:
         self.v[layer][pages, :, offsets] = array.narrow(v, self.v[layer].dtype)
 
 
-def page_bytes(layers, n_kv, width, dtype):
+def page_bytes(layers, n_kv, width, dtype, value_width=None):
     """Bytes of one page over all layers, keys and values together."""
-    return 2 * layers * n_kv * PAGE * width * np.dtype(dtype).itemsize
+    columns = width + (width if value_width is None else value_width)
+    return layers * n_kv * PAGE * columns * np.dtype(dtype).itemsize

@@ -55,7 +55,9 @@ class Context:
         self._shares = [(0, self.heads.n_query)]
         if self.sharers > 1:
             self._shares = partition.block(arch.H // arch.G, self.sharers)
-        self.by_columns = C > 1 and self.sharers == 1 and grid.layout.decode != "ring"
+        self.by_columns = (
+            C > 1 and self.sharers == 1 and grid.layout.decode != "ring" and arch.mla is None
+        )
         self._prefill = {
             "ring": self._ring,
             "split-q": self._split_q,
@@ -72,6 +74,12 @@ class Context:
                 "more of tp than of those; use prefill=ring"
             )
 
+        if self.sharers > arch.H // arch.G:
+            raise UsageError(
+                f"layout: got tp={P} and cp={C} for {arch.H} query heads, need no more of tp than "
+                "of those where the sequence is cut too"
+            )
+
     def attend(self, n, q, step):
         """Attention of this rank's tokens and query heads to all keys of their sequences.
 
@@ -82,13 +90,15 @@ class Context:
 
         Returns
         -------
-        (T/P, H/P, K) float32; if the step divides columns, of the heads whose outputs this rank
-        projects
+        (T/P, H/P, width of a value) float32; if the step divides columns, of the heads whose
+        outputs this rank projects
         """
         if step.columns:
             o = self._merge(n, q, step, step.tokens)
             return o[:, slice(*query_heads(self.heads, self.grid.cp.size)[self.grid.cp.rank])]
-        o = array.namespace(q).empty_like(q)
+        mla, xp = self.arch.mla, array.namespace(q)
+        width = self.arch.K if mla is None else mla.kv_rank
+        o = xp.empty((*q.shape[:2], width), xp.float32)
         for phase, strategy in (
             (step.decoding, self._decode),
             (step.prefilling, self._prefill),
@@ -133,7 +143,9 @@ class Context:
         return ring(self.kv, q, k, v, q_tokens, k_tokens, counts, attend)[0]
 
     def _cheaper_to_move_queries(self, n, phase, key_counts):
-        itemsize = self._cache(n)[0].dtype.itemsize
+        k_pages, v_pages = self._cache(n)
+        columns = k_pages.shape[-1] + v_pages.shape[-1]
+        itemsize = k_pages.dtype.itemsize * columns / (2 * self.arch.K)
         return cheaper_to_move_queries(
             phase.counts, key_counts, self.heads.n_query, self.heads.n_kv, self.arch.K, itemsize
         )
@@ -169,7 +181,12 @@ class Context:
         groups = self.heads.groups
         if shared and self.sharers > 1:
             groups = ((0, self._shares[-1][1]),)
-        return {"scale": self.arch.scales[n], "groups": groups, "window": self.arch.windows[n]}
+        return {
+            "scale": self.arch.scales[n],
+            "groups": groups,
+            "window": self.arch.windows[n],
+            "v_columns": None if self.arch.mla is None else self.arch.mla.kv_rank,
+        }
 
     def _gathered_queries(self, q, phase):
         """Queries of all tokens of a phase in order, of all heads that read this rank's keys."""

@@ -41,7 +41,9 @@ class Model:
     @property
     def page_bytes(self):
         """Bytes of one cache page on this rank."""
-        return page_bytes(self.arch.N, self.heads.n_kv, self.arch.K, self.dtype)
+        return page_bytes(
+            self.arch.N, self.heads.n_kv, self.arch.K, self.dtype, self.arch.value_width
+        )
 
     def cut(self, step):
         """How the work outside attention is divided among the ranks of cp in a step."""
@@ -50,7 +52,13 @@ class Model:
     def allocate_cache(self, pages):
         """Give this rank a cache of `pages` pages."""
         self.cache = Cache(
-            self.device, self.arch.N, self.heads.n_kv, self.arch.K, pages, self.dtype
+            self.device,
+            self.arch.N,
+            self.heads.n_kv,
+            self.arch.K,
+            pages,
+            self.dtype,
+            self.arch.value_width,
         )
 
     def forward(self, step):

@@ -1,6 +1,7 @@
 """One decoder layer, composed from the rooms and one rank's mathematics."""
 
 from hpcinfer import array, collectives
+from hpcinfer.model.mla import latent_attention
 from hpcinfer.model.moe import moe_sum, routed_choices
 from hpcinfer.ops.norm import layer_norm, rms_norm
 from hpcinfer.ops.rope import rotate
@@ -50,6 +51,8 @@ def norm(arch, x, weight, bias):
 
 def _attention(model, n, cut, w, step, rotation):
     """This rank's share of the attention half of layer n: function (T, D) -> (T, D){sum}."""
+    if model.arch.mla is not None:
+        return latent_attention(model, n, w, step, rotation)
     arch, heads = model.arch, model.heads
 
     def attend(qkv):

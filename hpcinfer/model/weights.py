@@ -86,6 +86,11 @@ class Layer:
     o, o_bias : (D, H K/P), (D,)
     up, up_bias : (U/P, D), (U/P,): for every part of cp its gate, if there is one, then its up
     down, down_bias : (D, F/P), (D,)
+    latents, latents_bias : of latent attention, the products that give the latents of queries, if
+        they have one, then of keys and values, then the rotated key; q_norm and kv_norm
+        (latent,) float32 are then those latents' norms
+    q, kv : (own columns of queries, latent or D), (own columns of plain keys and values, latent),
+        head by head
     router, router_bias : (E, D), (E,) float32
     experts_up : (own experts, U/P, D), own columns of each in the order of `up`
     experts_down : (own experts, D, F/P)
@@ -107,6 +112,11 @@ class Layer:
     up_bias: np.ndarray | None = None
     down: np.ndarray | None = None
     down_bias: np.ndarray | None = None
+    latents: np.ndarray | None = None
+    latents_bias: np.ndarray | None = None
+    kv_norm: np.ndarray | None = None
+    q: np.ndarray | None = None
+    kv: np.ndarray | None = None
     router: np.ndarray | None = None
     router_bias: np.ndarray | None = None
     experts_up: np.ndarray | None = None
@@ -387,11 +397,35 @@ def _norm(arch, key, layer):
 
 def _layer(arch, n, cp):
     """Rows of layer n."""
-    rows = _norm(arch, "norm1", n) + _qkv(arch, n) + _qk_norm(arch, n)
-    query = {"cut": "query", "unit": arch.K, "stride": arch.K}
-    rows += _matrix(arch, n, "o", "o", arch.H * arch.K, arch.D, arch.o_bias, query, column=False)
+    rows = _norm(arch, "norm1", n)
+    rows += _qkv(arch, n) + _qk_norm(arch, n) if arch.mla is None else _latents(arch, n)
+    width = arch.K if arch.mla is None else arch.mla.value
+    heads = _by_heads("query", width)
+    rows += _matrix(arch, n, "o", "o", arch.H * width, arch.D, arch.o_bias, heads, column=False)
     rows += _norm(arch, "norm2", n)
     return rows + (_moe(arch, n, cp) if arch.sparse[n] else _ffn(arch, n, cp))
+
+
+def _by_heads(cut, width):
+    """What a row says of a cut by heads of this width, which follow one another."""
+    return {"cut": cut, "unit": width, "stride": width}
+
+
+def _latents(arch, n):
+    """Rows of latent attention: the products that give the latents are whole, heads are cut."""
+    D, H, mla, rows = arch.D, arch.H, arch.mla, []
+    per_query = _by_heads("query", mla.plain + mla.rotated)
+    if mla.q_rank:
+        rows += _matrix(arch, n, "latents", "q_a", D, mla.q_rank, mla.bias, {})
+        rows += [Row("q_norm", n, arch.names["q_norm"].format(n=n), (mla.q_rank,))]
+    rows += _matrix(arch, n, "latents", "kv_a", D, mla.kv_rank + mla.rotated, mla.bias, {})
+    rows += [Row("kv_norm", n, arch.names["kv_norm"].format(n=n), (mla.kv_rank,))]
+    name, inputs = ("q_b", mla.q_rank) if mla.q_rank else ("q", D)
+    rows += _matrix(arch, n, "q", name, inputs, H * (mla.plain + mla.rotated), False, per_query)
+    per_key = _by_heads("query", mla.plain + mla.value)
+    return rows + _matrix(
+        arch, n, "kv", "kv_b", mla.kv_rank, H * (mla.plain + mla.value), False, per_key
+    )
 
 
 def _qk_norm(arch, n):
@@ -401,7 +435,7 @@ def _qk_norm(arch, n):
         return [Row(k, n, arch.names[k].format(n=n), (arch.K,)) for k in keys]
     cuts = (("q_norm", "query", arch.H), ("k_norm", "kv", arch.G))
     return [
-        Row(k, n, arch.names[k].format(n=n), (m * arch.K,), cut, unit=arch.K, stride=arch.K)
+        Row(k, n, arch.names[k].format(n=n), (m * arch.K,), **_by_heads(cut, arch.K))
         for k, cut, m in cuts
     ]
 
@@ -446,7 +480,7 @@ def _qkv(arch, n):
     parts = (("q", "query", arch.H), ("k", "kv", arch.G), ("v", "kv", arch.G))
     rows = []
     for i, (name, cut, heads) in enumerate(parts):
-        items = {"cut": cut, "unit": arch.K, "stride": arch.K}
+        items = _by_heads(cut, arch.K)
         out = heads * arch.K
         if "fused_qkv" in arch.names:
             name, out = "fused_qkv", 3 * arch.H * arch.K

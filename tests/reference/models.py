@@ -69,6 +69,41 @@ _QWEN3_MOE = _QWEN3 | {
     "num_experts": 7,
     "num_experts_per_tok": 3,
 }
+_DEEPSEEK_V2 = _LLAMA | {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "model_type": "deepseek_v2",
+    "attention_bias": False,
+    "first_k_dense_replace": 1,
+    "hidden_size": 75,
+    "intermediate_size": 83,
+    "kv_lora_rank": 22,
+    "max_position_embeddings": 512,
+    "moe_intermediate_size": 37,
+    "moe_layer_freq": 1,
+    "n_routed_experts": 6,
+    "n_shared_experts": 2,
+    "norm_topk_prob": False,
+    "num_attention_heads": 5,
+    "num_experts_per_tok": 3,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 5,
+    "qk_nope_head_dim": 14,
+    "qk_rope_head_dim": 10,
+    "scoring_func": "softmax",
+    "tie_word_embeddings": False,
+    "v_head_dim": 11,
+}
+_DEEPSEEK_V3 = _DEEPSEEK_V2 | {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "n_routed_experts": 9,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_experts_per_tok": 4,
+    "num_nextn_predict_layers": 1,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+}
 _GPT2 = {
     "architectures": ["GPT2LMHeadModel"],
     "model_type": "gpt2",
@@ -424,6 +459,83 @@ CASES: dict[str, dict] = {
         "tie_word_embeddings": False,
         "vocab_size": 1017,
     },
+    # DeepSeek-V2: the large form (latent queries, groups, yarn) and the lite one
+    "deepseek_v2": _DEEPSEEK_V2
+    | _V4
+    | {
+        "vocab_size": 1003,
+        "n_group": 3,
+        "q_lora_rank": 26,
+        "rope_scaling": {
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "factor": 8,
+            "mscale": 0.9,
+            "mscale_all_dim": 0.6,
+            "original_max_position_embeddings": 64,
+            "type": "yarn",
+        },
+        "rope_theta": 10000,
+        "routed_scaling_factor": 1.6,
+        "topk_group": 2,
+        "topk_method": "group_limited_greedy",
+    },
+    "deepseek_v2-lite": _DEEPSEEK_V2
+    | _V5
+    | {
+        "vocab_size": 1009,
+        "hidden_size": 76,
+        "n_group": 1,
+        "n_routed_experts": 5,
+        "num_attention_heads": 4,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 4,
+        "q_lora_rank": None,
+        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+        "routed_scaling_factor": 1.0,
+        "topk_group": 1,
+        "topk_method": "greedy",
+    },
+    # DeepSeek-V3: as released, and with what its config can say otherwise
+    "deepseek_v3": _DEEPSEEK_V3
+    | _V4
+    | {
+        "vocab_size": 1011,
+        "ep_size": 1,
+        "n_group": 3,
+        "q_lora_rank": 26,
+        "rope_scaling": {
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "factor": 8,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 64,
+            "type": "yarn",
+        },
+        "rope_theta": 10000,
+        "routed_scaling_factor": 2.5,
+        "topk_group": 2,
+    },
+    "deepseek_v3-plain": _DEEPSEEK_V3
+    | _V5
+    | {
+        "vocab_size": 1013,
+        "attention_bias": True,
+        "first_k_dense_replace": 0,
+        "n_group": 1,
+        "norm_topk_prob": False,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 2,
+        "q_lora_rank": 26,
+        "rms_norm_eps": 0.01,
+        "rope_interleave": False,
+        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+        "routed_scaling_factor": 1.0,
+        "tie_word_embeddings": True,
+        "topk_group": 1,
+    },
     # GPT-2: odd FFN, the Hub's file form, and an untied head
     "gpt2": _GPT2
     | _V5
@@ -602,6 +714,9 @@ def as_on_hub(case: str, stored: dict[str, np.ndarray]) -> dict[str, np.ndarray]
             stored[f"gpt_neox.layers.{n}.attention.bias"] = mask
             stored[f"gpt_neox.layers.{n}.attention.masked_bias"] = np.array(-1e9, np.float32)
             stored[f"gpt_neox.layers.{n}.attention.rotary_emb.inv_freq"] = np.ones(3, np.float32)
+    if case == "deepseek_v3":
+        stored["model.layers.3.eh_proj.weight"] = np.ones((75, 150), np.float32)
+        stored["model.layers.3.self_attn.o_proj.weight"] = np.ones((75, 55), np.float32)
     if case == "llama-tied":
         stored["lm_head.weight"] = stored["model.embed_tokens.weight"].copy()
         stored["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)

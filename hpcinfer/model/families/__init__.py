@@ -5,6 +5,8 @@ from importlib import import_module
 from hpcinfer.model.architecture import Config
 
 FAMILIES = (
+    "deepseek_v2",
+    "deepseek_v3",
     "gpt2",
     "gpt_neox",
     "llama",

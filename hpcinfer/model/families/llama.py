@@ -42,8 +42,10 @@ def architecture(config, **differences):
     positions = differences.pop("positions", None) or config.size(
         "max_position_embeddings", default=2048
     )
-    rope = config.rope(K, theta=differences.pop("theta", None))
-    if rope.dim != K:
+    theta, rope = differences.pop("theta", None), differences.get("rope")
+    if rope is None:
+        rope = config.rope(K, theta)
+    if rope.dim != K and "rope" not in differences:
         raise ValueError(f"config: got {rope.dim} rotated columns, need the whole head of {K}")
     bias = config.flag("attention_bias", False)
     values = {
