@@ -22,6 +22,14 @@ from hpcinfer.ops.rope import frequencies
 pytestmark = pytest.mark.single
 
 CASES = ("gpt2", "gpt2-untied", "gpt_neox", "gpt_neox-tied", "llama-gqa", "llama-bias", "qwen3")
+SPARSE = (
+    "mixtral",
+    "qwen2_moe-step",
+    "olmoe",
+    "deepseek_v2",
+    "deepseek_v2-lite",
+    "deepseek_v3-plain",
+)
 CPU = Device("cpu")
 stored_weights = cache(models.weights)
 
@@ -172,6 +180,112 @@ def test_shards_put_together_are_the_whole(written, case, P, cp):
             np.testing.assert_array_equal(shard.positions, stored[arch.names["positions"]])
 
 
+def ffn_of(at, names, blocks):
+    """Own columns of a gated FFN in the file's tensors: up in blocks of gate and up, and down."""
+    gate, up, down = (at[name] for name in names)
+    own_up = [x[a:b] for a, b in blocks for x in (gate, up)]
+    return np.concatenate(own_up), down[:, blocks[0][0] : blocks[-1][1]]
+
+
+def mixture_of(arch, n, stored, ranges, cp):
+    """What a rank must hold of a layer's experts, read off the file's names."""
+    at = {name.partition(f"layers.{n}.")[2].partition(".")[2]: x for name, x in stored.items()}
+    gate, up, down = ("w1", "w3", "w2") if arch.family == "mixtral" else ("gate", "up", "down")
+    end = "" if arch.family == "mixtral" else "_proj"
+
+    def blocks(cut):
+        first, last = ranges[cut]
+        return [(first + a, first + b) for a, b in partition.block(last - first, cp)]
+
+    def names(part):
+        return [f"{part}.{x}{end}.weight" for x in (gate, up, down)]
+
+    both = [ffn_of(at, names(f"experts.{e}"), blocks("moe")) for e in range(*ranges["experts"])]
+    own = {
+        "router": at["gate.weight"],
+        "router_bias": at.get("gate.e_score_correction_bias"),
+        "experts_up": np.stack([up for up, _ in both]),
+        "experts_down": np.stack([down for _, down in both]),
+        "shared_gate": at.get("shared_expert_gate.weight"),
+    }
+    if arch.shared_F:
+        part = "shared_expert" if arch.shared_gate else "shared_experts"
+        own["shared_up"], own["shared_down"] = ffn_of(at, names(part), blocks("shared"))
+    return own
+
+
+@pytest.mark.parametrize("cp", [1, 2])
+@pytest.mark.parametrize("P", [1, 3, 5])
+@pytest.mark.parametrize("case", SPARSE)
+def test_every_rank_holds_its_columns_of_every_expert(written, case, P, cp):
+    """The router whole, experts and shared experts by columns; dense layers have none of it."""
+    arch, stored = architecture(case), stored_weights(case)
+    loaded, _ = shards(written(case), arch, P, cp=cp)
+    for n in range(arch.N):
+        for rank, shard in [(r, shard) for r in range(P) for shard in loaded[r]]:
+            layer, ranges = shard.layers[n], weights.owned(arch, P, rank, cp)
+            assert (layer.up is None) == arch.sparse[n] == (layer.router is not None)
+            if arch.sparse[n]:
+                for key, expected in mixture_of(arch, n, stored, ranges, cp).items():
+                    mine = getattr(layer, key)
+                    assert (mine is None) == (expected is None), key
+                    if expected is not None:
+                        np.testing.assert_array_equal(mine, expected, err_msg=key)
+
+
+@pytest.mark.parametrize("experts", [(2, 5), (0, 1), (4, 4)])
+def test_experts_may_be_owned_whole(written, experts):
+    """A caller that divides the experts themselves reads those, and all their columns."""
+    arch, path, cp = architecture("mixtral"), written("mixtral"), 2
+    usual = weights.owned(arch, 3, 1, cp)
+    ranges = usual | {"experts": experts, "moe": (0, arch.moe_F)}
+    with open_checkpoint(path) as checkpoint:
+        before = checkpoint.bytes_read
+        shard = weights.load(arch, checkpoint, ranges, np.dtype(np.float32), CPU, cp)
+        read = checkpoint.bytes_read - before
+        whole = weights.load(arch, checkpoint, usual, np.dtype(np.float32), CPU, cp)
+        rest = checkpoint.bytes_read - before - read
+    for layer, other in zip(shard.layers, whole.layers, strict=True):
+        assert layer.experts_up.shape == (experts[1] - experts[0], 2 * arch.moe_F, arch.D)
+        assert layer.experts_down.shape == (experts[1] - experts[0], arch.D, arch.moe_F)
+        np.testing.assert_array_equal(layer.router, other.router)
+    for n in range(arch.N) if experts[0] < experts[1] else ():
+        own = mixture_of(arch, n, stored_weights("mixtral"), ranges, cp)
+        np.testing.assert_array_equal(shard.layers[n].experts_up, own["experts_up"])
+        np.testing.assert_array_equal(shard.layers[n].experts_down, own["experts_down"])
+
+    # Beside the experts both read the same.
+    first, last = usual["moe"]
+    column = 3 * arch.D * 4 * arch.N
+    n_own = (experts[1] - experts[0]) * arch.moe_F
+    assert read - n_own * column == rest - arch.E * (last - first) * column
+
+
+@pytest.mark.parametrize("P", [1, 2, 3, 7])
+@pytest.mark.parametrize("case", ["deepseek_v2", "deepseek_v2-lite", "deepseek_v3-plain"])
+def test_latent_attention_is_cut_by_query_heads(written, case, P):
+    """Latents whole on every rank; queries, keys and values of a latent by heads."""
+    arch, stored, mla = architecture(case), stored_weights(case), architecture(case).mla
+    loaded, _ = shards(written(case), arch, P)
+    for n in range(arch.N):
+        at = {name.partition("self_attn.")[2]: x for name, x in stored.items() if f"s.{n}." in name}
+        latents = [at["kv_a_proj_with_mqa.weight"]]
+        if mla.q_rank:
+            latents.insert(0, at["q_a_proj.weight"])
+        q = at["q_b_proj.weight" if mla.q_rank else "q_proj.weight"]
+        for rank, heads in enumerate(partition.heads(arch.H, arch.G, P)):
+            [shard] = loaded[rank]
+            layer, (first, last) = shard.layers[n], heads.query
+            np.testing.assert_array_equal(layer.latents, np.concatenate(latents))
+            assert (layer.latents_bias is not None) == mla.bias
+            np.testing.assert_array_equal(layer.kv_norm, at["kv_a_layernorm.weight"])
+            for mine, whole in ((layer.q, q), (layer.kv, at["kv_b_proj.weight"])):
+                by_head = whole.reshape(arch.H, -1, whole.shape[1])[first:last]
+                np.testing.assert_array_equal(mine, by_head.reshape(mine.shape))
+            o = at["o_proj.weight"].reshape(arch.D, arch.H, mla.value)[:, first:last]
+            np.testing.assert_array_equal(layer.o, o.reshape(layer.o.shape))
+
+
 def used_bytes(arch, path):
     """Bytes of the tensors that the model reads, and of those that no cut divides."""
     with open_checkpoint(path) as checkpoint:
@@ -182,7 +296,7 @@ def used_bytes(arch, path):
 
 
 @pytest.mark.parametrize(("P", "cp"), [(1, 1), (2, 1), (3, 1), (5, 1), (9, 1), (1, 2), (3, 2)])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES + SPARSE)
 def test_each_rank_reads_its_shard_and_no_more(written, case, P, cp):
     """The ranks' sum is the file, and what is replicated by design: what no cut divides on every
     rank, key/value heads that serve two ranks, and all but the head on every part of cp."""
@@ -206,14 +320,16 @@ def test_a_head_stored_beside_its_embedding_is_read_and_shared(written):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, BFLOAT16])
-@pytest.mark.parametrize("case", ["gpt2", "llama-bias", "qwen3"])
+@pytest.mark.parametrize("case", ["gpt2", "llama-bias", "qwen3", "qwen2_moe-step", "deepseek_v3"])
 def test_matrices_take_the_type_and_vectors_are_float32(written, case, dtype):
+    """Routers and the gate of shared experts are float32 too."""
     arch = architecture(case)
     for (shard,) in shards(written(case, "bfloat16"), arch, 3, dtype)[0]:
-        arrays = [*vars(shard).values(), *(x for y in shard.layers for x in vars(y).values())]
-        arrays = [x for x in arrays if isinstance(x, np.ndarray)]
-        assert {x.dtype for x in arrays if x.ndim == 2} == {np.dtype(dtype)}
-        assert {x.dtype for x in arrays if x.ndim == 1} == {np.dtype(np.float32)}
+        arrays = [(key, x) for y in (shard, *shard.layers) for key, x in vars(y).items()]
+        arrays = [(key, x) for key, x in arrays if isinstance(x, np.ndarray)]
+        for key, x in arrays:
+            full = x.ndim == 1 or key in ("router", "shared_gate")
+            assert x.dtype == (np.float32 if full else dtype), key
 
 
 def test_bfloat16_keeps_its_bits(written):
@@ -270,6 +386,60 @@ def test_tensors_that_the_family_does_not_have_are_named():
     assert "tensors that llama does not have, such as embed_out.weight" in message
 
 
+def test_a_missing_expert_is_named_and_too_many_are_counted():
+    tensors = infos("mixtral")
+    del tensors["model.layers.1.block_sparse_moe.experts.3.w2.weight"]
+    message = refusal(weights.check, architecture("mixtral"), tensors)
+    assert "got no tensor model.layers.1.block_sparse_moe.experts.3.w2.weight, which" in message
+    message = refusal(weights.check, architecture("mixtral", num_local_experts=60), tensors)
+    assert "need those of 120 experts" in message
+
+
+def test_layers_for_further_tokens_are_not_read():
+    """Where the config counts them; others are unknown tensors."""
+    tensors = infos("deepseek_v3")
+    extra = SimpleNamespace(shape=(75, 75), dtype=np.dtype(np.float32))
+    tensors["model.layers.3.eh_proj.weight"] = extra
+    weights.check(architecture("deepseek_v3"), tensors)
+    tensors["model.layers.4.eh_proj.weight"] = extra
+    message = refusal(weights.check, architecture("deepseek_v3"), tensors)
+    assert "got 1 tensors that deepseek_v3 does not have, such as model.layers.4." in message
+
+
+def test_a_table_of_many_experts_is_made_and_checked_soon():
+    """61 layers of 256 experts: 45 000 tensors."""
+    changes = {"num_hidden_layers": 61, "n_routed_experts": 256, "n_group": 8, "topk_group": 4}
+    arch = architecture("deepseek_v3", **changes)
+    start_s = time.perf_counter()
+    rows = weights.table(arch)
+    dtype = np.dtype(np.float32)
+    weights.check(arch, {row.name: SimpleNamespace(shape=row.shape, dtype=dtype) for row in rows})
+    assert len(rows) > 45_000
+    assert time.perf_counter() - start_s < 5
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "line"),
+    [
+        ("mixtral", {"num_experts_per_tok": 6}, "got num_experts_per_tok=6, need at most 5"),
+        ("deepseek_v3", {"num_experts_per_tok": 7}, "got num_experts_per_tok=7, need at most 6"),
+        ("deepseek_v3", {"n_group": 2}, "got n_group=2, need a divisor of 9 experts"),
+        ("deepseek_v3", {"topk_group": 4}, "got topk_group=4, need at most 3 groups"),
+        ("deepseek_v3", {"n_group": 9}, "got 9 experts in 9 groups, need 2 in each"),
+        ("deepseek_v3", {"scoring_func": "softmax"}, "got scoring_func='softmax', need 'sigmoid'"),
+        ("deepseek_v2", {"topk_method": "noaux_tc"}, "got topk_method='noaux_tc', need greedy or"),
+        ("deepseek_v2", {"norm_topk_prob": True}, "got norm_topk_prob=True, need False"),
+        ("deepseek_v2", {"mlp_bias": True}, "got mlp_bias=True, need False"),
+        ("deepseek_v2", {"moe_layer_freq": 2}, "got moe_layer_freq=2, need 1"),
+        ("deepseek_v2", {"num_key_value_heads": 1}, "got num_key_value_heads=1, need 5"),
+        ("qwen3_moe", {"mlp_only_layers": "1"}, "got mlp_only_layers='1', need a list"),
+        ("olmoe", {"head_dim": 16}, "got width 80, 10 heads and head_dim=16"),
+    ],
+)
+def test_what_a_config_may_not_say_of_experts_is_named(case, changes, line):
+    assert line in refusal(lambda: architecture(case, **changes))
+
+
 @pytest.mark.parametrize("dtype", [np.int8, np.float64, np.bool_])
 def test_a_type_that_is_no_weight_is_named(dtype):
     tensors = infos("qwen3")
@@ -281,7 +451,7 @@ def test_a_type_that_is_no_weight_is_named(dtype):
 @pytest.mark.parametrize("family", ["bert", "", None, ["llama"], "../llama"])
 def test_an_unknown_family_is_named(family):
     message = refusal(read_architecture, {"model_type": family})
-    assert f"config: got model_type {family!r}, need one of gpt2, gpt_neox, llama" in message
+    assert f"config: got model_type {family!r}, need one of deepseek_v2, " in message
 
 
 def test_quantised_weights_are_refused():
@@ -311,6 +481,12 @@ def load_as(case, **changes):
         ("gpt2", "n_head"),
         ("gpt2", "n_positions"),
         ("gpt_neox", "hidden_size"),
+        ("mixtral", "num_local_experts"),
+        ("mixtral", "num_hidden_layers"),
+        ("qwen2_moe", "shared_expert_intermediate_size"),
+        ("qwen3_moe", "moe_intermediate_size"),
+        ("deepseek_v3", "n_routed_experts"),
+        ("deepseek_v3", "kv_lora_rank"),
     ],
 )
 @pytest.mark.parametrize("value", [10**6, 2**31 - 2])
