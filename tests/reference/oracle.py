@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
+NUDGE = 3e-5  # relative change of a router's weights that must not change a choice
+
 
 def saved_tensors(model: torch.nn.Module) -> list[tuple[str, list[int]]]:
     """Return name and shape of every tensor as `save_pretrained` writes it."""
@@ -65,6 +67,22 @@ def choices(model: torch.nn.Module, ids: list[int]) -> list[np.ndarray]:
             module.register_forward_hook(lambda *call: chosen.append(call[-1][-1].sort(-1)[0]))
     model(torch.tensor([ids]))
     return [x.numpy() for x in chosen]
+
+
+def same_experts(a: torch.nn.Module, b: torch.nn.Module, ids: list[int]) -> bool:
+    """Return whether two models choose the same experts for every token of a text."""
+    return all(map(np.array_equal, choices(a, ids), choices(b, ids)))
+
+
+def nudged(model: torch.nn.Module) -> torch.nn.Module:
+    """Return a copy whose routers are off by NUDGE, relative to each weight."""
+    model = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(".gate.weight"):
+                p.mul_(1 + NUDGE * torch.randn(p.shape, generator=generator))
+    return model
 
 
 def fresh(model: torch.nn.Module) -> torch.nn.Module:

@@ -10,7 +10,7 @@ attention. Written are `<case>.json` and `<case>.npz`:
     seed           of the weights: the first with which every greedy choice is decided by more than
                    MARGIN, no greedy path runs into a short cycle, and experts are chosen clearly:
                    the same ones with weights rounded to 16 bits, in the text of ROUNDED tokens, and
-                   with routers off by NUDGE, in all texts
+                   with routers off by oracle.NUDGE, in all texts
     logprobs_<n>   (n,) log-probability of each token of `models.tokens(case, n)` given those
                    before it; the first is NaN
     bfloat16, float16   (ROUNDED,) the same with the weights rounded to that type
@@ -34,7 +34,7 @@ import models
 import numpy as np
 import torch
 import transformers
-from oracle import choices, fresh, greedy, logprobs, put_weights, saved_tensors
+from oracle import fresh, greedy, logprobs, nudged, put_weights, same_experts, saved_tensors
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -45,7 +45,6 @@ PROMPTS = (12, 70, 90)
 NEW_TOKENS = 64
 MARGIN = 2e-3
 DISTINCT = 20
-NUDGE = 3e-5
 SEEDS = 200
 HALF = (torch.bfloat16, torch.float16)
 
@@ -93,22 +92,6 @@ def decided(case: str, model: torch.nn.Module, facts: dict) -> None:
         {"prompt": n, "tokens": path, "margin": margin}
         for n, (path, margin) in zip(PROMPTS, paths, strict=True)
     ]
-
-
-def same_experts(a: torch.nn.Module, b: torch.nn.Module, ids: list[int]) -> bool:
-    """Return whether two models choose the same experts for every token of a text."""
-    return all(map(np.array_equal, choices(a, ids), choices(b, ids)))
-
-
-def nudged(model: torch.nn.Module) -> torch.nn.Module:
-    """Return a copy whose routers are off by NUDGE, relative to each weight."""
-    model = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name.endswith(".gate.weight"):
-                p.mul_(1 + NUDGE * torch.randn(p.shape, generator=generator))
-    return model
 
 
 def rounded(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
