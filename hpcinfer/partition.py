@@ -192,10 +192,10 @@ def _cut_runs(cost, P, join):
 
 
 def guided(remaining, P):
-    """Items to take at a time from a queue that P workers share, so that they end together.
+    """Items that one of P workers holds at most, so that they end together.
 
-    A share of what remains, which shrinks with it (Polychronopoulos and Kuck 1987, guided
-    self-scheduling); all of it for one worker.
+    A share of what remains with what it holds, which shrinks with it (Polychronopoulos and Kuck
+    1987, guided self-scheduling); all of it for one worker.
     """
     return -(-remaining // (2 * P - 1))
 

@@ -2,8 +2,8 @@
 
     before   n items, numbered, on every rank or readable by every rank
     after    each number was given to one rank
-    cost     2 Fetch_and_op a block: 8 bytes each, of the ranks other than the one with the counter;
-             no rank waits for another
+    cost     2 Fetch_and_op a block, 1 for a refusal: 8 bytes each, sent by the ranks other than the
+             one with the counter; no rank waits for another
     source   Polychronopoulos and Kuck 1987, guided self-scheduling (IEEE Trans. Comput. C-36(12));
              fetch-and-add by one-sided communication: MPI 4.1, section 12.3.4
 
@@ -52,15 +52,17 @@ class Queue:
         -------
         (start, stop) : the block; empty if nothing remains, or this rank has its share already
         """
-        given = self._counter.add(0, "data")
-        self.remaining = max(0, self.n - given)
-        n = min(most, partition.guided(self.remaining, self.comm.size) - held)
+        given = min(self._counter.add(0, "data"), self.n)
+        self.remaining = self.n - given
+        n = min(most, partition.guided(self.remaining + held, self.comm.size) - held)
         if n <= 0:
             return given, given
+
+        # Others may have taken in between: the block begins where the last of them ended.
         start = self._counter.add(n, "data")
-        stop = min(start + n, self.n)
-        self.remaining = max(0, self.n - stop)
-        return min(start, stop), stop
+        start, stop = min(start, self.n), min(start + n, self.n)
+        self.remaining = self.n - stop
+        return start, stop
 
     def free(self):
         """End the queue; every rank must call this."""

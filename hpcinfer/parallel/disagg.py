@@ -100,16 +100,18 @@ def attention_side(comm, layers, xs, attend, add, shares, dtype=np.float32, purp
     -------
     list of the micro-batches' activations after the last layer
     """
-    xs, pending = list(xs), [None] * len(xs)
+    xs, pending, before = list(xs), [None] * len(xs), None
     for n in layers:
         for b, under_way in enumerate(pending):
+            # Take up the layer before; while this one is under way, turn to the next micro-batch.
             if under_way is not None:
-                xs[b] = add(n - 1, b, xs[b], under_way.collect())
+                xs[b] = add(before, b, xs[b], under_way.collect())
             xs[b], sent, ids, weights, common = attend(n, b, xs[b])
             pending[b] = Dispatch(comm, sent, ids, weights, shares(n), dtype, common, purpose)
+        before = n
     for b, under_way in enumerate(pending):
         if under_way is not None:
-            xs[b] = add(layers[-1], b, xs[b], under_way.collect())
+            xs[b] = add(before, b, xs[b], under_way.collect())
     return xs
 
 
@@ -121,10 +123,15 @@ def ffn_side(comm, layers, micro_batches, compute, D, k, dtype=np.float32, xp=np
     comm : intercommunicator to the attention ranks
     layers : numbers of the layers, in order
     micro_batches : how many
-    compute : function (n, x, ids, weights) -> (T, D) float32, the weighted sum of the results of
-        this rank's experts, own columns, for tokens x (T, D) of any attention ranks
+    compute : function (n, x, ids, weights) -> (T, D) float32, a new array: the weighted sum of the
+        results of this rank's experts, own columns, for tokens x (T, D) of any attention ranks
     D : model width
     k : function of a layer's number, choices of each token
+
+    Raises
+    ------
+    ValueError
+        If the two sides do not agree on D, k or dtype.
     """
     outgoing = collectives.Outgoing()
     for n in layers:
@@ -139,6 +146,11 @@ def ffn_side(comm, layers, micro_batches, compute, D, k, dtype=np.float32, xp=np
                 collectives.RecvBytes(comm, rank, purpose=purpose)
                 for rank in range(comm.remote_size)
             ]
+            if any(len(message) % row_bytes for message in messages):
+                raise ValueError(
+                    f"disagg: got messages of {[len(m) for m in messages]} bytes in layer {n}, "
+                    f"need rows of {row_bytes}; give both sides the same D, k and dtype"
+                )
             records = xp.asarray(np.concatenate(messages)).reshape(-1, row_bytes)
             x, ids, weights = array.unpack_rows(records, like)
             y = compute(n, array.widen(x), ids, weights)

@@ -2,8 +2,8 @@
 
     before   x of a micro-batch on the first rank; layers cut in P runs, some perhaps empty
     after    y of the micro-batch on the last rank, and what it chose on every rank
-    cost     P-1 Send a micro-batch: 4 T D bytes by every rank but the last; to announce n bytes
-             P-1 Send: (P-1) n bytes by the last rank
+    cost     1 Send a micro-batch by every rank but the last: 4 T D bytes; to announce n bytes, P-1
+             Send by the last rank: (P-1) n bytes
     source   Huang et al. 2018, GPipe (arXiv:1811.06965); Narayanan et al. 2021, section 2.2
              (arXiv:2104.04473)
 
@@ -40,7 +40,8 @@ class Pipeline:
 
         Parameters
         ----------
-        x : (T, D) float32; on the first rank the input, on the others room for what arrives
+        x : (T, D) float32; on the first rank the input, on the others room for what arrives, new
+            for every micro-batch, as without layers it is what travels on
         compute : function (T, D) -> (T, D), this rank's layers
 
         Returns
@@ -69,8 +70,18 @@ class Pipeline:
             self._outgoing.add(collectives.Isend(self.comm, result, rank, _BACK, purpose))
 
     def hear(self):
-        """What the last rank announced of the oldest micro-batch not heard of: (n,) uint8, host."""
+        """What the last rank announced of the oldest micro-batch not heard of: (n,) uint8, host.
+
+        Raises
+        ------
+        RuntimeError
+            On the last rank, which would wait for itself.
+        """
         last = self.comm.size - 1
+        if self.is_last:
+            raise RuntimeError(
+                f"pipeline: got rank {last} to hear what it announced itself, need a rank before it"
+            )
         return collectives.RecvBytes(self.comm, last, _BACK, f"{self.purpose} result")
 
     def test(self):

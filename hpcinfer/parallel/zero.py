@@ -3,7 +3,7 @@
     before   every layer's parameters in P parts, one on each rank; small ones whole on one rank
     after    the parameters of one layer whole on every rank
     cost     per layer 1 Allgather of its n large bytes: n (P-1)/P sent per rank, and 1 Bcast of its
-             m small bytes: m sent by their owner
+             m small bytes: m sent by their owner; every parameter counts as a multiple of 64 bytes
     memory   n/P of every layer, m of the layers a rank owns, and two layers whole (one if nothing
              is fetched ahead)
     source   Rajbhandari et al. 2019, section 5.3, stage 3 (arXiv:1910.02054)
@@ -102,7 +102,7 @@ def cut(comm, parameters, small_bytes=SMALL_BYTES, owner=0):
 
 
 class Gathered:
-    """Units in the order of computation, each whole from its `get` until the one after the next.
+    """Units in the order of computation, each whole from its `get` until the next.
 
     Parameters
     ----------
@@ -125,7 +125,11 @@ class Gathered:
         return sum(unit.kept_bytes for unit in self.units) + sum(b.nbytes for b in self._buffers)
 
     def get(self, i):
-        """Parameters of unit i, whole: dict name -> array. Every rank must ask in one order."""
+        """Parameters of unit i, whole: dict name -> array, good until the next `get`.
+
+        Every rank must ask in the same order. The order of the units is the fast one; any other is
+        right too.
+        """
         if i not in self._started:
             self.settle()
             self._start(i)
