@@ -18,7 +18,8 @@ from hpcinfer import partition
 from hpcinfer.collectives import ledger
 from hpcinfer.engine import score as score_room
 from hpcinfer.engine.feed import Feed
-from hpcinfer.engine.generate import generate
+from hpcinfer.engine.generate import Generate
+from hpcinfer.engine.loop import run
 from hpcinfer.engine.request import BadRequest
 from hpcinfer.errors import UsageError, is_agreed
 from hpcinfer.model.cache import page_bytes
@@ -367,7 +368,8 @@ def test_requests_that_never_fit_become_records(comm):
         index = outcome.index if isinstance(outcome, BadRequest) else outcome.request.index
         outcomes[index] = outcome
 
-    generate(small, Feed(comm, reader.read_items(items)), deliver)
+    with Feed(small.grid, reader.read_items(items), len(items)) as feed:
+        run(small, feed, deliver, Generate(small))
     assert [isinstance(outcomes[i], BadRequest) for i in range(4)] == [False, True, False, True]
     assert outcomes[1].message == (
         "kv-memory: got a cache of 96 tokens, need 128 for this request; raise --kv-memory, use "
@@ -436,9 +438,8 @@ def test_load_refuses_on_every_rank(comm, tmp_path):
     assert message.startswith("kv-memory: got 1 bytes, need ")
     for options in ({"dtype": "int8"}, {"device": "tpu"}, {"layout": "tp=99"}, {"layout": "x"}):
         error_on_all_ranks(comm, partial(hpcinfer.load, SHIPPED, comm, **options))
-    if comm.size > 1:
-        with pytest.raises(UsageError, match="need dp=1 in this version"):
-            hpcinfer.load(SHIPPED, comm=comm, layout=f"dp={comm.size}")
+    with pytest.raises(UsageError, match="zero cuts what the ranks of dp and cp hold alike"):
+        hpcinfer.load(SHIPPED, comm=comm, layout=f"tp={comm.size},zero=allgather")
 
 
 def test_learned_positions_bound_the_context(comm, shared_path):

@@ -16,22 +16,27 @@ from hpcinfer import array, collectives
 from hpcinfer.engine.feed import Feed
 from hpcinfer.engine.formats import Limits as PromptLimits
 from hpcinfer.engine.formats import RequestReader, defaults_from
-from hpcinfer.engine.generate import generate
+from hpcinfer.engine.generate import Generate
+from hpcinfer.engine.loop import run as run_loop
 from hpcinfer.engine.pages import Pages, pages_for
 from hpcinfer.engine.record import Record
 from hpcinfer.engine.request import BadRequest, Sampling
 from hpcinfer.engine.scheduler import Limits, Scheduler, build_step
-from hpcinfer.engine.score import score
+from hpcinfer.engine.score import Score
 from hpcinfer.engine.text import Text
-from hpcinfer.errors import UsageError, agreed
+from hpcinfer.errors import agreed
 from hpcinfer.grid import agree_all, grid_of, parse_layout, world
 from hpcinfer.io.checkpoint import open_checkpoint
 from hpcinfer.model.families import read_architecture
+from hpcinfer.model.ffn_side import FfnSide
 from hpcinfer.model.forward import Model
 from hpcinfer.model.weights import check
 
 # Share of the free memory that the cache takes where --kv-memory does not say.
 _KV_SHARE = 0.5
+
+# Micro-batches of the two sides' turns, and of prompts for each stage of a pipeline.
+_MICRO_BATCHES, _CHUNKS_PER_STAGE = 2, 4
 
 
 def load(
@@ -45,6 +50,7 @@ def load(
     sequences=256,
     context=None,
     seed=0,
+    micro_batches=None,
 ):
     """Load a model; every rank of the communicator calls this and reads its own shard.
 
@@ -60,6 +66,9 @@ def load(
     step_tokens, sequences : bounds of one step of the engine
     context : positions to allow, instead of the model's own number
     seed : of requests that do not give their own
+    micro_batches : parts of the work that are under way at a time: with attention and FFN on ranks
+        of their own, those that take turns (2 by default); in a pipeline, those that the prompts at
+        hand are spread over (4 for each stage by default)
 
     Returns
     -------
@@ -72,12 +81,9 @@ def load(
     """
     comm = world() if comm is None else comm
     grid = grid_of(comm, parse_layout(layout, comm.size))
-    _refuse_unbuilt(grid.layout)
+    limits = _limits(grid.layout, step_tokens, sequences, micro_batches)
     return agree_all(
-        comm,
-        lambda: Engine(
-            path, grid, dtype, device, kv_memory, Limits(step_tokens, sequences), context, seed
-        ),
+        comm, lambda: Engine(path, grid, dtype, device, kv_memory, limits, context, seed)
     ).ready()
 
 
@@ -92,11 +98,15 @@ class Engine:
     context : positions that a sequence may have
     scheduler : Scheduler
     record : Record, what the run has cost so far
+    depth : rounds of micro-batches under way at a time, one for each stage of the pipeline
+    width : micro-batches of a round
     """
 
     def __init__(self, path, grid, dtype, device, kv_memory, limits, context, seed):
         start_s = time.perf_counter()
         self.grid, self.limits, self.seed = grid, limits, Sampling(seed=seed).seed
+        self.depth = grid.layout.pp
+        self.width = limits.parts // self.depth
         device = array.select_device(device, grid.node.rank)
         with open_checkpoint(path) as checkpoint:
             arch = read_architecture(checkpoint.config)
@@ -105,7 +115,8 @@ class Engine:
             self.text = Text(checkpoint)
             self.generation_config = checkpoint.generation_config
             self.checksum = checkpoint.checksum
-            self.model = Model(arch, checkpoint, grid, device, dtype)
+            part = FfnSide if grid.side == "ffn" else Model
+            self.model = part(arch, checkpoint, grid, device, dtype)
             self.record = Record(grid, checkpoint.bytes_read, checkpoint.file_bytes)
         self.context = _context(arch, context)
         self._kv_memory = kv_memory
@@ -119,10 +130,9 @@ class Engine:
             local_bytes = int(_KV_SHARE * model.device.free_bytes()) // self.grid.node.size
         else:
             local_bytes = self._kv_memory
-        pools = model.context.kv.size
-        most = -(-pages_for(self.context) * self.limits.sequences // pools)
-        pages = min(most, local_bytes // model.page_bytes if model.page_bytes else most)
-        pages = min(comm.allgather(pages))
+        most = -(-pages_for(self.context) * self.limits.sequences // model.pools)
+        pages = min(most, local_bytes // model.page_bytes) if model.page_bytes else None
+        pages = min((n for n in comm.allgather(pages) if n is not None), default=most)
         if pages < 1:
             page_bytes = max(comm.allgather(model.page_bytes))
             raise agreed(
@@ -147,6 +157,7 @@ class Engine:
             self.grid.cp.size,
             context.by_columns,
             self.model.arch.rope,
+            self.grid.tp.size if self.grid.layout.sp == "on" else 1,
         )
 
     def stops(self, sampling):
@@ -174,7 +185,7 @@ class Engine:
         ValueError
             If an item cannot be used.
         """
-        return self._run(generate, self.reader(sampling), items)
+        return self._run(Generate, self.reader(sampling), items)
 
     def score(self, items):
         """Log-probabilities of texts.
@@ -187,7 +198,7 @@ class Engine:
         -------
         list of Score in the order of `items`, on every rank
         """
-        return self._run(score, self.reader({}, score=True), items)
+        return self._run(Score, self.reader({}, score=True), items)
 
     def reader(self, sampling, plain=False, score=False):
         """Reader of requests for this model.
@@ -207,21 +218,30 @@ class Engine:
 
     def _forget(self, pages):
         """Start with an empty queue and a cache of `pages` pages per rank that hold nothing."""
-        books = Pages(pages, self.model.context.kv.size)
+        books = Pages(pages, self.model.pools)
         self.scheduler = Scheduler(books, self.limits, self.model.arch.rope)
 
-    def _run(self, loop, reader, items):
-        finished = {}
+    def _run(self, work, reader, items):
+        finished, grid = {}, self.grid
 
         def deliver(outcome):
             index = outcome.index if isinstance(outcome, BadRequest) else outcome.request.index
             finished[index] = outcome
 
+        # Every replica reads what the first rank was given.
+        items = list(items) if grid.is_root else []
+        n = grid.comm.bcast(len(items))
+        if grid.is_leader and grid.layout.dp > 1:
+            items = grid.dp.bcast(items)
         try:
-            loop(self, Feed(self.grid.comm, reader.read_items(items)), deliver)
+            with Feed(grid, reader.read_items(items), n) as feed:
+                run_loop(self, feed, deliver, work(self))
         except BaseException:
             self._forget(self.scheduler.pages.n)
             raise
+        if grid.replica.size < grid.comm.size:
+            for part in grid.comm.allgather(finished if grid.is_leader else {}):
+                finished |= part
         for outcome in finished.values():
             if isinstance(outcome, BadRequest):
                 raise agreed(ValueError(f"item {outcome.index}: {outcome.message}"))
@@ -240,10 +260,10 @@ def _context(arch, context):
     return context
 
 
-def _refuse_unbuilt(layout):
-    """Refuse the axes that no strategy serves yet."""
-    for axis in ("pp", "dp"):
-        if getattr(layout, axis) > 1:
-            raise UsageError(
-                f"layout: got {axis}={getattr(layout, axis)}, need {axis}=1 in this version; use tp"
-            )
+def _limits(layout, step_tokens, sequences, micro_batches):
+    """Bounds of a step, and in how many steps the work is spread."""
+    if layout.afd:
+        micro_batches = micro_batches or _MICRO_BATCHES
+        return Limits(step_tokens, sequences, parts=micro_batches, chunks=micro_batches)
+    chunks = layout.pp * (_CHUNKS_PER_STAGE if layout.pp > 1 else 1)
+    return Limits(step_tokens, sequences, parts=layout.pp, chunks=micro_batches or chunks)

@@ -5,20 +5,23 @@ import sys
 import time
 from contextlib import ExitStack
 
+import numpy as np
 from tqdm import tqdm
 
 from hpcinfer.engine.feed import Feed
 from hpcinfer.engine.formats import completion_line, generate_record, score_line, score_record
-from hpcinfer.engine.generate import generate
+from hpcinfer.engine.generate import Generate
+from hpcinfer.engine.loop import run as run_loop
+from hpcinfer.engine.outbox import Outbox
 from hpcinfer.engine.request import BadRequest
-from hpcinfer.engine.score import score
+from hpcinfer.engine.score import Score
 from hpcinfer.errors import agreed
-from hpcinfer.grid import agree
+from hpcinfer.grid import agree, agree_all
 from hpcinfer.io.lines import read_lines
 from hpcinfer.io.results import open_results
 
 _EXTENSIONS = (".h5", ".jsonl")
-_LOOPS = {"generate": (generate, generate_record), "score": (score, score_record)}
+_KINDS = {"generate": (Generate, generate_record), "score": (Score, score_record)}
 
 # Seconds between two lines of progress: on a terminal, and in the log of a job.
 _TERMINAL_S, _LOG_S = 0.2, 10.0
@@ -57,28 +60,35 @@ def run(engine, kind, source, outputs, n_lines, sampling, facts, show=False):
     ValueError
         On every rank, if not one request could be run.
     """
-    loop, record_of = _LOOPS[kind]
-    comm, counts = engine.grid.comm, [0, 0]
-    reader = engine.reader(sampling, source.lower().endswith(".txt"), kind == "score")
-    lines = reader.read(read_lines(source)) if comm.rank == 0 else None
+    work, record_of = _KINDS[kind]
+    grid, comm, counts = engine.grid, engine.grid.comm, np.zeros(2, np.int64)
+    lines = None
+    if grid.is_leader:
+        reader = engine.reader(sampling, source.lower().endswith(".txt"), kind == "score")
+        lines = reader.read(read_lines(source))
+    agree_all(comm, lambda: grid.is_leader and next(read_lines(source)))
     with ExitStack() as stack:
-        out = _Output(engine, kind, source, n_lines, show) if comm.rank == 0 else None
+        out = _Output(engine, kind, source, n_lines, show) if grid.is_root else None
         agree(comm, lambda: out.open(stack, outputs, facts))
+        outbox = Outbox(grid, lambda record: out.write(record))
 
         def deliver(outcome):
-            counts[isinstance(outcome, BadRequest)] += 1
-            if out is not None:
-                out.write(record_of(outcome))
+            if grid.is_leader:
+                counts[int(isinstance(outcome, BadRequest))] += 1
+                outbox.put(record_of(outcome))
 
-        loop(engine, Feed(comm, lines), deliver)
-    if not counts[0]:
+        with Feed(grid, lines, n_lines) as feed:
+            run_loop(engine, feed, deliver, work(engine), outbox.poll)
+            outbox.close()
+    finished, refused = comm.allreduce(counts).tolist()
+    if not finished:
         raise agreed(
             ValueError(
-                f"input: got {counts[1]} requests in {source} and none that can be run, need at "
+                f"input: got {refused} requests in {source} and none that can be run, need at "
                 "least one; see the error records in the output"
             )
         )
-    return tuple(counts)
+    return finished, refused
 
 
 class _Output:

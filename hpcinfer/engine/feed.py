@@ -1,37 +1,78 @@
-"""Requests on their way from the one rank that reads them to all ranks, block by block."""
+"""Requests on their way from the input to the ranks of the replica that answers them.
+
+The leader of every replica reads the whole input, so that a request is known by what stands before
+it wherever it is answered, and keeps those that the replicas' common queue gives it.
+"""
 
 from itertools import islice
 
+from hpcinfer import partition
 from hpcinfer.grid import agree
+from hpcinfer.parallel.data import Queue
 
 BLOCK = 64
 
 
 class Feed:
-    """A stream of requests, read on the root and handed to every rank.
+    """A stream of requests, handed to every rank of a replica; closed as a context manager.
 
     Parameters
     ----------
-    comm : communicator of all ranks
-    items : iterator on the root, ignored elsewhere
+    grid : Grid
+    items : iterator on the leader of every replica, ignored elsewhere
+    n : how many items there are, equal on every rank
 
     Attributes
     ----------
-    done : True when the stream has ended
+    done : True when every item was given to some replica
     """
 
-    def __init__(self, comm, items):
-        self.comm, self.done = comm, False
-        self._items = iter(items) if comm.rank == 0 else None
+    def __init__(self, grid, items, n):
+        self._grid, self._remaining, self._read = grid, n, 0
+        self._items = iter(items) if grid.is_leader else None
+        self._queue = Queue(grid.dp, n) if grid.is_leader else None
 
-    def take(self):
-        """The next block of requests, equal on every rank; empty at the end.
+    @property
+    def done(self):
+        return self._remaining == 0
+
+    def wants(self, waiting, held, most):
+        """True if this replica should take more: it has room, and less than its share.
+
+        Parameters
+        ----------
+        waiting, held : sequences that wait, that wait or run
+        most : sequences that may wait
+        """
+        share = partition.guided(self._remaining + held, self._grid.layout.dp)
+        return not self.done and waiting < most and held < share
+
+    def take(self, held=0):
+        """The next block of requests, equal on every rank of the replica; empty if others have all.
 
         Raises
         ------
         Exception
-            On every rank, what reading raised on the root.
+            On every rank of the replica, what reading raised on its leader.
         """
-        block = agree(self.comm, lambda: list(islice(self._items, BLOCK)))
-        self.done = len(block) < BLOCK
+        try:
+            block, self._remaining = agree(self._grid.replica, self._take, held)
+        except Exception as error:
+            # Other replicas know nothing of it.
+            error.agreed = self._grid.replica.size == self._grid.comm.size
+            raise
         return block
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *details):
+        """End the stream, unless an error has kept other replicas from coming here."""
+        if self._queue is not None and (kind is None or self._grid.layout.dp == 1):
+            self._queue.free()
+
+    def _take(self, held):
+        start, stop = self._queue.take(BLOCK, held)
+        block = list(islice(self._items, start - self._read, stop - self._read))
+        self._read = max(self._read, stop)
+        return block, self._queue.remaining

@@ -1,96 +1,63 @@
-"""The token loop: requests in, a step at a time through the model, results out as they finish."""
+"""Answers to prompts: the next token of every sequence chosen, step after step, until it ends."""
 
-import time
-from functools import partial
+from dataclasses import dataclass
 
-from hpcinfer.engine.pages import pages_for
-from hpcinfer.engine.request import BadRequest, Choice, Result
+from hpcinfer.engine.request import Choice, Result
 from hpcinfer.engine.scheduler import Sequence
-from hpcinfer.model.cache import PAGE
 from hpcinfer.ops.sample import History, Rows
 from hpcinfer.parallel import vocabulary
 
 
-def generate(engine, feed, deliver):
-    """Run every request of a stream.
+@dataclass(frozen=True)
+class Generate:
+    """What `loop.run` does with requests that are answered."""
 
-    Parameters
-    ----------
-    engine : Engine
-    feed : Feed of Request and BadRequest
-    deliver : function of a Result or BadRequest, called on every rank as each one finishes
-    """
-    loop(engine, feed, deliver, _tokens, partial(_sequences, engine), partial(_choose, engine))
+    engine: object
 
+    def tokens_of(self, request):
+        """Tokens of a request's longest sequence."""
+        return len(request.token_ids) + request.sampling.max_tokens
 
-def loop(engine, feed, deliver, tokens_of, sequences_of, after_step):
-    """Step until the stream is empty and every sequence has finished.
+    def sequences_of(self, request, deliver):
+        """One sequence per sample; the last of them to finish delivers the request."""
+        sampling, samples = request.sampling, []
+        for sample in range(sampling.n):
+            sequence = Sequence(request, sample, list(request.token_ids), len(request.token_ids))
+            sequence.stream = self.engine.text.stream(
+                sampling.stop, after_text=request.kind != "chat"
+            )
+            sequence.siblings = samples
+            if _has_penalties(sampling):
+                sequence.history = History(request.token_ids)
+            samples.append(sequence)
+        return samples
 
-    Parameters
-    ----------
-    tokens_of : function of a Request, the tokens that the cache must be able to hold for it
-    sequences_of : function of a Request, its sequences
-    after_step : function (plan, step, hidden, deliver), which uses the hidden states of a step's
-    rows
-    """
-    scheduler = engine.scheduler
-    while True:
-        # Keep enough sequences waiting to fill a step, and no more in memory.
-        while not feed.done and len(scheduler.waiting) < engine.limits.sequences:
-            for request in feed.take():
-                refusal = _refusal(engine, request, tokens_of)
-                if refusal is not None:
-                    deliver(refusal)
-                    continue
-                for sequence in sequences_of(request):
-                    scheduler.add(sequence)
+    def job(self, plan):
+        """Sequences whose next token the step decides."""
+        return [s for s, _ in plan if s.computed == s.target]
 
-        # Compute one step and use what it gives.
-        start_s = time.perf_counter()
-        plan = scheduler.next_step()
-        if not plan:
-            return
-        held = scheduler.pages.held
-        n_prompt = sum(min(n, max(0, s.n_prompt - s.computed)) for s, n in plan)
-        step = engine.build_step(plan)
-        hidden = engine.model.forward(step)
-        after_step(plan, step, hidden, deliver)
-        engine.record.step(step, n_prompt, time.perf_counter() - start_s, held)
+    def find(self, ready, hidden):
+        """Choose the next token of every ready sequence: (R, D) -> Chosen or None."""
+        if not ready:
+            return None
+        model = self.engine.model
+        return vocabulary.choose(
+            model.grid.tp_cp,
+            model.logits(hidden),
+            model.head_range[0],
+            model.arch.V,
+            _rows(self.engine, ready),
+        )
 
-
-def _refusal(engine, request, tokens_of):
-    """A bad request itself, a refusal of one that the cache can never hold, else None."""
-    if isinstance(request, BadRequest):
-        return request
-    needed = pages_for(min(tokens_of(request), engine.context))
-    total = engine.scheduler.pages.total
-    if needed <= total:
-        return None
-    return BadRequest(
-        request.index,
-        request.line,
-        request.custom_id,
-        f"kv-memory: got a cache of {total * PAGE} tokens, need {needed * PAGE} for this request; "
-        "raise --kv-memory, use more ranks, or lower max_tokens",
-    )
-
-
-def _tokens(request):
-    """Tokens of a request's longest sequence."""
-    return len(request.token_ids) + request.sampling.max_tokens
-
-
-def _sequences(engine, request):
-    """One sequence per sample; the last of them to finish delivers the request."""
-    sampling, samples = request.sampling, []
-    for sample in range(sampling.n):
-        sequence = Sequence(request, sample, list(request.token_ids), len(request.token_ids))
-        sequence.stream = engine.text.stream(sampling.stop, after_text=request.kind != "chat")
-        sequence.siblings = samples
-        if _has_penalties(sampling):
-            sequence.history = History(request.token_ids)
-        samples.append(sequence)
-    return samples
+    def use(self, ready, chosen, deliver):
+        """Add the chosen tokens, and end the sequences that are done."""
+        token_ids = chosen.token_ids.tolist() if ready else []
+        for i, sequence in enumerate(ready):
+            _append(self.engine, sequence, token_ids[i], chosen, i)
+            if sequence.finish_reason is not None:
+                self.engine.scheduler.finish(sequence)
+                if all(s.finish_reason is not None for s in sequence.siblings):
+                    deliver(_result(sequence.siblings))
 
 
 def _has_penalties(sampling):
@@ -100,28 +67,6 @@ def _has_penalties(sampling):
         sampling.presence_penalty,
         sampling.frequency_penalty,
     )
-
-
-def _choose(engine, plan, step, hidden, deliver):
-    """Choose the next token of every sequence that is complete, and end those that are done."""
-    ready = [s for s, _ in plan if s.computed == s.target]
-    if not ready:
-        return
-    model = engine.model
-    chosen = vocabulary.choose(
-        model.grid.tp_cp,
-        model.logits(hidden),
-        model.head_range[0],
-        model.arch.V,
-        _rows(engine, ready),
-    )
-    token_ids = chosen.token_ids.tolist()
-    for i, sequence in enumerate(ready):
-        _append(engine, sequence, token_ids[i], chosen, i)
-        if sequence.finish_reason is not None:
-            engine.scheduler.finish(sequence)
-            if all(s.finish_reason is not None for s in sequence.siblings):
-                deliver(_result(sequence.siblings))
 
 
 def _rows(engine, ready):

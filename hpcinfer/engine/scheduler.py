@@ -5,6 +5,10 @@ the step. A prompt longer than the step's room is computed in chunks. Where page
 youngest sequence gives up its pages and waits; it is computed again later, from pages that are
 still there. Every rank of a replica comes to the same decision from the same requests, without a
 message.
+
+Several steps may be under way at a time: the micro-batches of a pipeline, or of two sides that take
+turns. A step then takes its share of the sequences, and leaves those out whose next token is still
+to be chosen.
 """
 
 from collections import deque
@@ -12,6 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from hpcinfer import partition
 from hpcinfer.engine.pages import digests, pages_for
 from hpcinfer.model.cache import PAGE
 from hpcinfer.model.step import Books, Step
@@ -19,6 +24,9 @@ from hpcinfer.model.step import Books, Step
 # Tokens per rank of cp up to which decoding divides columns: reading weights takes longer than
 # computing with them up to about this many.
 COLUMNS_TOKENS = 32
+
+# Tokens of a micro-batch at least, as far as there are as many.
+_LEAST_TOKENS = 32
 
 
 @dataclass(eq=False)
@@ -41,6 +49,7 @@ class Sequence:
     history : tokens seen so far, kept where penalties need them
     logprobs, top_logprobs : of the generated (or scored) tokens
     finish_reason : "stop" or "length" when the sequence has ended, else None
+    under_way : steps under way that compute tokens of it
     """
 
     request: object
@@ -57,6 +66,7 @@ class Sequence:
     logprobs: list = field(default_factory=list)
     top_logprobs: list = field(default_factory=list)
     finish_reason: str | None = None
+    under_way: int = 0
 
     @property
     def target(self):
@@ -77,10 +87,14 @@ class Limits:
     ----------
     tokens : tokens computed in a step at most
     sequences : sequences that run at a time at most
+    parts : steps that the running sequences are spread over, so that as many can be under way
+    chunks : steps that the prompt tokens at hand are spread over
     """
 
     tokens: int = 2048
     sequences: int = 256
+    parts: int = 1
+    chunks: int = 1
 
 
 class Scheduler:
@@ -97,7 +111,7 @@ class Scheduler:
         self.pages, self.limits = pages, limits
         self.rope = rope if rope is not None and rope.depends_on_length else None
         self.waiting, self.running = deque(), []
-        self.preemptions = self.reused_tokens = 0
+        self.preemptions = self.reused_tokens = self.tokens_under_way = 0
 
     def add(self, sequence):
         """Put a sequence at the end of the queue."""
@@ -110,15 +124,20 @@ class Scheduler:
         -------
         list of (Sequence, n), empty when nothing waits or runs
         """
-        room = self.limits.tokens
         plan, preempted = [], False
+        most, room = self._share()
 
         # Go on with what runs; the youngest gives way where pages run out.
         position = 0
-        while position < len(self.running) and room:
+        while position < len(self.running) and room and len(plan) < most:
             sequence = self.running[position]
             n = min(room, sequence.target - sequence.computed)
+            if n == 0:  # its next token is under way
+                position += 1
+                continue
             if not self.pages.fit(self._owners(sequence, sequence.computed + n)):
+                if self.running[-1].under_way:
+                    return self._in_order(plan)
                 self._preempt(self.running.pop())
                 preempted = True
                 continue
@@ -129,6 +148,8 @@ class Scheduler:
         # Admit what waits, while there are pages for its whole text.
         while self.waiting and room and not preempted and len(self.running) < self.limits.sequences:
             sequence = self.waiting[0]
+            if len(plan) >= most:
+                break
             sequence.pages = self._found(sequence)
             if not self.pages.fit(self._owners(sequence, sequence.target), sequence.pages):
                 sequence.pages = []
@@ -141,9 +162,39 @@ class Scheduler:
             n = min(room, sequence.target - sequence.computed)
             self._plan(plan, sequence, n)
             room -= n
+        return self._in_order(plan)
 
-        # Sequences with one token, as in decoding, stand first.
+    @property
+    def held(self):
+        """Sequences that run or wait."""
+        return len(self.running) + len(self.waiting)
+
+    def _share(self):
+        """Sequences and tokens of the next step at most."""
+        limits, room = self.limits, self.limits.tokens
+        if limits.parts == limits.chunks == 1:
+            return limits.sequences, room
+        most = -(-min(self.held, limits.sequences) // limits.parts)
+        pending = sum(s.target - s.computed for s in (*self.running, *self.waiting))
+        share = -(-(pending + self.tokens_under_way) // limits.chunks)
+        return most, min(room, max(_LEAST_TOKENS, share))
+
+    @staticmethod
+    def _in_order(plan):
+        """Sequences with one token, as in decoding, stand first."""
         return sorted(plan, key=lambda entry: entry[1] > 1)
+
+    def launch(self, plan):
+        """Count a planned step as under way."""
+        for sequence, n in plan:
+            sequence.under_way += 1
+            self.tokens_under_way += n
+
+    def land(self, plan):
+        """Count a step as over."""
+        for sequence, n in plan:
+            sequence.under_way -= 1
+            self.tokens_under_way -= n
 
     def finish(self, sequence):
         """Take a finished sequence out and release its pages."""
@@ -192,36 +243,40 @@ class Scheduler:
         """Send a running sequence back to the head of the queue, without its pages."""
         self.pages.release(sequence.pages)
         sequence.pages, sequence.computed = [], 0
+        if sequence.all_rows:
+            sequence.logprobs = []
         self.waiting.appendleft(sequence)
         self.preemptions += 1
 
 
-def build_step(plan, pages, kv_rank=0, cp=1, by_columns=False, rope=None):
+def build_step(plan, pages, kv_rank=0, cp=1, by_columns=False, rope=None, tp=1):
     """Arrays of one step, from the scheduler's plan, whose tokens count as computed afterwards.
 
     Parameters
     ----------
-    plan : list of (Sequence, n), those with one token first
+    plan : list of (Sequence, n), those with one token first; empty for a step that this replica
+        takes for the others' sake
     pages : Pages
     kv_rank : this rank's pool among those of `pages`
     cp : number of parts in which the tokens are cut; part i computes the tokens of the pools i,
         i + cp, ...
     by_columns : True if steps of few tokens, one of a sequence, divide columns instead of tokens
     rope : Rope or None
+    tp : ranks over which sequence parallelism cuts the tokens of a part; 1 without it
 
     Returns
     -------
     Step; its `rows` are the last token of every sequence that is then complete, or all tokens of a
     sequence with `all_rows`
     """
-    counts = np.array([n for _, n in plan])
+    counts = np.array([n for _, n in plan], np.int64)
     bounds = np.concatenate([[0], np.cumsum(counts)])
-    lengths = np.array([sequence.computed + n for sequence, n in plan])
+    lengths = np.array([sequence.computed + n for sequence, n in plan], np.int64)
     positions = np.arange(bounds[-1]) - np.repeat(bounds[:-1] - (lengths - counts), counts)
     owner = np.repeat(np.arange(len(plan)), counts)
 
     # Find the page of every token, and its owner, in one table padded with page 0.
-    table = np.zeros((len(plan), max(len(s.pages) for s, _ in plan)), np.int64)
+    table = np.zeros((len(plan), max((len(s.pages) for s, _ in plan), default=0)), np.int64)
     for b, (sequence, _) in enumerate(plan):
         table[b, : len(sequence.pages)] = sequence.pages
     pool, place = np.divmod(table, pages.n)
@@ -239,6 +294,7 @@ def build_step(plan, pages, kv_rank=0, cp=1, by_columns=False, rope=None):
     columns = by_columns and len(plan) == bounds[-1] <= COLUMNS_TOKENS * cp
     mine = np.arange(bounds[-1]) if columns else np.flatnonzero(token_pool % cp == kv_rank % cp)
     stored = np.flatnonzero(token_pool[mine] == kv_rank)
+    part = token_pool % cp
     return Step(
         token_ids=np.array(token_ids, np.int32),
         tokens=np.stack([owner, positions], axis=1).astype(np.int32),
@@ -248,12 +304,26 @@ def build_step(plan, pages, kv_rank=0, cp=1, by_columns=False, rope=None):
         length_classes=_length_classes(plan, owner, positions, rope),
         columns=columns,
         parts=cp,
-        part=token_pool % cp,
+        part=part,
+        home=np.full_like(part, -1) if columns else _homes(part, cp, tp),
         mine=mine,
         stored=stored,
         slots=slots[mine[stored]],
-        books=Books(place, pool[:, 0], kv_rank, pages.ranks, lengths),
+        books=Books(place, pool[:, 0] if plan else lengths, kv_rank, pages.ranks, lengths),
     )
+
+
+def _homes(part, cp, tp):
+    """Rank of tp that keeps each token between the halves of a layer; -1 if all do."""
+    home = np.full_like(part, -1)
+    for p in range(cp):
+        tokens = np.flatnonzero(part == p)
+
+        # With fewer tokens than ranks it costs less to let every rank keep them all.
+        if tp > 1 and len(tokens) >= tp:
+            for rank, (start, stop) in enumerate(partition.block(len(tokens), tp)):
+                home[tokens[start:stop]] = rank
+    return home
 
 
 def _length_classes(plan, owner, positions, rope):

@@ -5,13 +5,12 @@ the length of a text nor V times T decides the memory.
 """
 
 import math
-from functools import partial
+from dataclasses import dataclass
 
 import numpy as np
 
 from hpcinfer import partition
-from hpcinfer.engine.generate import loop
-from hpcinfer.engine.request import Score
+from hpcinfer.engine.request import Score as Result
 from hpcinfer.engine.scheduler import Sequence
 from hpcinfer.parallel import vocabulary
 
@@ -19,40 +18,47 @@ from hpcinfer.parallel import vocabulary
 _LOGITS_BYTES = 64 << 20
 
 
-def score(engine, feed, deliver):
-    """Score every text of a stream.
+@dataclass(frozen=True)
+class Score:
+    """What `loop.run` does with texts that are scored."""
 
-    Parameters
-    ----------
-    engine : Engine
-    feed : Feed of Request and BadRequest
-    deliver : function of a Score or BadRequest, called on every rank as each one finishes
-    """
+    engine: object
 
-    def sequences_of(request):
+    def tokens_of(self, request):
+        """Tokens of a text that are computed; its last predicts nothing."""
+        return len(request.token_ids) - 1
+
+    def sequences_of(self, request, deliver):
+        """The text as one sequence; a text of one token has its result at once."""
         if len(request.token_ids) == 1:
             deliver(_score(request, []))
             return []
         tokens = list(request.token_ids)
         return [Sequence(request, 0, tokens, len(tokens), all_rows=True)]
 
-    def tokens_of(request):
-        return len(request.token_ids) - 1
+    def job(self, plan):
+        """The step's sequences with the tokens that follow those computed, and whether they end."""
+        return [
+            (s, s.tokens[s.computed - n + 1 : s.computed + 1], s.computed == s.target)
+            for s, n in plan
+        ]
 
-    loop(engine, feed, deliver, tokens_of, sequences_of, partial(_collect, engine))
+    def find(self, job, hidden):
+        """Log-probabilities of the tokens that follow: (T, D) -> (T,), None without tokens."""
+        if not job:
+            return None
+        targets = np.concatenate([targets for _, targets, _ in job])
+        return _log_probabilities(self.engine.model, hidden, targets)
 
-
-def _collect(engine, plan, step, hidden, deliver):
-    """Add the log-probabilities of this step's next tokens, and end the texts that are complete."""
-    targets = np.concatenate([s.tokens[s.computed - n + 1 : s.computed + 1] for s, n in plan])
-    logprobs = _log_probabilities(engine.model, hidden, targets)
-    start = 0
-    for sequence, n in plan:
-        sequence.logprobs += logprobs[start : start + n].tolist()
-        start += n
-        if sequence.computed == sequence.target:
-            engine.scheduler.finish(sequence)
-            deliver(_score(sequence.request, sequence.logprobs))
+    def use(self, job, logprobs, deliver):
+        """Add the log-probabilities, and end the texts that are complete."""
+        start = 0
+        for sequence, targets, complete in job:
+            sequence.logprobs += logprobs[start : start + len(targets)].tolist()
+            start += len(targets)
+            if complete:
+                self.engine.scheduler.finish(sequence)
+                deliver(_score(sequence.request, sequence.logprobs))
 
 
 def _log_probabilities(model, hidden, targets):
@@ -74,7 +80,7 @@ def _log_probabilities(model, hidden, targets):
 def _score(request, logprobs):
     """Score of a text from the log-probabilities of all its tokens but the first."""
     total = math.fsum(logprobs)
-    return Score(
+    return Result(
         request,
         np.array([math.nan, *logprobs], np.float32),
         total,

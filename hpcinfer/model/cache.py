@@ -9,19 +9,19 @@ PAGE = 32
 
 
 class Cache:
-    """Keys and values of this rank's heads, for all layers, in pages of PAGE tokens.
+    """Keys and values of this rank's heads and layers, in pages of PAGE tokens.
 
     Attributes
     ----------
-    k, v : list over the layers of (pages, G, PAGE, K) arrays; values that are columns of the keys
+    k, v : dict layer -> (pages, G, PAGE, K) arrays; values that are columns of the keys
         take no columns of their own
     """
 
     def __init__(self, device, layers, n_kv, width, pages, dtype, value_width=None):
         value_width = width if value_width is None else value_width
         shape = (pages, n_kv, PAGE)
-        self.k = [device.empty((*shape, width), dtype) for _ in range(layers)]
-        self.v = [device.empty((*shape, value_width), dtype) for _ in range(layers)]
+        self.k = {n: device.empty((*shape, width), dtype) for n in layers}
+        self.v = {n: device.empty((*shape, value_width), dtype) for n in layers}
 
     def write(self, layer, slots, k, v):
         """Store the keys and values of one step.

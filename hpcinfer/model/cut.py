@@ -1,19 +1,24 @@
-"""How the ranks of cp divide the work outside attention: by tokens, or by columns.
+"""How the ranks of cp and tp divide the work outside attention: by tokens, or by columns.
 
 In prefill each rank computes its own tokens with all the columns that it shares out over tp only.
 In decoding there are few tokens, and time goes into reading weights: then each rank computes all
 tokens with its part of the columns, so that every weight is read once by all ranks together (the
 shape of Helix, Bhatia 2025, arXiv:2507.07120). The columns are views of the same parameters.
+
+The ranks that divide columns hold equal tokens between the halves of a layer, or, with sequence
+parallelism, each keeps a part of them.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from hpcinfer import collectives, partition
 from hpcinfer.model.weights import FFN_CUTS, slice_columns
 from hpcinfer.ops import activation
-from hpcinfer.parallel import tensor
+from hpcinfer.parallel import sequence, tensor
+
+_MOE = FFN_CUTS.index("moe")
 
 
 @dataclass(frozen=True)
@@ -22,8 +27,10 @@ class Cut:
 
     Attributes
     ----------
+    comm : communicator of the ranks that divide columns
+    counts : tokens that each of them keeps between the halves of a layer; None if all keep all
     complete : function (x, products, bias, purpose) that completes the partial sums of `products`,
-        as `tensor.complete` does
+        as `tensor.complete` and `sequence.complete` do
     layer : function of a layer's number, this rank's parameters
     middle, experts_middle, shared_middle : what stands between the two products of a dense FFN, of
         an expert, of the shared experts
@@ -31,6 +38,8 @@ class Cut:
     whole : function (T, own columns) -> (T, C/P) that completes queries, keys and values
     """
 
+    comm: object
+    counts: list | None
     complete: Callable
     layer: Callable
     middle: Callable
@@ -39,13 +48,38 @@ class Cut:
     first_expert: int
     whole: Callable
 
+    def rows(self, T):
+        """Slice of this rank's tokens among the T that the ranks of `comm` compute together."""
+        return slice(*partition.block(T, self.comm.size)[self.comm.rank])
+
+    def own(self, x):
+        """Tokens for which this rank answers alone: (T, D) or, if cut, (T/P, D) -> (T/P, D)."""
+        return x if self.counts else x[self.rows(len(x))]
+
+    def everywhere(self, y, T):
+        """What each rank found for its own tokens, where the T tokens are: the inverse of `own`."""
+        if self.counts:
+            return y
+        counts = partition.counts(partition.block(T, self.comm.size))
+        return collectives.Allgather(self.comm, y, counts, purpose="own tokens")
+
 
 def cut_by_tokens(arch, grid, ranges, weights):
     """Own tokens, all columns of the tensor-parallel shard."""
     widths = [partition.counts(_parts(ranges, c, grid.cp.size)) for c in FFN_CUTS]
     complete = partial(tensor.complete, grid.tp)
     middles = [_middle(arch, of_parts) for of_parts in widths]
-    return Cut(complete, weights.layer, *middles, ranges["experts"][0], lambda qkv: qkv)
+    first = ranges["experts"][0]
+    return Cut(grid.tp, None, complete, weights.layer, *middles, first, lambda qkv: qkv)
+
+
+def kept_at_home(cut, counts):
+    """The same cut where each rank keeps `counts[rank]` of the tokens between the halves."""
+
+    def complete(x, products, bias=None, purpose="sequence"):
+        return sequence.complete(cut.comm, x, counts, products, bias, purpose)
+
+    return replace(cut, counts=counts, complete=complete)
 
 
 def cut_by_columns(arch, grid, ranges, weights, heads):
@@ -53,8 +87,13 @@ def cut_by_columns(arch, grid, ranges, weights, heads):
     cp, part, K = grid.cp.size, grid.cp.rank, arch.K
     blocks = partition.block(heads.n_query + 2 * heads.n_kv, cp)
     counts = [n * K for n in partition.counts(blocks)]
+    widths = [partition.counts(_parts(ranges, c, cp)) for c in FFN_CUTS]
     bounds = [_parts(ranges, c, cp)[part] for c in FFN_CUTS]
     slices = [_column_and_row(arch, *bound) for bound in bounds]
+    middles = [_middle(arch, [stop - start]) for start, stop in bounds]
+    if grid.experts is not None:
+        # Experts that live on one rank are not divided once more.
+        slices[_MOE], middles[_MOE] = (slice(None), slice(None)), _middle(arch, widths[_MOE])
 
     def layer(n):
         return slice_columns(
@@ -68,8 +107,7 @@ def cut_by_columns(arch, grid, ranges, weights, heads):
         return collectives.Allgather(grid.cp, qkv, counts, axis=1, purpose="qkv")
 
     complete = partial(tensor.complete, grid.tp_cp)
-    middles = [_middle(arch, [stop - start]) for start, stop in bounds]
-    return Cut(complete, layer, *middles, ranges["experts"][0], whole)
+    return Cut(grid.tp_cp, None, complete, layer, *middles, ranges["experts"][0], whole)
 
 
 def query_heads(heads, cp):

@@ -1,4 +1,6 @@
-"""A model on one rank of the grid, and its forward pass over the tokens of one step."""
+"""A model on one rank of the grid, and its forward pass over the tokens of some steps."""
+
+from functools import partial
 
 import numpy as np
 
@@ -6,12 +8,17 @@ from hpcinfer import array, collectives
 from hpcinfer.model import weights as tables
 from hpcinfer.model.cache import Cache, page_bytes
 from hpcinfer.model.context import Context
-from hpcinfer.model.cut import cut_by_columns, cut_by_tokens
-from hpcinfer.model.layer import add_positions, layer, norm
+from hpcinfer.model.cut import cut_by_columns, cut_by_tokens, kept_at_home
+from hpcinfer.model.layer import add_positions, attention_half, layer, norm
+from hpcinfer.model.moe import choices_to_send
+from hpcinfer.model.pieces import Pieces
+from hpcinfer.model.sides import expert_shares, ffn_shares
+from hpcinfer.model.stages import layers_of_stage
 from hpcinfer.model.step import in_parts
 from hpcinfer.ops.linear import linear
 from hpcinfer.ops.rope import angles
-from hpcinfer.parallel import vocabulary
+from hpcinfer.parallel import disagg, vocabulary
+from hpcinfer.parallel.pipeline import Pipeline
 
 
 class Model:
@@ -24,17 +31,31 @@ class Model:
     grid : Grid
     device : Device
     dtype : element type of weights and cache
+
+    Attributes
+    ----------
+    layers : range, the layers of this rank's stage of the pipeline
+    pipeline : Pipeline, this rank's place in it
+    expert_load : ExpertLoad, or None; counts the experts that tokens choose
     """
 
     def __init__(self, arch, checkpoint, grid, device, dtype):
         self.arch, self.grid, self.device, self.dtype = arch, grid, device, dtype
         self.cache = self.expert_load = None
+        self.pipeline = Pipeline(grid.pp)
+        self.layers = layers_of_stage(arch, grid.layout, dtype)[grid.pp.rank]
         self.context = Context(arch, grid, lambda n: (self.cache.k[n], self.cache.v[n]))
         self.heads = self.context.heads
         cp = grid.cp.size
         ranges = tables.owned(arch, grid.tp.size, grid.tp.rank, cp, grid.cp.rank)
+        if grid.experts is not None:
+            share = expert_shares(arch, grid)[grid.experts.rank]
+            ranges |= {"experts": share.experts, "moe": share.columns}
         self.embed_range, self.head_range = ranges["embed"], ranges["head"]
-        self.weights = tables.load(arch, checkpoint, ranges, dtype, device, cp)
+        pieces = Pieces(arch, grid, self.layers) if grid.layout.zero != "off" else None
+        self.weights = tables.load(
+            arch, checkpoint, ranges, dtype, device, cp, keep=self._keeps, pieces=pieces
+        )
         self._by_tokens = cut_by_tokens(arch, grid, ranges, self.weights)
         self._by_columns = cut_by_columns(arch, grid, ranges, self.weights, self.heads)
 
@@ -42,18 +63,26 @@ class Model:
     def page_bytes(self):
         """Bytes of one cache page on this rank."""
         return page_bytes(
-            self.arch.N, self.heads.n_kv, self.arch.K, self.dtype, self.arch.value_width
+            len(self.layers), self.heads.n_kv, self.arch.K, self.dtype, self.arch.value_width
         )
 
+    @property
+    def pools(self):
+        """Ranks that the pages of a sequence are dealt to."""
+        return self.context.kv.size
+
     def cut(self, step):
-        """How the work outside attention is divided among the ranks of cp in a step."""
-        return self._by_columns if step.columns else self._by_tokens
+        """How the work outside attention is divided among the ranks of cp and tp in a step."""
+        if step.columns:
+            return self._by_columns
+        counts = step.counts_at_home(self.grid.tp.size)
+        return self._by_tokens if counts is None else kept_at_home(self._by_tokens, counts)
 
     def allocate_cache(self, pages):
         """Give this rank a cache of `pages` pages."""
         self.cache = Cache(
             self.device,
-            self.arch.N,
+            self.layers,
             self.heads.n_kv,
             self.arch.K,
             pages,
@@ -61,40 +90,138 @@ class Model:
             self.arch.value_width,
         )
 
-    def forward(self, step):
-        """Hidden states of the wanted tokens, after the final norm.
+    def forward(self, steps):
+        """Hidden states of the wanted tokens of some micro-batches, after the final norm.
 
         Parameters
         ----------
-        step : Step
+        steps : list of Step; several where attention and FFN are on ranks of their own
 
         Returns
         -------
-        (R, D) float32, equal on every rank of the tensor and context axes
+        list of (R, D) float32, equal on every rank of the tensor and context axes; None on a stage
+        that is not the pipeline's last
         """
-        w, arch, mine = self.weights, self.arch, step.mine
-        x = vocabulary.embed(self.grid.tp, step.token_ids[mine], w.embed, self.embed_range[0])
-        if arch.learned_positions:
-            x = add_positions(x, w.positions, step.positions[mine])
-        rotation = None
-        if arch.rope is not None:
-            classes = None if step.length_classes is None else step.length_classes[mine]
-            cos_sin = angles(arch.rope, step.positions[mine], classes)
-            rotation = tuple(self.device.put(a) for a in cos_sin)
-        for n in range(arch.N):
-            x = layer(self, n, x, step, rotation)
-        return norm(arch, self._wanted(x, step), w.final_norm, w.final_norm_bias)
+        self.weights.release()
+        if self.grid.side == "attention":
+            return self._beside_ffn(steps)
+        return [self._through_stage(step) for step in steps]
 
     def logits(self, hidden):
         """Scores of this rank's part of the vocabulary: (R, D) -> (R, V/P)."""
-        return linear(hidden, self.weights.head)
+        return linear(hidden, self.weights.output())
+
+    def count_choices(self, n, ids):
+        """Count the experts that tokens of layer n chose: (T, k), each token on one rank alone."""
+        if self.expert_load is not None:
+            self.expert_load.add(n, ids)
+
+    def progress(self):
+        """Let MPI move on what is in flight beside the computation."""
+        self.pipeline.test()
+        self.weights.test()
+
+    def settle(self):
+        """Wait for what is in flight, at the end of a run."""
+        self.pipeline.wait()
+        self.weights.settle()
+
+    def _through_stage(self, step):
+        """One micro-batch through the layers of this rank's stage."""
+        cut, rotation = self.cut(step), self._rotation(step)
+
+        def compute(x):
+            for n in self.layers:
+                x = layer(self, n, x, step, cut, rotation)
+            return self._normed(x, step) if self.pipeline.is_last else x
+
+        return self.pipeline.forward(self._begin(step), compute)
+
+    def _beside_ffn(self, steps):
+        """All micro-batches through the attention halves, the FFN halves on the other side."""
+        cuts, rotations = [self.cut(s) for s in steps], [self._rotation(s) for s in steps]
+        shares = partial(ffn_shares, self.arch, self.grid)
+
+        def attend(n, b, x):
+            w = cuts[b].layer(n)
+            y = attention_half(self, n, x, steps[b], cuts[b], w, rotations[b])
+            tokens = norm(
+                self.arch, x if self.arch.parallel_residual else x + y, w.norm2, w.norm2_bias
+            )
+            own = cuts[b].own(tokens)
+            return x + y, own, *choices_to_send(self, n, w, own)
+
+        def add(n, b, x, y):
+            return x + cuts[b].everywhere(y, len(x))
+
+        xs = [self._begin(step) for step in steps]
+        xs = disagg.attention_side(
+            self.grid.inter, self.layers, xs, attend, add, shares, self.dtype
+        )
+        return [self._normed(x, step) for x, step in zip(xs, steps, strict=True)]
+
+    def _begin(self, step):
+        """The embedding on the first stage; room for what arrives on the others: (T/P, D)."""
+        arch, mine = self.arch, step.mine
+        counts = step.counts_at_home(self.grid.tp.size)
+        n = len(mine) if counts is None else counts[self.grid.tp.rank]
+        if not self.pipeline.is_first:
+            return self.device.empty((n, arch.D), np.float32)
+        embedding, positions = self.weights.embedding()
+        x = vocabulary.embed(
+            self.grid.tp, step.token_ids[mine], embedding, self.embed_range[0], counts
+        )
+        if arch.learned_positions:
+            at_home = step.positions[mine]
+            if counts is not None:
+                start = sum(counts[: self.grid.tp.rank])
+                at_home = at_home[start : start + n]
+            x = add_positions(x, positions, at_home)
+        return x
+
+    def _rotation(self, step):
+        """Cosine and sine of every own token's rotation; None without rope."""
+        if self.arch.rope is None:
+            return None
+        classes = None if step.length_classes is None else step.length_classes[step.mine]
+        cos_sin = angles(self.arch.rope, step.positions[step.mine], classes)
+        return tuple(self.device.put(a) for a in cos_sin)
+
+    def _normed(self, x, step):
+        """Final norm of the wanted tokens: (T/P, D) -> (R, D) on every rank."""
+        w = self.weights
+
+        # Have the head ready: who fetches it together may not all need it in this step.
+        w.output()
+        return norm(self.arch, self._wanted(x, step), w.final_norm, w.final_norm_bias)
 
     def _wanted(self, x, step):
         """Hidden states of the wanted tokens on every rank: (T/P, D) -> (R, D)."""
+        xp = array.namespace(x)
         if step.columns:
-            return x[array.namespace(x).asarray(step.rows)]
-        xp, part = array.namespace(x), step.part[step.rows]
-        own = np.searchsorted(step.mine, step.rows[part == self.grid.cp.rank])
-        counts = np.bincount(part, minlength=step.parts).tolist()
-        rows = collectives.Allgather(self.grid.cp, x[xp.asarray(own)], counts, purpose="wanted")
-        return rows[xp.asarray(in_parts(part))]
+            return x[xp.asarray(step.rows)]
+        part, home, cp, tp = step.part[step.rows], step.home[step.rows], self.grid.cp, self.grid.tp
+        if self.grid.layout.sp == "off":
+            own = np.searchsorted(step.mine, step.rows[part == cp.rank])
+            counts = np.bincount(part, minlength=step.parts).tolist()
+            rows = collectives.Allgather(cp, x[xp.asarray(own)], counts, purpose="wanted")
+            return rows[xp.asarray(in_parts(part))]
+
+        # Each token comes from the rank that keeps it; from the first where all ranks of tp do.
+        keeper = np.maximum(home, 0) * cp.size + part
+        counts = np.bincount(keeper, minlength=self.grid.tp_cp.size).tolist()
+        at_home = step.home[step.mine]
+        kept = step.mine[(at_home == tp.rank) | (at_home < 0)]
+        own = np.searchsorted(kept, step.rows[keeper == self.grid.tp_cp.rank])
+        rows = collectives.Allgather(self.grid.tp_cp, x[xp.asarray(own)], counts, purpose="wanted")
+        return rows[xp.asarray(in_parts(keeper))]
+
+    def _keeps(self, row):
+        """True if a row of the table belongs to this rank's stage, and to its side."""
+        if row.layer is not None:
+            return row.layer in self.layers and not (
+                self.grid.side == "attention" and row.key in tables.FFN_KEYS
+            )
+        if row.key in ("embed", "positions"):
+            return self.pipeline.is_first or (self.pipeline.is_last and self.arch.tied)
+        return self.pipeline.is_last

@@ -2,31 +2,32 @@
 
 from hpcinfer import array, collectives
 from hpcinfer.model.mla import latent_attention
-from hpcinfer.model.moe import moe_sum, routed_choices
+from hpcinfer.model.moe import moe_sum, routed_choices, shared_sum, spread_experts
 from hpcinfer.ops.norm import layer_norm, rms_norm
 from hpcinfer.ops.rope import rotate
 from hpcinfer.parallel import tensor
 
 
-def layer(model, n, x, step, rotation):
+def layer(model, n, x, step, cut, rotation):
     """Layer n of a model.
 
     Parameters
     ----------
-    x : (T/P, D) float32, the tokens step.mine, equal on every rank of the tensor axis
+    x : (T/P, D) float32, the tokens step.mine, equal on every rank of the tensor axis; with
+        sequence parallelism those of them that this rank keeps
     step : Step
-    rotation : (cos, sin), each (T/P, dim/2), or None without rope
+    cut : Cut, how the step's work is divided
+    rotation : (cos, sin), each (T/P, dim/2) of all of step.mine, or None without rope
 
     Returns
     -------
-    (T/P, D) float32, equal on every rank of the tensor axis
+    (T/P, D) float32, of the same tokens
     """
-    arch, cut = model.arch, model.cut(step)
-    w = cut.layer(n)
-    attention, ffn = _attention(model, n, cut, w, step, rotation), _ffn(model, n, cut, w)
+    arch, w = model.arch, cut.layer(n)
 
     # Both halves read the same input: their partial sums are completed together.
     if arch.parallel_residual:
+        attention, ffn = _attention(model, n, cut, w, step, rotation), _ffn(model, n, cut, w)
 
         def both(x_all):
             y_sum = attention(norm(arch, x_all, w.norm1, w.norm1_bias))
@@ -36,10 +37,36 @@ def layer(model, n, x, step, rotation):
         return x + cut.complete(x, both, _sum(w.o_bias, w.down_bias), "layer")
 
     # Attention half, then FFN half.
-    normed = norm(arch, x, w.norm1, w.norm1_bias)
-    x = x + cut.complete(normed, attention, w.o_bias, "attention")
-    normed = norm(arch, x, w.norm2, w.norm2_bias)
-    return x + cut.complete(normed, ffn, w.down_bias, "ffn")
+    x = x + attention_half(model, n, x, step, cut, w, rotation)
+    model.progress()
+    x = x + _ffn_half(model, n, x, cut, w)
+    model.progress()
+    return x
+
+
+def attention_half(model, n, x, step, cut, w, rotation):
+    """What attention adds to x: (T/P, D) -> (T/P, D)."""
+    normed = norm(model.arch, x, w.norm1, w.norm1_bias)
+    attention = _attention(model, n, cut, w, step, rotation)
+    return cut.complete(normed, attention, w.o_bias, "attention")
+
+
+def _ffn_half(model, n, x, cut, w):
+    """What the FFN adds to x: (T/P, D) -> (T/P, D)."""
+    normed = norm(model.arch, x, w.norm2, w.norm2_bias)
+    if model.grid.experts is None or not model.arch.sparse[n]:
+        return cut.complete(normed, _ffn(model, n, cut, w), w.down_bias, "ffn")
+    if w.shared_up is None:
+        y = spread_experts(model, n, cut, w, cut.own(normed))
+        return cut.everywhere(y, len(x))
+
+    # The shared experts' partial sums, with what the routed ones found for the own tokens.
+    def both(x_all):
+        y_sum, own = shared_sum(cut, w, x_all), cut.rows(len(x_all))
+        y_sum[own] += spread_experts(model, n, cut, w, x_all[own])
+        return y_sum
+
+    return cut.complete(normed, both, None, "ffn")
 
 
 def norm(arch, x, weight, bias):
@@ -105,8 +132,7 @@ def _ffn(model, n, cut, w):
 
     def mixture(x):
         ids, weights = routed_choices(model.arch, w, x)
-        if model.expert_load is not None:
-            model.expert_load.add(n, ids)
+        model.count_choices(n, ids[cut.rows(len(x))])
         return moe_sum(cut, w, x, ids, weights)
 
     return mixture

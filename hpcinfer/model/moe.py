@@ -8,10 +8,15 @@ Every rank scores all tokens with the whole router, so all make the same choices
 The scores are float32: rounded ones would choose other experts where two are near.
 """
 
+import numpy as np
+
 from hpcinfer import array
+from hpcinfer.model.sides import expert_shares
+from hpcinfer.ops.activation import sigmoid
 from hpcinfer.ops.experts import experts_ffn
 from hpcinfer.ops.linear import linear
 from hpcinfer.ops.route import route
+from hpcinfer.parallel import expert
 
 
 def routed_choices(arch, w, x):
@@ -55,5 +60,58 @@ def shared_sum(cut, w, x):
     y = linear(cut.shared_middle(linear(x, w.shared_up)), w.shared_down)
     if w.shared_gate is None:
         return y
-    xp = array.namespace(x)
-    return y / (1 + xp.exp(-linear(x, w.shared_gate)))
+    return y * sigmoid(linear(x, w.shared_gate))
+
+
+def spread_experts(model, n, cut, w, x):
+    """Routed experts that are spread over ranks, to which tokens travel.
+
+    Parameters
+    ----------
+    n : number of the layer
+    x : (T/P, D) float32, tokens for which this rank answers alone
+
+    Returns
+    -------
+    (T/P, D) float32
+    """
+    arch = model.arch
+    ids, weights = routed_choices(arch, w, x)
+    model.count_choices(n, ids)
+
+    def compute(x, ids, weights):
+        up, down = w.experts_up, w.experts_down
+        return experts_ffn(x, ids, weights, up, down, cut.first_expert, cut.experts_middle)
+
+    shares = expert_shares(arch, model.grid)
+    return expert.experts(model.grid.experts, x, ids, weights, shares, compute, model.dtype)
+
+
+def choices_to_send(model, n, w, x):
+    """What the FFN side must know of each token to compute it.
+
+    A dense FFN is one expert that all tokens choose. The shared experts are one more choice of all
+    tokens, whose weight is their gate.
+
+    Parameters
+    ----------
+    x : (T/P, D) float32
+
+    Returns
+    -------
+    ids : (T/P, k) int32
+    weights : (T/P, k) float32
+    common : True if the last choice is the shared experts
+    """
+    arch, xp = model.arch, array.namespace(x)
+    if not arch.sparse[n]:
+        return xp.zeros((len(x), 1), np.int32), xp.ones((len(x), 1), np.float32), False
+    ids, weights = routed_choices(arch, w, x)
+    model.count_choices(n, ids)
+    if not arch.shared_F:
+        return ids, weights, False
+    shared = xp.full((len(x), 1), arch.E, ids.dtype)
+    gate = xp.ones((len(x), 1), np.float32)
+    if w.shared_gate is not None:
+        gate = sigmoid(linear(x, w.shared_gate))
+    return xp.concatenate([ids, shared], 1), xp.concatenate([weights, gate], 1), True

@@ -94,6 +94,7 @@ class Step:
     columns : True if every rank of cp computes all tokens, with a part of the columns
     parts : ranks of cp
     part : (T,) int64, which part of the context-parallel cut computes each token, unless `columns`
+    home : (T,) int64, which rank of tp keeps each token between the halves of a layer; -1 if all do
     mine : (T/P,) int64, own: the tokens that this rank computes
     stored : (n,) int64, own: which of `mine` have their key and value in this rank's cache
     slots : (n,) int64, own: place of each of `stored` in the cache: page · PAGE + offset
@@ -109,6 +110,7 @@ class Step:
     columns: bool
     parts: int
     part: np.ndarray
+    home: np.ndarray
     mine: np.ndarray
     stored: np.ndarray
     slots: np.ndarray
@@ -128,6 +130,13 @@ class Step:
     def positions(self):
         """(T,) place of every token in its sequence."""
         return self.tokens[:, 1]
+
+    def counts_at_home(self, tp):
+        """How many of `mine` each rank of tp keeps between the halves; None if all keep all."""
+        home = self.home[self.mine]
+        if not len(home) or home[0] < 0:
+            return None
+        return np.bincount(home, minlength=tp).tolist()
 
     @cached_property
     def decoding(self):

@@ -7,6 +7,7 @@ along `out`, so that queries, keys and values, or gate and up, are one product.
 
 import re
 from dataclasses import dataclass, field, replace
+from itertools import chain, groupby
 
 import numpy as np
 
@@ -14,6 +15,13 @@ from hpcinfer import array, partition
 
 # Cuts of which the parts of cp are cut once more, and parameters that are float32 like vectors.
 FFN_CUTS = ("ffn", "moe", "shared")
+
+# Parameters that the FFN side holds where attention and FFN are on ranks of their own; the router
+# and the shared experts' gate stay with attention, which sends tokens to the experts they choose.
+FFN_KEYS = frozenset(
+    ("up", "up_bias", "down", "down_bias")
+    + ("experts_up", "experts_down", "shared_up", "shared_down")
+)
 _FULL = ("router", "shared_gate")
 
 # Tensors that checkpoints carry and inference does not read: masks and tables that are computed
@@ -135,7 +143,8 @@ class Weights:
     embed : (V/P, D), rows of the ids that the rank looks up
     positions : (context, D), or None
     final_norm, final_norm_bias : (D,) float32
-    head : (V/P, D), rows of the ids whose logits it computes; a part of the embedding where tied
+    head : (V/P, D), rows of the ids whose logits it computes
+    tied_rows : slice of the embedding that the head is; None if it is not
     layers : list of Layer
     """
 
@@ -144,11 +153,38 @@ class Weights:
     final_norm: np.ndarray | None = None
     final_norm_bias: np.ndarray | None = None
     head: np.ndarray | None = None
+    tied_rows: slice | None = None
     layers: list = field(default_factory=list)
 
     def layer(self, n):
         """Parameters of layer n."""
         return self.layers[n]
+
+    def embedding(self):
+        """(embed, positions)."""
+        return self.embed, self.positions
+
+    def output(self):
+        """The head."""
+        return self.head
+
+    @property
+    def nbytes(self):
+        """Bytes of all parameters; a head that is a part of the embedding counts once."""
+        outside = [self.embed, self.positions, self.final_norm, self.final_norm_bias]
+        if self.tied_rows is None:
+            outside.append(self.head)
+        layers = (vars(layer).values() for layer in self.layers)
+        return sum(x.nbytes for x in chain(outside, *layers) if x is not None)
+
+    def release(self):
+        """Forget what the step before has fetched: nothing, as all is here."""
+
+    def test(self):
+        """Move on what is in flight: nothing."""
+
+    def settle(self):
+        """Wait for what is in flight: nothing."""
 
 
 def table(arch, cp=1):
@@ -275,7 +311,7 @@ def check(arch, tensors):
     return names
 
 
-def load(arch, checkpoint, ranges, dtype, device, cp=1):
+def load(arch, checkpoint, ranges, dtype, device, cp=1, keep=None, pieces=None):
     """Read this rank's shard, and nothing else, from a checkpoint.
 
     Matrices take `dtype`; vectors (norms, biases) are kept in float32.
@@ -284,21 +320,30 @@ def load(arch, checkpoint, ranges, dtype, device, cp=1):
     ----------
     ranges : dict cut -> (start, stop), as `owned` returns it; its parts of cp follow from the rest
     cp : ranks of cp
+    keep : function of a Row, True if this rank has it; None for all
+    pieces : Pieces, which then keeps a part of the parameters and fetches them when they are used;
+        None to keep them whole
 
     Returns
     -------
-    Weights
+    Weights, or `pieces`
     """
     names, ranges = check(arch, checkpoint.tensors), in_parts(ranges, cp)
     weights = Weights(layers=[Layer() for _ in range(arch.N)])
-    for rows in _by_target(table(arch, cp)):
-        target = weights if rows[0].layer is None else weights.layers[rows[0].layer]
-        read = _read if rows[0].expert is None else _read_experts
-        parameter = read(rows, names, checkpoint, ranges, dtype)
-        setattr(target, rows[0].key, device.put(parameter))
-    if arch.tied:
-        weights.head = _tied_head(arch, checkpoint, ranges, weights, dtype, device)
-    return weights
+    rows = [row for row in table(arch, cp) if keep is None or keep(row)]
+    for layer, of_layer in groupby(rows, key=lambda row: row.layer):
+        target = weights if layer is None else weights.layers[layer]
+        for of_parameter in _by_target(of_layer):
+            read = _read if of_parameter[0].expert is None else _read_experts
+            parameter = read(of_parameter, names, checkpoint, ranges, dtype)
+            setattr(target, of_parameter[0].key, device.put(parameter))
+        if layer is not None and pieces is not None:
+            pieces.keep_layer(layer, target)
+            weights.layers[layer] = None
+    head = _vocabulary(arch, "head")
+    if arch.tied and (keep is None or keep(head)):
+        _tie_head(arch, checkpoint, ranges, weights, dtype, device)
+    return weights if pieces is None else pieces.keep_rest(weights)
 
 
 def slice_columns(layer, qkv, o, ffn, moe, shared):
@@ -372,17 +417,17 @@ def _read_into(parameter, rows, names, checkpoint, ranges):
             checkpoint.read(names[row.name], row.axis, pieces, out=part)
 
 
-def _tied_head(arch, checkpoint, ranges, weights, dtype, device):
-    """A part of the embedding, or of the head that the file holds beside it if that differs."""
-    start, stop = (bound - ranges["embed"][0] for bound in ranges["head"])
-    tied = weights.embed[start:stop]
+def _tie_head(arch, checkpoint, ranges, weights, dtype, device):
+    """Take for head a part of the embedding, or of what the file holds beside it if it differs."""
+    rows = slice(*(bound - ranges["embed"][0] for bound in ranges["head"]))
+    weights.head, weights.tied_rows = weights.embed[rows], rows
     name = _find(arch.names["head"], checkpoint.tensors)
     if name is None or tuple(checkpoint.tensors[name].shape) != (arch.V, arch.D):
-        return tied
+        return
     row = _vocabulary(arch, "head")
     head = _read([row], {row.name: name}, checkpoint, ranges, dtype)
-    equal = np.array_equal(head.view(np.uint8), array.host(tied).view(np.uint8))
-    return tied if equal else device.put(head)
+    if not np.array_equal(head.view(np.uint8), array.host(weights.head).view(np.uint8)):
+        weights.head, weights.tied_rows = device.put(head), None
 
 
 def _vocabulary(arch, key):

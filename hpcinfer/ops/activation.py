@@ -5,6 +5,13 @@ import math
 from hpcinfer import array
 
 
+def sigmoid(x):
+    """1 / (1 + e^-x), of the side on which the exponential is at most 1."""
+    xp = array.namespace(x)
+    e = xp.exp(-xp.abs(x))
+    return xp.where(x >= 0, xp.float32(1), e) / (1 + e)
+
+
 def silu(x):
     """x · sigmoid(x)."""
     xp = array.namespace(x)

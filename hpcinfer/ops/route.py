@@ -9,6 +9,7 @@ correction that decides the choice but not the weight, DeepSeek-AI 2024, section
 from dataclasses import dataclass
 
 from hpcinfer import array
+from hpcinfer.ops.activation import sigmoid
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,7 @@ def _softmax(logits):
     return numerators / numerators.sum(axis=1, keepdims=True)
 
 
-def _sigmoid(logits):
-    xp = array.namespace(logits)
-    small = xp.exp(-xp.abs(logits))
-    return xp.where(logits >= 0, xp.float32(1), small) / (1 + small)
-
-
-_SCORES = {"softmax": _softmax, "sigmoid": _sigmoid}
+_SCORES = {"softmax": _softmax, "sigmoid": sigmoid}
 
 
 def _within_best_groups(router, choice):

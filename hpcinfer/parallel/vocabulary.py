@@ -3,7 +3,8 @@
     before   embed: token ids (T,) on every rank, weight (V/P, D)
              log_softmax_of, choose: logits (R, V/P); the rows' targets, or settings, on every rank
     after    embed: (T, D); log_softmax_of: (R,); choose: R tokens; equal on every rank
-    cost     embed: 1 Allreduce: 2 (P-1)/P · 4 T D bytes sent per rank
+    cost     embed: 1 Allreduce: 2 (P-1)/P · 4 T D bytes sent per rank; where tokens are cut over
+             the ranks 1 ReduceScatter: (P-1)/P · 4 T D bytes
              log_softmax_of: 2 Allreduce: 2 (P-1)/P · 24 R bytes
              choose: 1 Allgather: (P-1) · 16 R bytes; greedy and unfiltered rows need no more.
              For F filtered rows 1 Allgather of C = min(64, V/P) candidates: (P-1) · 8 F C bytes,
@@ -35,7 +36,7 @@ GATHER_ITEMS = 1 << 20  # candidates in one Allgather: bounds the memory of rows
 _BEST = np.dtype([("score", np.float64), ("token_id", np.int64)])
 
 
-def embed(comm, token_ids, weight, start):
+def embed(comm, token_ids, weight, start, counts=None):
     """Rows of a vocabulary-cut embedding.
 
     Parameters
@@ -43,10 +44,11 @@ def embed(comm, token_ids, weight, start):
     token_ids : (T,) integers, equal on every rank
     weight : (V/P, D) of any floating type
     start : vocabulary id of the first own row
+    counts : tokens that each rank keeps; None if every rank keeps all
 
     Returns
     -------
-    (T, D) float32, equal on every rank; zero for an id that no rank owns
+    (T, D) float32, equal on every rank, or (counts[rank], D); zero for an id that no rank owns
 
     Raises
     ------
@@ -59,6 +61,8 @@ def embed(comm, token_ids, weight, start):
     mine = np.flatnonzero((token_ids >= start) & (token_ids < start + len(weight)))
     x_sum = xp.zeros((token_ids.size, weight.shape[1]), np.float32)
     x_sum[mine] = array.widen(weight[token_ids[mine] - start])
+    if counts is not None:
+        return collectives.ReduceScatter(comm, x_sum, counts, purpose="embed")
     return collectives.Allreduce(comm, x_sum, purpose="embed")
 
 
