@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from hpcinfer import collectives, partition
+from hpcinfer import collectives
 from hpcinfer.collectives import ledger
 from hpcinfer.parallel.data import Queue
 
@@ -168,14 +168,3 @@ def test_a_counter_gives_every_rank_its_own_range(comm):
     assert starts == list(range(0, 150 * comm.size, 3))
     assert counter.add(0) == 150 * comm.size
     counter.free()
-
-
-def test_guided_shares_end_every_queue():
-    for P in (1, 2, 5):
-        for n in (0, 1, 7, 1000):
-            left = n
-            while left:
-                share = partition.guided(left, P)
-                assert 1 <= share <= left
-                left -= share
-            assert partition.guided(0, P) == 0

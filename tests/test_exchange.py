@@ -1,11 +1,14 @@
-"""Alltoall, Gather, Shift and the reduction of records: results, ledger, refusals."""
+"""Alltoall, Gather, Shift, Send and the reduction of records: results, ledger, refusals.
+
+Started gathers and broadcasts stand in test_zero.py, the counter in test_data.py.
+"""
 
 import time
 
 import numpy as np
 import pytest
 
-from hpcinfer import collectives
+from hpcinfer import array, collectives
 from hpcinfer.array import BFLOAT16
 from hpcinfer.collectives import ledger
 
@@ -119,3 +122,99 @@ def test_records_refuse_other_types(comm):
 def test_no_record(comm):
     op = collectives.record_op(longest)
     assert collectives.AllreduceRecords(comm, np.zeros((0, 3), np.float32), op).shape == (0, 3)
+
+
+# --- Send and Recv -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("rows", [0, 3, 100_000])
+def test_send_and_receive(comm, dtype, rows):
+    """Each to the next, the last to the first: nobody waits before it has received."""
+    P, r = comm.size, comm.rank
+    source = (r - 1) % P
+    wide = np.full((rows + r, 4), r, dtype)
+    sent = collectives.Isend(comm, wide[:, ::2], (r + 1) % P, purpose="test")
+    out = np.empty((rows + source, 2), dtype)
+    assert collectives.Recv(comm, out, source, purpose="test") is out
+    sent.wait()
+    assert np.array_equal(out.astype(int), np.full(out.shape, source))
+    n_bytes = (rows + r) * 2 * np.dtype(dtype).itemsize
+    assert ledger.sent_bytes("Send", purpose="test") == ledger.sent_bytes() == n_bytes
+    assert ledger.calls("Send") == ledger.calls("Recv") == 1
+
+
+def test_tags_tell_messages_apart(comm):
+    """The second is received first; what is sent twice under one tag keeps its order."""
+    right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    outgoing = collectives.Outgoing()
+    for value, tag in ((1, 7), (2, 8), (3, 7)):
+        outgoing.add(collectives.Isend(comm, np.full(3, value, np.uint8), right, tag))
+    received = [collectives.Recv(comm, np.empty(3, np.uint8), left, tag)[0] for tag in (8, 7, 7)]
+    outgoing.wait()
+    assert received == [2, 1, 3]
+
+
+@pytest.mark.parametrize("rows", [0, 1, 50_000])
+def test_a_message_of_any_length(comm, rows):
+    """The receiver does not know how long it is, nor from whom it comes."""
+    right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    x = np.arange(rows + comm.rank, dtype=np.int64)
+    sent = collectives.Isend(comm, x, right, purpose="test")
+    received = collectives.RecvBytes(comm, purpose="test")
+    sent.wait()
+    assert received.dtype == np.uint8
+    assert np.array_equal(received.view(np.int64), np.arange(rows + left))
+    assert ledger.calls("Recv", purpose="test") == 1
+
+
+@pytest.mark.parametrize("n", [0, 1, 20])
+def test_outgoing_messages_are_entered_when_they_have_left(comm, n):
+    """Once each, whether they left during a test or the wait."""
+    right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    outgoing = collectives.Outgoing()
+    for i in range(n):
+        outgoing.add(collectives.Isend(comm, np.full(1000 * i, i, np.uint8), right))
+        outgoing.test()
+    received = [collectives.RecvBytes(comm, left) for _ in range(n)]
+    outgoing.wait()
+    outgoing.wait()
+    assert [len(x) for x in received] == [1000 * i for i in range(n)]
+    assert all((x == i).all() for i, x in enumerate(received))
+    assert ledger.calls("Send") == n
+    assert ledger.sent_bytes("Send") == 1000 * sum(range(n))
+
+
+# --- arrays as bytes -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [0, 1, 5])
+def test_arrays_packed_one_after_the_other_or_side_by_side(n):
+    rng = np.random.default_rng(n)
+    arrays = [
+        rng.normal(size=(n, 3)).astype(BFLOAT16),
+        rng.integers(-9, 9, (n, 2)).astype(np.int32),
+        rng.normal(size=(n, 1)).astype(np.float32),
+        np.empty((n, 0), np.float32),
+    ]
+    block, rows = array.pack(*arrays), array.pack_rows(*arrays)
+    assert block.shape == (n * 18,) and rows.shape == (n, 18)
+    order = np.random.default_rng(0).permutation(n)
+    for kept, unpacked in (
+        (slice(None), array.unpack(block, n, arrays)),
+        (slice(None), array.unpack_rows(rows, arrays)),
+        (order, array.unpack_rows(rows[order], arrays)),
+        (slice(0, 0), array.unpack_rows(rows[:0], arrays)),
+    ):
+        for got, want in zip(unpacked, arrays, strict=True):
+            assert got.dtype == want.dtype and np.array_equal(got, want[kept])
+
+
+def test_a_pack_takes_arrays_that_are_not_contiguous():
+    x = np.arange(24, dtype=np.float32).reshape(4, 6)
+    for packed, unpack in (
+        (array.pack(x[:, ::2], x.T[:4]), lambda b, like: array.unpack(b, 4, like)),
+        (array.pack_rows(x[:, ::2], x.T[:4]), array.unpack_rows),
+    ):
+        a, b = unpack(packed, (x[:, ::2], x.T[:4]))
+        assert np.array_equal(a, x[:, ::2]) and np.array_equal(b, x.T[:4])

@@ -1,4 +1,4 @@
-"""Strategy `sequence`: tokens cut outside the products give what one rank computes, for TP's bytes."""
+"""Strategy `sequence`: cut tokens give what one rank computes, for the bytes of `tensor`."""
 
 import numpy as np
 import pytest
