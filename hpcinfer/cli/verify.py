@@ -28,12 +28,14 @@ def run(arguments):
 
     comm = world()
     outcomes = verify.run(comm, verify.ROWS, arguments.seed)
-    failed = [outcome.row.name for outcome in outcomes if not outcome.passed]
+    tried = [outcome for outcome in outcomes if outcome.tried]
+    failed = [outcome.row.name for outcome in tried if not outcome.passed]
     if comm.rank == 0:
         print(f"verify: {comm.size} ranks, seed {arguments.seed}, float32")
         print(text_table(verify.HEADINGS, [outcome.cells() for outcome in outcomes]))
         print(*(f"{x.row.name}: {x.error}\n" for x in outcomes if x.error), sep="", end="")
-        print(f"{len(outcomes) - len(failed)} of {len(outcomes)} rows are as they must be")
+        rest = f", {len(outcomes) - len(tried)} need more ranks" if tried != outcomes else ""
+        print(f"{len(tried) - len(failed)} of {len(tried)} rows are as they must be{rest}")
     if arguments.json:
         agree(comm, write_json, arguments.json, [outcome.facts() for outcome in outcomes])
     if failed:

@@ -6,9 +6,9 @@ and evaluates the formula of the strategy's docstring in the letters; what was s
 ledger.
 """
 
-from hpcinfer.verify import attention, linear
+from hpcinfer.verify import attention, layers, linear
 from hpcinfer.verify.row import HEADINGS, Outcome, Row, Trial, run
 
 __all__ = ["HEADINGS", "ROWS", "Outcome", "Row", "Trial", "run"]
 
-ROWS = [*linear.ROWS, *attention.ROWS]
+ROWS = [*linear.ROWS, *layers.ROWS, *attention.ROWS]

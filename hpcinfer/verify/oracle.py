@@ -9,6 +9,27 @@ def linear(x, weight, bias=None):
     return y if bias is None else y + bias
 
 
+def mixture(x, ids, weights, up, down, function):
+    """Sum over the chosen experts of weight · down · function(up · x).
+
+    Parameters
+    ----------
+    x : (T, D)
+    ids, weights : (T, k) experts that each token chose, and their weights
+    up, down : (E, F, D), (E, D, F)
+    function : of the hidden columns, (F,) -> (F,)
+
+    Returns
+    -------
+    (T, D) float64
+    """
+    y = np.zeros(x.shape)
+    for t, k in np.ndindex(ids.shape):
+        e = ids[t, k]
+        y[t] += weights[t, k] * linear(function(linear(x[t], up[e])), down[e])
+    return y
+
+
 def attention(q, k, v, q_tokens, k_tokens, scale, window=None):
     """Causal attention with the whole matrix of scores.
 

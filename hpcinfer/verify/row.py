@@ -25,12 +25,14 @@ class Row:
     cut : what is cut, and how
     function : function (comm, rng) -> Trial; rng yields the same numbers on every rank
     equal : whether the strategy equals one rank; if not, it must differ on more ranks than one
+    least_ranks : ranks below which there is no such cut, and the row is not tried
     """
 
     strategy: str
     cut: str
     function: Callable
     equal: bool = True
+    least_ranks: int = 1
 
     @property
     def name(self):
@@ -62,7 +64,7 @@ class Outcome:
 
     Attributes
     ----------
-    equal : None if the row raised an error
+    equal : None if the row raised an error, or was not tried
     difference : largest relative difference on any rank
     collectives : verb -> calls of each rank
     counted_bytes, formula_bytes : sent by all ranks together
@@ -79,8 +81,18 @@ class Outcome:
     error: str = ""
 
     @property
+    def tried(self):
+        """True if there are ranks enough for the row."""
+        return self.ranks >= self.row.least_ranks
+
+    @property
     def passed(self):
-        """True if the row is equal, or differs, as it must, and its bytes are those it states."""
+        """True if the row is equal, or differs, as it must, and its bytes are those it states.
+
+        None if it was not tried.
+        """
+        if not self.tried:
+            return None
         if self.error or self.counted_bytes != self.formula_bytes:
             return False
         if self.row.equal or self.ranks == 1:
@@ -93,6 +105,7 @@ class Outcome:
             "strategy": self.row.strategy,
             "cut": self.row.cut,
             "ranks": self.ranks,
+            "least_ranks": self.row.least_ranks,
             "must_be_equal": self.row.equal or self.ranks == 1,
             "equal": self.equal,
             "difference": self.difference if math.isfinite(self.difference) else None,
@@ -105,8 +118,9 @@ class Outcome:
 
     def cells(self):
         """The outcome as a line of the table."""
-        if self.error:
-            return [self.row.strategy, self.row.cut, *5 * ["-"], "FAILED"]
+        if self.error or not self.tried:
+            verdict = "FAILED" if self.error else f"needs {self.row.least_ranks} ranks"
+            return [self.row.strategy, self.row.cut, *5 * ["-"], verdict]
         expected = "ok" if self.row.equal or self.ranks == 1 else "ok, must differ"
         verbs = ", ".join(f"{verb} x {calls}" for verb, calls in self.collectives.items())
         return [
@@ -143,6 +157,8 @@ def run(comm, rows, seed=0):
 
 def run_row(comm, row, rng):
     """Outcome of one row, on a communicator of its own: an error leaves no message to the next."""
+    if comm.size < row.least_ranks:
+        return Outcome(row, comm.size)
     own = comm.Dup()
     own.Set_name("verify")
     ledger.clear()
@@ -169,7 +185,7 @@ def run_row(comm, row, rng):
         difference=difference,
         collectives=_calls(),
         counted_bytes=round(sum(sent_bytes)),
-        formula_bytes=trial.formula_bytes,
+        formula_bytes=int(trial.formula_bytes),
     )
 
 
