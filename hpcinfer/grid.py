@@ -69,7 +69,7 @@ class Layout:
     ----------
     pp, dp, cp, tp : lengths; of the attention side where there is one
     ep : ranks over which experts are spread, a divisor of cp · tp, of dp · cp · tp, or of the ranks
-        of the FFN side
+        of the FFN side, which are all of them where nothing is said
     afd : (M, N) ranks of attention and FFN side; None if every rank does both
     prefill : ring, ulysses or split-q, how several new tokens meet keys that are cut over cp
     decode : tree, gather or ring, how one new token of a sequence does
@@ -107,7 +107,7 @@ class Layout:
 
     def __str__(self):
         shown = dict.fromkeys(("dp", "pp", "cp", "tp"), True)
-        shown |= {"ep": self.ep > 1, "afd": self.afd is not None}
+        shown |= {"ep": self.ep > 1 or self.afd is not None, "afd": self.afd is not None}
         shown |= {"prefill": self.cp > 1, "decode": self.cp > 1}
         shown |= {
             word: getattr(self, word) != _STRATEGIES[word][0] for word in ("sp", "zero", "stages")
@@ -142,6 +142,8 @@ def parse_layout(text, size):
     afd = values.get("afd")
     if not values.keys() & set(AXES):
         values["tp"] = afd[0] if afd else size
+    if afd:
+        values.setdefault("ep", afd[1])
     layout = Layout(**values)
     if layout.size != size and not afd:
         raise UsageError(

@@ -18,7 +18,12 @@ def add_model_options(parser):
         help="results: .h5 or .jsonl; may be given more than once",
     )
     group = parser.add_argument_group("layout and machine")
-    group.add_argument("--layout", metavar="AXES", help='such as "tp=2"; default: all ranks in tp')
+    group.add_argument(
+        "--layout",
+        metavar="AXES",
+        help='such as "tp=2" or "dp=2,pp=2,cp=2,tp=2,ep=4,sp=on,zero=allgather" or "afd=3:1"; '
+        "default: all ranks in tp",
+    )
     group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     group.add_argument("--device", choices=("cpu", "cuda", "auto"), default="cpu")
     group.add_argument(
@@ -47,6 +52,13 @@ def add_model_options(parser):
         type=positive,
         metavar="N",
         help="positions to allow instead of the model's own number",
+    )
+    group.add_argument(
+        "--micro-batches",
+        type=positive,
+        metavar="N",
+        help="with afd: micro-batches that the two sides work on in turn (default 2); with pp: "
+        "steps that the prompts at hand are spread over (default 4 a stage)",
     )
     group.add_argument(
         "--seed",
@@ -85,6 +97,7 @@ def run_batch(kind, arguments, sampling):
         sequences=arguments.sequences,
         context=arguments.context,
         seed=arguments.seed,
+        micro_batches=arguments.micro_batches,
     )
     facts = {
         "command": shlex.join(arguments.command_line),

@@ -29,6 +29,7 @@ from hpcinfer.grid import agree_all, grid_of, parse_layout, world
 from hpcinfer.io.checkpoint import open_checkpoint
 from hpcinfer.model.families import read_architecture
 from hpcinfer.model.ffn_side import FfnSide
+from hpcinfer.model.fit import refuse_unfit
 from hpcinfer.model.forward import Model
 from hpcinfer.model.weights import check
 
@@ -110,6 +111,7 @@ class Engine:
         device = array.select_device(device, grid.node.rank)
         with open_checkpoint(path) as checkpoint:
             arch = read_architecture(checkpoint.config)
+            refuse_unfit(arch, grid.layout)
             check(arch, checkpoint.tensors)
             dtype = arch.dtype if dtype is None else array.parse_dtype(dtype)
             self.text = Text(checkpoint)

@@ -15,8 +15,8 @@ from itertools import pairwise
 import numpy as np
 
 from hpcinfer import array, collectives, partition
-from hpcinfer.errors import UsageError
 from hpcinfer.model.cut import query_heads
+from hpcinfer.model.fit import key_sharers
 from hpcinfer.ops import attention as ops
 from hpcinfer.parallel.gather import gather
 from hpcinfer.parallel.ring import cheaper_to_move_queries, ring, ring_queries
@@ -50,7 +50,7 @@ class Context:
         self.heads = of_ranks[grid.tp.rank]
         before = max((heads.kv[1] for heads in of_ranks[: grid.tp.rank]), default=0)
         self.first_kv = (max(0, before - self.heads.kv[0]), self.heads.n_kv)
-        self.sharers = P // arch.G if C > 1 and P > arch.G and P % arch.G == 0 else 1
+        self.sharers = key_sharers(arch, grid.layout)
         self.kv = _kv_comm(grid, self.sharers)
         self._shares = [(0, self.heads.n_query)]
         if self.sharers > 1:
@@ -68,17 +68,6 @@ class Context:
             "gather": self._merged,
             "ring": self._ring,
         }[grid.layout.decode]
-        if grid.layout.prefill == "ulysses" and self.sharers > 1:
-            raise UsageError(
-                f"layout: got prefill=ulysses with tp={P} over {arch.G} key/value heads, need no "
-                "more of tp than of those; use prefill=ring"
-            )
-
-        if self.sharers > arch.H // arch.G:
-            raise UsageError(
-                f"layout: got tp={P} and cp={C} for {arch.H} query heads, need no more of tp than "
-                "of those where the sequence is cut too"
-            )
 
     def attend(self, n, q, step):
         """Attention of this rank's tokens and query heads to all keys of their sequences.
