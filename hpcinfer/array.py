@@ -4,6 +4,7 @@ Code above this file is written once: it asks `namespace(x)` for the array modul
 and never names NumPy's or CuPy's own functions for data that may live on a device.
 """
 
+import mmap
 import os
 import sys
 
@@ -153,6 +154,38 @@ def unpack_rows(records, like):
 def item_bytes(x):
     """Bytes of one item along the first axis of `x`."""
     return x.itemsize * int(np.prod(x.shape[1:]))
+
+
+def common_memory(nbytes):
+    """Memory of this process that others of the node can map, until `close_common`.
+
+    Returns
+    -------
+    memory : (nbytes,) uint8
+    handle : what `map_common` needs in another process
+    """
+    descriptor = os.memfd_create("hpcinfer")
+    os.ftruncate(descriptor, max(1, nbytes))
+    memory = np.frombuffer(mmap.mmap(descriptor, max(1, nbytes)), np.uint8)[:nbytes]
+    return memory, (os.getpid(), descriptor, nbytes)
+
+
+def map_common(handle):
+    """Memory of another process, for reading: (nbytes,) uint8; None if it cannot be mapped."""
+    process, descriptor, nbytes = handle
+    try:
+        with open(f"/proc/{process}/fd/{descriptor}", "rb") as file:
+            if os.fstat(file.fileno()).st_size != max(1, nbytes):
+                return None
+            view = mmap.mmap(file.fileno(), max(1, nbytes), prot=mmap.PROT_READ)
+    except OSError:
+        return None
+    return np.frombuffer(view, np.uint8)[:nbytes]
+
+
+def close_common(handle):
+    """Let no other process map the memory any more; those that have keep it."""
+    os.close(handle[1])
 
 
 def host_free_bytes():

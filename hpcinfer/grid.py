@@ -233,6 +233,7 @@ class Grid:
     side : "attention" or "ffn"; "" if every rank does both
     inter : intercommunicator to the other side, or None
     node : the ranks of the grid that share memory with this one
+    alike : those of the node that differ from this one along dp and cp only
     """
 
     def __init__(self, comm, layout):
@@ -260,6 +261,9 @@ class Grid:
         self.dp_cp = self._split(("dp", "cp"), index)
         self.replica = self._split(("pp", "cp", "tp"), index)
         self.stage = self._split(("dp", "cp", "tp"), index)
+        alike = (int(self.side == "ffn") * layout.pp + index["pp"]) * comm.size + index["tp"]
+        self.alike = self.node.Split(alike, self.comm.rank)
+        self.alike.Set_name("alike")
         self.experts = None
         if self.side == "ffn":
             self.experts = self.tp

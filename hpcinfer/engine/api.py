@@ -19,7 +19,7 @@ from hpcinfer.engine.formats import RequestReader, defaults_from
 from hpcinfer.engine.generate import Generate
 from hpcinfer.engine.loop import run as run_loop
 from hpcinfer.engine.pages import Pages, pages_for
-from hpcinfer.engine.record import Record
+from hpcinfer.engine.record import ExpertLoad, Record
 from hpcinfer.engine.request import BadRequest, Sampling
 from hpcinfer.engine.scheduler import Limits, Scheduler, build_step
 from hpcinfer.engine.score import Score
@@ -119,15 +119,18 @@ class Engine:
             self.checksum = checkpoint.checksum
             part = FfnSide if grid.side == "ffn" else Model
             self.model = part(arch, checkpoint, grid, device, dtype)
+            self.model.expert_load = ExpertLoad(arch)
             self.record = Record(grid, checkpoint.bytes_read, checkpoint.file_bytes)
         self.context = _context(arch, context)
-        self._kv_memory = kv_memory
+        self._path, self._kv_memory = path, kv_memory
         self._stops = {}
         self.record.load_s = time.perf_counter() - start_s
 
     def ready(self):
         """Give every rank the same number of cache pages, the most that all can hold."""
         model, comm = self.model, self.grid.comm
+        self.shares_weights = model.share()
+        agree_all(comm, self._read_alone)
         if self._kv_memory is None:
             local_bytes = int(_KV_SHARE * model.device.free_bytes()) // self.grid.node.size
         else:
@@ -148,6 +151,13 @@ class Engine:
         self.record.kv_bytes = pages * model.page_bytes
         collectives.ledger.clear()
         return self
+
+    def _read_alone(self):
+        """Read the weights that could not be shared."""
+        if not self.shares_weights:
+            with open_checkpoint(self._path) as checkpoint:
+                self.model.read(checkpoint, alone=True)
+                self.record.bytes_read += checkpoint.bytes_read
 
     def build_step(self, plan):
         """Arrays of the step that the scheduler has planned, for this rank."""
@@ -218,6 +228,13 @@ class Engine:
         limits = PromptLimits(self.model.arch.V, self.context)
         return RequestReader(self.text, defaults, limits, plain, score)
 
+    def expert_load(self):
+        """How many tokens chose each expert so far: (N, E) int64 on every rank, which all call this.
+
+        E is 0 for a model without experts, and a layer that has none is a row of zeros.
+        """
+        return self.grid.comm.allreduce(self.model.expert_load.counts)
+
     def _forget(self, pages):
         """Start with an empty queue and a cache of `pages` pages per rank that hold nothing."""
         books = Pages(pages, self.model.pools)
@@ -229,6 +246,7 @@ class Engine:
         def deliver(outcome):
             index = outcome.index if isinstance(outcome, BadRequest) else outcome.request.index
             finished[index] = outcome
+            self.record.answered += 1
 
         # Every replica reads what the first rank was given.
         items = list(items) if grid.is_root else []

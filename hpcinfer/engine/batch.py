@@ -73,6 +73,7 @@ def run(engine, kind, source, outputs, n_lines, sampling, facts, show=False):
         outbox = Outbox(grid, lambda record: out.write(record))
 
         def deliver(outcome):
+            engine.record.answered += 1
             if grid.is_leader:
                 counts[int(isinstance(outcome, BadRequest))] += 1
                 outbox.put(record_of(outcome))

@@ -52,9 +52,17 @@ def run(engine, feed, deliver, work, between=None):
         deliver)`
     between : function called after every round, or None
     """
+    began_s = time.perf_counter()
     if engine.grid.side == "ffn":
         _serve(engine)
-        return
+    else:
+        _steps(engine, feed, deliver, work, between)
+    engine.model.settle()
+    engine.record.loop_s += time.perf_counter() - began_s
+
+
+def _steps(engine, feed, deliver, work, between):
+    """The loop of a rank that has sequences."""
     rounds, landed_s = deque(), time.perf_counter()
     while True:
         while len(rounds) < engine.depth and (batch := _plan(engine, feed, deliver, work)):
@@ -77,7 +85,6 @@ def run(engine, feed, deliver, work, between=None):
             between()
     if engine.grid.side == "attention":
         _announce_round(engine, 0)
-    engine.model.settle()
 
 
 def _plan(engine, feed, deliver, work):

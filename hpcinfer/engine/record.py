@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from hpcinfer import array, collectives
 
 
@@ -18,6 +20,23 @@ class Phase:
         return self.tokens / self.time_s if self.time_s else 0.0
 
 
+class ExpertLoad:
+    """How many tokens chose each expert of each layer, as far as this rank answers for them.
+
+    Attributes
+    ----------
+    counts : (N, E) int64
+    """
+
+    def __init__(self, arch):
+        self.counts = np.zeros((arch.N, arch.E), np.int64)
+
+    def add(self, n, ids):
+        """Count the choices of some tokens in layer n: ids (T, k)."""
+        chosen = array.host(ids).reshape(-1)
+        self.counts[n] += np.bincount(chosen[chosen >= 0], minlength=self.counts.shape[1])
+
+
 class Record:
     """Counters of one rank.
 
@@ -30,6 +49,9 @@ class Record:
     bytes_read, file_bytes : tensor bytes read by this rank, and in the whole checkpoint
     kv_bytes : size of this rank's cache
     prefill, decode : Phase
+    loop_s : seconds in the loop of steps
+    empty_s : those of them in steps that this replica took for the others' sake
+    answered : requests that this replica finished
     """
 
     def __init__(self, grid, bytes_read, file_bytes):
@@ -37,9 +59,13 @@ class Record:
         self.load_s, self.kv_bytes = 0.0, 0
         self.most_pages = 0
         self.prefill, self.decode = Phase(), Phase()
+        self.loop_s, self.empty_s, self.answered = 0.0, 0.0, 0
 
     def step(self, step, n_prompt, time_s, pages_held):
         """Count one step of `n_prompt` prompt tokens and others, which took `time_s` seconds."""
+        if not step.n_tokens:
+            self.empty_s += time_s
+            return
         phase = self.prefill if n_prompt else self.decode
         phase.tokens += step.n_tokens
         phase.steps += 1
@@ -48,38 +74,125 @@ class Record:
 
     def report(self, engine):
         """The report's lines, on the root; every rank must call this. None elsewhere."""
+        model, grid = engine.model, self.grid
         mine = {
             "bytes_read": self.bytes_read,
             "load_s": self.load_s,
             "peak_bytes": array.peak_memory_bytes(),
-            "page_bytes": engine.model.page_bytes,
+            "cache_bytes": self.kv_bytes,
+            "weight_bytes": model.weights.nbytes,
+            "side": grid.side,
+            "stage": grid.pp.rank,
+            "replica": grid.dp.rank,
+            "is_leader": grid.is_leader,
+            "loop_s": self.loop_s,
+            "idle_s": _waited_s(),
+            "empty_s": self.empty_s,
+            "answered": self.answered,
+            "tokens": [(p.tokens, p.steps, p.time_s) for p in (self.prefill, self.decode)],
         }
-        ranks = self.grid.comm.gather(mine, 0)
+        ranks, load = grid.comm.gather(mine, 0), engine.expert_load()
         if ranks is None:
             return None
         threads = array.threads_per_rank()
         lines = [
-            f"layout    {self.grid.layout} on {engine.model.device}, "
-            f"{engine.model.dtype}, threads per rank {threads or 'not set'}",
+            f"layout    {grid.layout} on {model.device}, "
+            f"{model.dtype}, threads per rank {threads or 'not set'}",
             f"load      {max(r['load_s'] for r in ranks):.2f} s; read per rank "
             + _span([r["bytes_read"] for r in ranks])
             + f"; sum {sum(r['bytes_read'] for r in ranks) / max(1, self.file_bytes):.2f} x the "
             f"weights' {_size(self.file_bytes)}",
+            *_memory_lines(grid, ranks),
+            *_speed_lines(ranks),
         ]
-        for name, phase in (("prefill", self.prefill), ("decode", self.decode)):
-            lines.append(
-                f"{name:9} {phase.tokens} tokens in {phase.time_s:.2f} s and {phase.steps} steps: "
-                f"{phase.tokens_per_s:.1f} tokens/s"
-            )
         scheduler = engine.scheduler
-        cache = _span([scheduler.pages.n * r["page_bytes"] for r in ranks])
         lines.append(
-            f"cache     {cache} per rank, "
-            f"used at most {self.most_pages} of {scheduler.pages.total} pages; "
+            f"cache     used at most {self.most_pages} of {scheduler.pages.total} pages; "
             f"{scheduler.reused_tokens} prompt tokens reused, {scheduler.preemptions} preemptions"
         )
-        lines.append(f"memory    peak per rank {_span([r['peak_bytes'] for r in ranks])}")
-        return lines + _ledger_lines()
+        lines += _balance_lines(grid.layout, ranks)
+        return lines + _expert_lines(load, model.arch) + _ledger_lines()
+
+
+def _memory_lines(grid, ranks):
+    """Weights and cache of a rank, on each side where there are two; and the peak of all memory."""
+    lines = []
+    for side in ("attention", "ffn") if grid.side else ("",):
+        own = [r for r in ranks if r["side"] == side]
+        of_side = f" on the {side.replace('ffn', 'FFN')} side" if side else ""
+        lines.append(
+            f"memory    weights per rank {_span([r['weight_bytes'] for r in own])}, cache "
+            f"{_span([r['cache_bytes'] for r in own])}{of_side}"
+        )
+    if grid.alike.size > 1 and grid.layout.zero == "off":
+        lines.append(f"memory    ranks of a node that hold equal weights: {grid.alike.size}")
+    return [*lines, f"memory    peak per rank {_span([r['peak_bytes'] for r in ranks])}"]
+
+
+def _speed_lines(ranks):
+    """Tokens per second in prefill and in decode: of all replicas together."""
+    leaders = [r["tokens"] for r in ranks if r["is_leader"]]
+    lines = []
+    for name, phases in zip(("prefill", "decode"), zip(*leaders, strict=True), strict=True):
+        tokens, steps = (sum(p[i] for p in phases) for i in range(2))
+        time_s = max(p[2] for p in phases)
+        rate = sum(p[0] / p[2] for p in phases if p[2])
+        lines.append(
+            f"{name:9} {tokens} tokens in {time_s:.2f} s and {steps} steps: {rate:.1f} tokens/s"
+        )
+    return lines
+
+
+def _balance_lines(layout, ranks):
+    """How busy replicas, stages and sides were."""
+    lines = []
+    if layout.dp > 1:
+        leaders = [r for r in ranks if r["is_leader"]]
+        longest_s = max(max(r["loop_s"] for r in leaders), 1e-9)
+        busy = [(r["loop_s"] - r["empty_s"]) / longest_s for r in leaders]
+        lines.append(
+            f"replicas  busy {_percent(busy)} of the time with "
+            + ", ".join(str(r["answered"]) for r in leaders)
+            + " requests"
+        )
+    groups = []
+    if layout.pp > 1:
+        groups = [(f"stage {i}", lambda r, i=i: r["stage"] == i) for i in range(layout.pp)]
+    elif layout.afd:
+        names = (("attention", "attention"), ("FFN", "ffn"))
+        groups = [(name, lambda r, side=side: r["side"] == side) for name, side in names]
+    for name, belongs in groups:
+        idle = [r["idle_s"] / max(r["loop_s"], 1e-9) for r in ranks if belongs(r)]
+        lines.append(f"idle      {name}: {_percent(idle)} of the time")
+    return lines
+
+
+def _expert_lines(load, arch):
+    """The busiest expert of a layer beside the mean, and experts that no token chose."""
+    if not load.size or not load.sum():
+        return []
+    layers = [n for n in range(arch.N) if load[n].sum()]
+    shares = load[layers] / load[layers].mean(axis=1, keepdims=True)
+    row, expert = np.unravel_index(shares.argmax(), shares.shape)
+    return [
+        f"experts   the busiest, {expert} of layer {layers[row]}, has {shares.max():.2f} x the mean "
+        f"of its layer; {np.mean(shares.max(axis=1)):.2f} x in the mean of layers; "
+        f"{int((load[layers] == 0).sum())} of {shares.size} without a token"
+    ]
+
+
+def _waited_s():
+    """Seconds that this rank waited for another stage or side."""
+    purposes = ("pipeline", "pipeline result", "disagg", "round")
+    return sum(
+        entry.time_s
+        for (verb, _, purpose), entry in collectives.ledger.entries.items()
+        if purpose in purposes and verb in ("Recv", "Bcast")
+    )
+
+
+def _percent(shares):
+    return ", ".join(f"{100 * share:.0f} %" for share in shares)
 
 
 def _ledger_lines():

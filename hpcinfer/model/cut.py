@@ -64,13 +64,13 @@ class Cut:
         return collectives.Allgather(self.comm, y, counts, purpose="own tokens")
 
 
-def cut_by_tokens(arch, grid, ranges, weights):
+def cut_by_tokens(arch, grid, ranges, layer):
     """Own tokens, all columns of the tensor-parallel shard."""
     widths = [partition.counts(_parts(ranges, c, grid.cp.size)) for c in FFN_CUTS]
     complete = partial(tensor.complete, grid.tp)
     middles = [_middle(arch, of_parts) for of_parts in widths]
     first = ranges["experts"][0]
-    return Cut(grid.tp, None, complete, weights.layer, *middles, first, lambda qkv: qkv)
+    return Cut(grid.tp, None, complete, layer, *middles, first, lambda qkv: qkv)
 
 
 def kept_at_home(cut, counts):
@@ -82,7 +82,7 @@ def kept_at_home(cut, counts):
     return replace(cut, counts=counts, complete=complete)
 
 
-def cut_by_columns(arch, grid, ranges, weights, heads):
+def cut_by_columns(arch, grid, ranges, whole_layer, heads):
     """All tokens, a part of the columns of the tensor-parallel shard."""
     cp, part, K = grid.cp.size, grid.cp.rank, arch.K
     blocks = partition.block(heads.n_query + 2 * heads.n_kv, cp)
@@ -97,7 +97,7 @@ def cut_by_columns(arch, grid, ranges, weights, heads):
 
     def layer(n):
         return slice_columns(
-            weights.layer(n),
+            whole_layer(n),
             _scaled(blocks[part], K),
             _scaled(query_heads(heads, cp)[part], K),
             *slices,

@@ -26,7 +26,11 @@ class FfnSide:
             share = expert_shares(arch, grid)[grid.experts.rank]
             ranges |= {"experts": share.experts, "moe": share.columns}
         self.weights = tables.load(arch, checkpoint, ranges, dtype, device, keep=self._keeps)
-        self._cut = cut_by_tokens(arch, grid, ranges, self.weights)
+        self._cut = cut_by_tokens(arch, grid, ranges, self.weights.layer)
+
+    def share(self):
+        """No other rank holds the same weights."""
+        return True
 
     def allocate_cache(self, pages):
         """Nothing is cached on this side."""

@@ -6,7 +6,7 @@ from hpcinfer.errors import UsageError
 
 
 def key_sharers(arch, layout):
-    """Ranks of tp that read the same key/value head, and with cp share its keys out; 1 as a rule."""
+    """Ranks of tp that read one key/value head, and with cp share its keys out; 1 as a rule."""
     P, G = layout.tp, arch.G
     return P // G if layout.cp > 1 and P > G and P % G == 0 else 1
 

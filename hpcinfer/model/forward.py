@@ -6,6 +6,7 @@ import numpy as np
 
 from hpcinfer import array, collectives
 from hpcinfer.model import weights as tables
+from hpcinfer.model.alike import own_keys, share
 from hpcinfer.model.cache import Cache, page_bytes
 from hpcinfer.model.context import Context
 from hpcinfer.model.cut import cut_by_columns, cut_by_tokens, kept_at_home
@@ -52,12 +53,14 @@ class Model:
             share = expert_shares(arch, grid)[grid.experts.rank]
             ranges |= {"experts": share.experts, "moe": share.columns}
         self.embed_range, self.head_range = ranges["embed"], ranges["head"]
-        pieces = Pieces(arch, grid, self.layers) if grid.layout.zero != "off" else None
-        self.weights = tables.load(
-            arch, checkpoint, ranges, dtype, device, cp, keep=self._keeps, pieces=pieces
-        )
-        self._by_tokens = cut_by_tokens(arch, grid, ranges, self.weights)
-        self._by_columns = cut_by_columns(arch, grid, ranges, self.weights, self.heads)
+        zero = grid.layout.zero != "off"
+        pieces = Pieces(arch, grid, self.layers) if zero else None
+        self._shares = grid.alike.size > 1 and not zero and device.name == "cpu"
+        self._own_keys = own_keys(grid)
+        self.ranges = ranges
+        self.read(checkpoint, pieces)
+        self._by_tokens = cut_by_tokens(arch, grid, ranges, self._layer)
+        self._by_columns = cut_by_columns(arch, grid, ranges, self._layer, self.heads)
 
     @property
     def page_bytes(self):
@@ -70,6 +73,30 @@ class Model:
     def pools(self):
         """Ranks that the pages of a sequence are dealt to."""
         return self.context.kv.size
+
+    def read(self, checkpoint, pieces=None, alone=False):
+        """Read this rank's weights; unless `alone`, without those that it will share."""
+        follows = self._shares and self.grid.alike.rank > 0 and not alone
+
+        def keep(row):
+            return self._keeps(row) and (not follows or row.key in self._own_keys)
+
+        arch, cp = self.arch, self.grid.cp.size
+        self.weights = tables.load(
+            arch, checkpoint, self.ranges, self.dtype, self.device, cp, keep, pieces
+        )
+
+    def share(self):
+        """Let the ranks of a node have one copy of what they hold alike; every rank calls this.
+
+        Returns
+        -------
+        False if this rank must `read` its weights alone after all
+        """
+        if not self._shares:
+            return True
+        tied_rows = tables.tied_rows(self.ranges) if self.arch.tied else None
+        return share(self.weights, self.grid.alike, self._own_keys, tied_rows)
 
     def cut(self, step):
         """How the work outside attention is divided among the ranks of cp and tp in a step."""
@@ -125,6 +152,9 @@ class Model:
         """Wait for what is in flight, at the end of a run."""
         self.pipeline.wait()
         self.weights.settle()
+
+    def _layer(self, n):
+        return self.weights.layer(n)
 
     def _through_stage(self, step):
         """One micro-batch through the layers of this rank's stage."""

@@ -341,9 +341,14 @@ def load(arch, checkpoint, ranges, dtype, device, cp=1, keep=None, pieces=None):
             pieces.keep_layer(layer, target)
             weights.layers[layer] = None
     head = _vocabulary(arch, "head")
-    if arch.tied and (keep is None or keep(head)):
+    if arch.tied and (keep is None or keep(head)) and weights.embed is not None:
         _tie_head(arch, checkpoint, ranges, weights, dtype, device)
     return weights if pieces is None else pieces.keep_rest(weights)
+
+
+def tied_rows(ranges):
+    """Slice of a rank's rows of the embedding whose logits it computes, where the head is tied."""
+    return slice(*(bound - ranges["embed"][0] for bound in ranges["head"]))
 
 
 def slice_columns(layer, qkv, o, ffn, moe, shared):
@@ -419,7 +424,7 @@ def _read_into(parameter, rows, names, checkpoint, ranges):
 
 def _tie_head(arch, checkpoint, ranges, weights, dtype, device):
     """Take for head a part of the embedding, or of what the file holds beside it if it differs."""
-    rows = slice(*(bound - ranges["embed"][0] for bound in ranges["head"]))
+    rows = tied_rows(ranges)
     weights.head, weights.tied_rows = weights.embed[rows], rows
     name = _find(arch.names["head"], checkpoint.tensors)
     if name is None or tuple(checkpoint.tensors[name].shape) != (arch.V, arch.D):

@@ -1,0 +1,98 @@
+"""One copy of equal weights on a node: ranks that differ along dp and cp only map the same memory.
+
+The first of them reads the weights from the checkpoint and puts them in memory that has no name;
+the others map it for reading. What differs among them, such as experts that are spread over them,
+each keeps for itself. Nothing is left behind when the ranks end, however they end.
+"""
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from hpcinfer import array
+from hpcinfer.model.weights import Layer
+
+_ALIGN = 64
+_OUTSIDE = ("embed", "positions", "final_norm", "final_norm_bias")
+_EXPERTS = frozenset(("experts_up", "experts_down"))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one parameter lies in the common memory."""
+
+    layer: int | None
+    key: str
+    start: int
+    shape: tuple
+    dtype: np.dtype
+
+
+def own_keys(grid):
+    """Keys of the parameters that ranks of one node do not have alike."""
+    return frozenset(("head",)) | (_EXPERTS if grid.experts is not None else frozenset())
+
+
+def share(weights, comm, own, tied_rows):
+    """Let all ranks of a communicator have the parameters that its first rank has read.
+
+    Parameters
+    ----------
+    weights : Weights, on the first rank whole, elsewhere what it does not share
+    comm : ranks of one node with equal weights
+    own : keys that are not shared
+    tied_rows : slice of the embedding that is this rank's head; None if the head is not tied
+
+    Returns
+    -------
+    True if this rank has them now; on the first it is always so. False where memory of another
+    process cannot be mapped (a container of its own, for example), or where the file holds a head
+    beside the embedding that was to be tied: it must then read the weights itself
+    """
+    memory = places = handle = None
+    if comm.rank == 0 and (tied_rows is None or weights.tied_rows is not None):
+        places, size = _places(weights, own)
+        memory, handle = array.common_memory(size)
+        _take(weights, places, memory, fill=True)
+    places, handle = comm.bcast((places, handle))
+    if comm.rank > 0 and handle is not None:
+        memory = array.map_common(handle)
+        if memory is not None:
+            _take(weights, places, memory)
+            weights.tied_rows = tied_rows
+    if tied_rows is not None and memory is not None:
+        weights.head = weights.embed if weights.embed is None else weights.embed[tied_rows]
+    comm.Barrier()
+    if comm.rank == 0 and handle is not None:
+        array.close_common(handle)
+    return comm.rank == 0 or memory is not None
+
+
+def _places(weights, own):
+    """Places of all parameters that are shared, and the bytes of them together."""
+    places, size = [], 0
+    for layer, key, x in _parameters(weights):
+        if key not in own:
+            places.append(Place(layer, key, size, x.shape, x.dtype))
+            size += -(-x.nbytes // _ALIGN) * _ALIGN
+    return places, size
+
+
+def _parameters(weights):
+    """(layer, key, array) of every parameter but the head."""
+    yield from ((None, key, x) for key in _OUTSIDE if (x := getattr(weights, key)) is not None)
+    for n, layer in enumerate(weights.layers):
+        for field in fields(Layer):
+            if (x := getattr(layer, field.name)) is not None:
+                yield n, field.name, x
+
+
+def _take(weights, places, memory, fill=False):
+    """Have the parameters in the common memory; if `fill`, put them there first, one at a time."""
+    for place in places:
+        target = weights if place.layer is None else weights.layers[place.layer]
+        stop = place.start + int(np.prod(place.shape)) * place.dtype.itemsize
+        view = memory[place.start : stop].view(place.dtype).reshape(place.shape)
+        if fill:
+            view[...] = getattr(target, place.key)
+        setattr(target, place.key, view)
