@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -187,17 +188,22 @@ def test_resumed_h5(tmp_path):
         with h5py.File(path) as f:
             assert f["index"][:].tolist() == [2, 1]
         writer.write(RECORDS[2])
+    assert sorted(os.listdir(tmp_path)) == ["out.h5"]
     write_all(tmp_path / "once.h5", RECORDS)
     with h5py.File(path) as a, h5py.File(tmp_path / "once.h5") as b:
         assert set(a) == set(b)
         for name in a:
             np.testing.assert_array_equal(a[name][()], b[name][()])
 
-    with pytest.raises(ValueError, match="finished"):
-        open_results(path, "generate", {}, dict, resume=True)
-    journal.write_text("no result\n")
-    with pytest.raises(ValueError, match="line 1"):
-        open_results(path, "generate", {}, dict, resume=True)
+    # What was finished stays as it is, with or without the journal that a kill has left.
+    content = path.read_bytes()
+    for leftover in (None, "no result\n"):
+        if leftover:
+            journal.write_text(leftover)
+        with open_results(path, "generate", {}, dict, resume=True, least=3) as writer:
+            assert writer.done == {0, 1, 2}
+            writer.write(RECORDS[0])
+        assert path.read_bytes() == content and not journal.exists()
 
 
 def test_jsonl_is_ordered_at_the_end(tmp_path):
@@ -223,16 +229,59 @@ def test_resumed_jsonl(tmp_path):
         writer.close(final=False)
     with open(path, "ab") as file:
         file.write(b'{"i": 2')
-    with JsonlWriter(path, lambda r: r["i"] if r["i"] < 9 else None) as writer:
-        assert set(writer.done) == {1, 3}
+    with JsonlWriter(path, resume=True, least=3) as writer:
+        assert set(writer.done) == {1, 3, 9}
         writer.write(2, {"i": 2})
         writer.write(2, {"i": 2, "again": True})
-    lines = path.read_bytes().splitlines()
-    assert lines == [b'{"i": 1}', b'{"i": 2, "again": true}', b'{"i": 3}']
-    path.write_text("no JSON\n")
-    with pytest.raises(ValueError, match="line 1"):
-        JsonlWriter(path, lambda r: 0)
-    assert path.read_text() == "no JSON\n"
+        writer.sync()
+    expected = [b'{"i": 1}', b'{"i": 2, "again": true}', b'{"i": 3}', b'{"i": 9}']
+    assert path.read_bytes().splitlines() == expected
+    assert os.listdir(tmp_path) == ["out.jsonl"]
+
+
+def unfinished_jsonl(path, n=5):
+    """Lines of an unfinished file, and the entries of its index."""
+    writer = JsonlWriter(path)
+    for i in range(n):
+        writer.write(n - i, {"i": n - i, "text": "x" * i})
+    writer.close(final=False)
+    index = Path(writer.index_path)
+    return path.read_bytes().splitlines(True), index.read_bytes().splitlines(True), index
+
+
+@pytest.mark.parametrize("kind", ["line", "entry", "zeros", "half entry", "foreign"])
+@pytest.mark.parametrize("kept", [0, 1, 4])
+def test_a_torn_tail_is_cut_off(tmp_path, kind, kept):
+    """Of the first record that is not whole and all after it nothing is taken."""
+    path = tmp_path / "out.jsonl"
+    lines, entries, index = unfinished_jsonl(path)
+    if kind == "line":
+        path.write_bytes(b"".join(lines[:kept]) + lines[kept][:-2])
+    elif kind == "zeros":
+        path.write_bytes(b"".join(lines[:kept]) + bytes(len(b"".join(lines[kept:]))))
+    elif kind == "foreign":
+        index.write_bytes(b"".join(entries[:kept]) + b"no entry\n" + b"".join(entries[kept:]))
+    else:
+        torn = entries[kept][:-3] if kind == "half entry" else b""
+        index.write_bytes(b"".join(entries[:kept]) + torn)
+    with pytest.raises(ValueError, match=f"got {kept} whole records .* need the {kept + 1} "):
+        JsonlWriter(path, resume=True, least=kept + 1)
+    with JsonlWriter(path, resume=True, least=kept) as writer:
+        assert set(writer.done) == {5 - i for i in range(kept)}
+        for i in range(kept, 5):
+            writer.write(5 - i, lines[i][:-1])
+    assert path.read_bytes() == b"".join(reversed(lines))
+
+
+def test_killed_between_ordering_and_the_end(tmp_path):
+    """The lines are in input order already, the index is not."""
+    path = tmp_path / "out.jsonl"
+    lines, entries, index = unfinished_jsonl(path)
+    path.write_bytes(b"".join(reversed(lines)))
+    with JsonlWriter(path, resume=True, least=5) as writer:
+        assert set(writer.done) == {1, 2, 3, 4, 5}
+        writer.write(0, {"i": 0})
+    assert path.read_bytes() == b'{"i": 0}\n' + b"".join(reversed(lines))
 
 
 def test_encode():
@@ -266,8 +315,6 @@ def test_wrong_outputs(tmp_path):
             open_results(tmp_path / name, "generate", {}, dict)
     with pytest.raises(ValueError, match="kind"):
         open_results(tmp_path / "out.h5", "train", {}, dict)
-    with pytest.raises(ValueError, match="index_of"):
-        open_results(tmp_path / "out.jsonl", "score", {}, dict, resume=True)
     for extension in (".h5", ".jsonl"):
         (tmp_path / f"folder{extension}").mkdir()
         with pytest.raises(RuntimeError, match="it is a folder"):

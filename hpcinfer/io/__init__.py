@@ -8,6 +8,7 @@
     inspect      what is in a model or results file, as text
     lines        input files line by line in bounded memory
     jsonl        lines of output that survive a killed job
+    state        what is kept of an unfinished run, and the lock on its output
     results      what `generate` and `score` write: JSONL or HDF5
     atomic       a file appears whole under its name or not at all
 

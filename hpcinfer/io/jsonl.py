@@ -2,14 +2,22 @@
 
 Each line goes to the file in one system call as soon as it is there, so a job that is killed keeps
 what it finished, in the order of finishing. When all is done the lines are put in input order.
+
+Beside the file stands ``<path>.index`` as long as it is unfinished: for every line the index of its
+record, its length and its checksum, written after the line. Who resumes the file takes a line for
+whole only if it agrees with its entry.
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
+import zlib
 
 from hpcinfer.io.atomic import lock, refuse_directory, replacing, writing
+
+INDEX_SUFFIX = ".index"
 
 
 class JsonlWriter:
@@ -18,10 +26,11 @@ class JsonlWriter:
     Parameters
     ----------
     path : str
-    index_of : callable (dict) -> int or None, or None
-        If given, the complete lines of an existing file are kept (its torn last line is cut off);
-        it says which record of the input a line belongs to, None for lines to leave out at the end.
-        If None, an existing file is emptied.
+    resume : bool
+        True to keep the lines of an unfinished file up to the first one that is not whole; False to
+        empty an existing file.
+    least : int
+        Records that the file to resume must have.
 
     Attributes
     ----------
@@ -30,28 +39,26 @@ class JsonlWriter:
     Raises
     ------
     ValueError
-        If a complete line of the file to resume is not JSON.
+        If the file to resume has lost records; it is left as it is.
     RuntimeError
         Here and in all methods, if the file cannot be written.
     """
 
-    def __init__(self, path, index_of=None):
+    def __init__(self, path, resume=False, least=0):
         self.path = os.fspath(path)
-        self._offset = {}
-        self._end = 0
-        with writing(self.path):
+        self.index_path = self.path + INDEX_SUFFIX
+        self._offset, self._end, self._index_end = {}, 0, 0
+        with writing(self.path), contextlib.ExitStack() as stack:
             refuse_directory(self.path)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-            self._descriptor = os.open(self.path, flags, 0o666)
-            try:
-                lock(self._descriptor)
-                if index_of:
-                    self._resume(index_of)
-                if os.path.isfile(self.path):
-                    os.ftruncate(self._descriptor, self._end)
-            except BaseException:
-                os.close(self._descriptor)
-                raise
+            self._descriptor = self._open(self.path, stack)
+            lock(self._descriptor)
+            if resume:
+                self._resume(least)
+            self._index = self._open(self.index_path, stack)
+            if os.path.isfile(self.path):
+                os.ftruncate(self._descriptor, self._end)
+                os.ftruncate(self._index, self._index_end)
+            stack.pop_all()
 
     @property
     def done(self):
@@ -66,18 +73,30 @@ class JsonlWriter:
         record : dict, or bytes without line end
         """
         line = (record if isinstance(record, bytes) else encode(record)) + b"\n"
+        entry = b"%d %d %08x\n" % (index, len(line), zlib.crc32(line))
         with writing(self.path):
-            written = 0
             try:
-                while written < len(line):
-                    written += os.write(self._descriptor, line[written:])
+                _write(self._descriptor, line)
+                _write(self._index, entry)
             except OSError:
                 # Take back the part of a line for which there was room
-                with contextlib.suppress(OSError):
-                    os.ftruncate(self._descriptor, self._end)
+                for descriptor, end in (
+                    (self._descriptor, self._end),
+                    (self._index, self._index_end),
+                ):
+                    with contextlib.suppress(OSError):
+                        os.ftruncate(descriptor, end)
                 raise
         self._offset[index] = self._end
         self._end += len(line)
+        self._index_end += len(entry)
+
+    def sync(self):
+        """Bring all lines so far to the disk."""
+        with writing(self.path):
+            if os.path.isfile(self.path):
+                os.fsync(self._descriptor)
+                os.fsync(self._index)
 
     def lines(self, ordered=True):
         """Yield every line (bytes with its end), in input order or in the order of finishing."""
@@ -92,10 +111,17 @@ class JsonlWriter:
         if self._descriptor is None:
             return
         os.close(self._descriptor)
+        os.close(self._index)
         self._descriptor = None
         if final:
             with replacing(self.path) as partial, open(partial, "wb") as file:
                 file.writelines(self.lines())
+            self.remove_index()
+
+    def remove_index(self):
+        """Forget which line is whose: the file is finished, or not wanted any more."""
+        with writing(self.path):
+            os.unlink(self.index_path)
 
     def __enter__(self):
         return self
@@ -103,16 +129,69 @@ class JsonlWriter:
     def __exit__(self, kind, *details):
         self.close(final=kind is None)
 
-    def _resume(self, index_of):
-        """Note where the complete lines begin and where the last of them ends."""
+    @staticmethod
+    def _open(path, stack):
+        """Descriptor of a file to append to, which `stack` closes."""
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        stack.callback(os.close, descriptor)
+        return descriptor
+
+    def _resume(self, least):
+        """Note where the whole lines begin and where the last of them ends."""
+        entries = []
+        if os.path.exists(self.index_path):
+            with open(self.index_path, "rb") as file:
+                entries = list(map(_entry, itertools.takewhile(_is_entry, file)))
+        whole = self._whole(entries)
+
+        # A run that was killed at its very end has left the lines in input order.
+        if len(whole) < len(entries):
+            ordered = sorted({entry[0]: entry for entry in entries}.values())
+            if len(self._whole(ordered)) == len(ordered):
+                whole = ordered
+                with replacing(self.index_path) as partial, open(partial, "wb") as file:
+                    file.writelines(b"%d %d %08x\n" % entry for entry in whole)
+
+        for index, nbytes, _ in whole:
+            self._offset[index] = self._end
+            self._end += nbytes
+        self._index_end = sum(len(b"%d %d %08x\n" % entry) for entry in whole)
+        if len(self._offset) < least:
+            raise ValueError(
+                f"output: got {len(self._offset)} whole records in {self.path} and its "
+                f"{INDEX_SUFFIX}, need the {least} that its run had written; restore the files, or "
+                "start over with --restart"
+            )
+
+    def _whole(self, entries):
+        """The first of `entries` that agree with the lines of the file, one after the other."""
         with open(self.path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.endswith(b"\n"):
-                    break
-                index = index_of(_decode(self.path, number, line))
-                if index is not None:
-                    self._offset[index] = self._end
-                self._end += len(line)
+            return list(itertools.takewhile(lambda e: zlib.crc32(file.read(e[1])) == e[2], entries))
+
+
+def _write(descriptor, data):
+    """Write all of `data`."""
+    written = 0
+    while written < len(data):
+        written += os.write(descriptor, data[written:])
+
+
+def _is_entry(line):
+    """True for a whole entry of an index."""
+    parts = line.split(b" ")
+    return (
+        line.endswith(b"\n")
+        and len(parts) == 3
+        and all(part.isdigit() for part in parts[:2])
+        and len(parts[2]) == 9
+        and not parts[2].strip(b"0123456789abcdef\n")
+    )
+
+
+def _entry(line):
+    """(index, bytes, crc32) of an entry."""
+    index, nbytes, crc32 = line.split()
+    return int(index), int(nbytes), int(crc32, 16)
 
 
 def encode(record, strict=True):
@@ -153,16 +232,3 @@ def _finite(value):
     if hasattr(value, "tolist"):
         return _finite(value.tolist())
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _decode(path, number, line):
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        record = None
-    if not isinstance(record, dict):
-        raise ValueError(
-            f"output: got line {number} of {path} which is no result, need the unfinished output "
-            "of an earlier run; choose another name or do not resume"
-        )
-    return record

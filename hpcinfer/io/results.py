@@ -28,6 +28,7 @@ run ended and requests are in input order), and what the command adds. Reading t
 A zero byte in a text stands as U+FFFD, since HDF5 ends strings at zero; the token ids tell.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -40,7 +41,7 @@ import numpy as np
 from hpcinfer import __version__
 from hpcinfer.io.atomic import refuse_directory, writing
 from hpcinfer.io.hdf5 import replacing_h5
-from hpcinfer.io.jsonl import JsonlWriter, encode
+from hpcinfer.io.jsonl import INDEX_SUFFIX, JsonlWriter, encode
 
 FORMAT, FORMAT_VERSION = "hpcinfer-results", 1
 JOURNAL_SUFFIX = ".journal"
@@ -94,7 +95,7 @@ SCORE = (
 )
 
 
-def open_results(path, kind, attributes, format_line, resume=False, index_of=None):
+def open_results(path, kind, attributes, format_line, resume=False, least=0):
     """Open the output file of a command; its extension says which kind it is.
 
     Parameters
@@ -104,11 +105,12 @@ def open_results(path, kind, attributes, format_line, resume=False, index_of=Non
     attributes : dict, facts about the run that the .h5 keeps (command, model, layout, ...)
     format_line : callable (neutral record) -> dict, the line of a .jsonl
     resume : bool, keep what an unfinished run left under this name
-    index_of : callable (dict) -> int or None, to resume a .jsonl: see `JsonlWriter`
+    least : int, records that it must hold
 
     Returns
     -------
-    Hdf5Writer or JsonlResults: ``write(record)``, ``done``, ``close(final=True)``, context manager
+    Hdf5Writer or JsonlResults: ``write(record)``, ``done``, ``sync()``, ``close(final=True)``,
+    context manager
 
     Raises
     ------
@@ -119,11 +121,9 @@ def open_results(path, kind, attributes, format_line, resume=False, index_of=Non
     """
     extension = os.path.splitext(os.fspath(path))[1].lower()
     if extension == ".h5":
-        return Hdf5Writer(path, kind, attributes, resume)
+        return Hdf5Writer(path, kind, attributes, resume, least)
     if extension == ".jsonl":
-        if resume and index_of is None:
-            raise ValueError("output: got no index_of, need one to resume a .jsonl")
-        return JsonlResults(JsonlWriter(path, index_of if resume else None), format_line)
+        return JsonlResults(JsonlWriter(path, resume, least), format_line)
     raise ValueError(f"output: got {path}, need a name that ends in .jsonl or .h5")
 
 
@@ -140,6 +140,10 @@ class JsonlResults:
     def write(self, record):
         """Write the line of a neutral record."""
         self._writer.write(record["index"], self._format_line(record))
+
+    def sync(self):
+        """Bring all records so far to the disk."""
+        self._writer.sync()
 
     def close(self, final=True):
         """Close the file; if `final`, put its lines in input order first."""
@@ -165,7 +169,8 @@ class Hdf5Writer:
     path : str
     kind : "generate" | "score"
     attributes : dict, root attributes; values that HDF5 does not know are kept as JSON text
-    resume : bool, take over the records of an existing journal
+    resume : bool, take over the records of an existing journal, or of the finished file
+    least : int, records that there must be
 
     Attributes
     ----------
@@ -174,31 +179,40 @@ class Hdf5Writer:
     Raises
     ------
     ValueError
-        If `kind` is another one, the journal is damaged, or a record contradicts itself.
+        If `kind` is another one, the journal has lost records, or a record contradicts itself.
     RuntimeError
         Here and in all methods, if a file cannot be written.
     """
 
-    def __init__(self, path, kind, attributes, resume=False):
+    def __init__(self, path, kind, attributes, resume=False, least=0):
         if kind not in ("generate", "score"):
             raise ValueError(f"output: got results of kind {kind!r}, need generate or score")
         self.path, self.kind, self.attributes = os.fspath(path), kind, dict(attributes)
         with writing(self.path):
             refuse_directory(self.path)
-        self._n_top = 0
-        if resume:
-            self._refuse_complete()
-        self._journal = JsonlWriter(self.path + JOURNAL_SUFFIX, self._index_of if resume else None)
-        self._refresh()
-        self._refreshed_s = None
+        self._n_top, self._refreshed_s = 0, None
+        self._journal, self._done = None, self._finished() if resume else None
+        if self._done is not None:
+            for suffix in (JOURNAL_SUFFIX, JOURNAL_SUFFIX + INDEX_SUFFIX):
+                with writing(self.path), contextlib.suppress(FileNotFoundError):
+                    os.unlink(self.path + suffix)
+        else:
+            self._journal = JsonlWriter(self.path + JOURNAL_SUFFIX, resume, least)
+            self._done = self._journal.done
+            for line in self._journal.lines(ordered=False):
+                self._n_top = max(self._n_top, _top_width(json.loads(line)))
+            self._refresh()
+            self._refreshed_s = None
 
     @property
     def done(self):
-        return self._journal.done
+        return self._done
 
     def write(self, record):
         """Keep a neutral record: in the journal at once, in the .h5 at its next refresh."""
         self._check(record)
+        if self._journal is None:
+            return
         self._n_top = max(self._n_top, _top_width(record))
         self._journal.write(record["index"], encode(record, strict=False))
 
@@ -206,6 +220,11 @@ class Hdf5Writer:
         pause_s = max(REFRESH_EVERY_S, self._cost_s / REFRESH_SHARE)
         if self._refreshed_s is None or time.perf_counter() - self._refreshed_s >= pause_s:
             self._refresh()
+
+    def sync(self):
+        """Bring all records so far to the disk."""
+        if self._journal is not None:
+            self._journal.sync()
 
     def close(self, final=True):
         """Write all records to the .h5; if `final`, in input order, and remove the journal."""
@@ -217,7 +236,9 @@ class Hdf5Writer:
         finally:
             journal.close(final=False)
         if final:
-            os.unlink(journal.path)
+            with writing(self.path):
+                os.unlink(journal.path)
+            journal.remove_index()
 
     def __enter__(self):
         return self
@@ -225,19 +246,15 @@ class Hdf5Writer:
     def __exit__(self, kind, *details):
         self.close(final=kind is None)
 
-    def _refuse_complete(self):
-        """Raise ValueError if there is nothing to resume, only a finished file to lose."""
-        if os.path.exists(self.path) and not os.path.exists(self.path + JOURNAL_SUFFIX):
-            raise ValueError(
-                f"output: got {self.path} without {JOURNAL_SUFFIX}, so its run is finished; need "
-                "another name, or do not resume"
-            )
-
-    def _index_of(self, record):
-        """Index of a resumed journal line, whose width of top_logprobs counts as well."""
-        self._check(record)
-        self._n_top = max(self._n_top, _top_width(record))
-        return record["index"]
+    def _finished(self):
+        """Indices of the records if the file is finished already, else None."""
+        if not os.path.exists(self.path):
+            return None
+        try:
+            with h5py.File(self.path) as file:
+                return set(file["index"][:].tolist()) if file.attrs["complete"] else None
+        except (OSError, KeyError):
+            return None
 
     def _check(self, record):
         """Raise ValueError unless the lists that run along the tokens have the same length."""

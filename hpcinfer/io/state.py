@@ -1,0 +1,162 @@
+"""What is kept of an unfinished run beside its output, and the right to write that output.
+
+``OUTPUT.state`` is one line that says what it is, how long the rest is and its checksum, and one
+line of JSON. It is written whole under a temporary name, brought to the disk, and renamed, so that
+it is either the last state or the one before. ``OUTPUT.lock`` belongs to one run as long as that
+lives; it names its host and process.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import zlib
+
+from hpcinfer.io.atomic import replacing, writing
+from hpcinfer.io.jsonl import INDEX_SUFFIX
+from hpcinfer.io.results import JOURNAL_SUFFIX
+
+FORMAT, FORMAT_VERSION = "hpcinfer-state", 1
+STATE_SUFFIX, LOCK_SUFFIX, KEPT_SUFFIX = ".state", ".lock", ".old-"
+
+
+def write_state(path, state):
+    """Replace the state file `path`.
+
+    Parameters
+    ----------
+    path : str
+    state : dict of plain values
+
+    Raises
+    ------
+    RuntimeError
+        If it cannot be written; the one before is still there.
+    """
+    body = json.dumps(state, separators=(",", ":")).encode()
+    head = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "bytes": len(body),
+        "crc32": zlib.crc32(body),
+    }
+    with replacing(path) as partial, open(partial, "wb") as file:
+        file.write(json.dumps(head).encode() + b"\n" + body + b"\n")
+
+
+def read_state(path):
+    """State that `write_state` has written; None if there is no file of that name.
+
+    Raises
+    ------
+    ValueError
+        If the file is something else, of another version, or not whole.
+    """
+    try:
+        with open(path, "rb") as file:
+            head, body = file.readline(), file.read()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ValueError(f"state: cannot read {path}: {error.strerror}") from None
+    try:
+        head = json.loads(head)
+        version = head["format_version"] if head["format"] == FORMAT else None
+        whole = body == body[: head["bytes"]] + b"\n" and zlib.crc32(body[:-1]) == head["crc32"]
+    except (ValueError, KeyError, TypeError):
+        version = None
+    if version is None:
+        raise _refusal(path, "something else")
+    if version != FORMAT_VERSION:
+        raise _refusal(path, f"version {version} of it")
+    if not whole:
+        raise _refusal(path, "a part of it")
+    return json.loads(body)
+
+
+def remove_state(path):
+    """Forget the state: the run is finished."""
+    with writing(path), contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Hold the only right to write the output `path`, until the body or the process ends.
+
+    File systems without locks let everyone have it.
+
+    Raises
+    ------
+    RuntimeError
+        If another process has it, or the folder cannot be written.
+    """
+    lock_path = f"{path}{LOCK_SUFFIX}"
+    with writing(path):
+        descriptor = _lock(path, lock_path)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(lock_path)
+        os.close(descriptor)
+
+
+def set_aside(paths):
+    """Give the files of a run other names, which keep them; they end in .old-1, .old-2, ...
+
+    Parameters
+    ----------
+    paths : outputs
+
+    Returns
+    -------
+    list of the new names
+    """
+    suffixes = ("", STATE_SUFFIX, INDEX_SUFFIX, JOURNAL_SUFFIX, JOURNAL_SUFFIX + INDEX_SUFFIX)
+    old = [name for path in paths for s in suffixes if os.path.lexists(name := f"{path}{s}")]
+    number = 1
+    while any(os.path.lexists(f"{name}{KEPT_SUFFIX}{number}") for name in old):
+        number += 1
+    kept = []
+    for name in old:
+        with writing(name):
+            os.rename(name, f"{name}{KEPT_SUFFIX}{number}")
+        kept.append(f"{name}{KEPT_SUFFIX}{number}")
+    return kept
+
+
+def _lock(path, lock_path):
+    """Descriptor of the lock's file, locked."""
+    while True:
+        descriptor = os.open(lock_path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 200).decode(errors="replace").strip()
+            os.close(descriptor)
+            raise RuntimeError(
+                f"output: got {path}, which {holder or 'another process'} is writing, need an "
+                "output of its own for each run; wait for that run or choose another name"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                os.close(descriptor)
+                raise
+
+        # Take the file that has the name now: whoever had the lock before may have removed it.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(lock_path)):
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+                return descriptor
+        os.close(descriptor)
+
+
+def _refusal(path, got):
+    return ValueError(
+        f"state: got {got} in {path}, need a whole {FORMAT} of version {FORMAT_VERSION}; restore "
+        "it, or start over with --restart"
+    )
