@@ -58,7 +58,7 @@ def test_more_of_tp_than_heads_is_refused_where_the_sequence_is_cut():
     tp, cp = SimpleNamespace(size=6, rank=0), SimpleNamespace(size=2, rank=0)
     grid = SimpleNamespace(tp=tp, cp=cp, layout=Layout(tp=6, cp=2), split=lambda *arguments: None)
     with pytest.raises(UsageError, match="got tp=6 and cp=2 for 5 query heads"):
-        Context(ARCH, grid, None)
+        Context(ARCH, grid, None, None)
 
 
 @pytest.mark.single

@@ -43,6 +43,7 @@ class Sequence:
     computed : tokens that are in the cache
     pages : pages that hold them
     all_rows : True if every token's hidden state is wanted, not only the last one's
+    whole : True if with `all_rows` the last token is computed too, though it predicts nothing
     digests : hashes of the full pages of the text, as far as they were needed
     siblings : all samples of the request
     stream : text of the generated tokens, watched for stop strings
@@ -50,6 +51,7 @@ class Sequence:
     logprobs, top_logprobs : of the generated (or scored) tokens
     finish_reason : "stop" or "length" when the sequence has ended, else None
     under_way : steps under way that compute tokens of it
+    number : sequences that were put in the queue before it
     """
 
     request: object
@@ -57,6 +59,7 @@ class Sequence:
     tokens: list
     n_prompt: int
     all_rows: bool = False
+    whole: bool = False
     computed: int = 0
     pages: list = field(default_factory=list)
     digests: list = field(default_factory=list)
@@ -67,11 +70,12 @@ class Sequence:
     top_logprobs: list = field(default_factory=list)
     finish_reason: str | None = None
     under_way: int = 0
+    number: int = 0
 
     @property
     def target(self):
         """Tokens to compute before the next is chosen; a scored text's last predicts nothing."""
-        return len(self.tokens) - 1 if self.all_rows else len(self.tokens)
+        return len(self.tokens) - (self.all_rows and not self.whole)
 
     @property
     def n_new(self):
@@ -111,10 +115,11 @@ class Scheduler:
         self.pages, self.limits = pages, limits
         self.rope = rope if rope is not None and rope.depends_on_length else None
         self.waiting, self.running = deque(), []
-        self.preemptions = self.reused_tokens = self.tokens_under_way = 0
+        self.preemptions = self.reused_tokens = self.tokens_under_way = self._added = 0
 
     def add(self, sequence):
         """Put a sequence at the end of the queue."""
+        sequence.number, self._added = self._added, self._added + 1
         self.waiting.append(sequence)
 
     def next_step(self):
@@ -299,6 +304,8 @@ def build_step(plan, pages, kv_rank=0, cp=1, by_columns=False, rope=None, tp=1):
         token_ids=np.array(token_ids, np.int32),
         tokens=np.stack([owner, positions], axis=1).astype(np.int32),
         lengths=lengths,
+        numbers=np.array([sequence.number for sequence, _ in plan], np.int64),
+        complete=np.array([sequence.computed == sequence.target for sequence, _ in plan], bool),
         n_single=int(np.sum(counts == 1)),
         rows=np.array(rows, np.int64),
         length_classes=_length_classes(plan, owner, positions, rope),

@@ -33,6 +33,7 @@ class Context:
     arch : Architecture
     grid : Grid
     cache : function of a layer's number, its (k, v) pages
+    model : Model that this is a part of; it may want to `show` the log-sum-exps
 
     Attributes
     ----------
@@ -43,8 +44,8 @@ class Context:
     by_columns : True if decoding may divide columns, not tokens, among the ranks of cp
     """
 
-    def __init__(self, arch, grid, cache):
-        self.arch, self.grid, self._cache = arch, grid, cache
+    def __init__(self, arch, grid, cache, model):
+        self.arch, self.grid, self._cache, self._model = arch, grid, cache, model
         C, P = grid.cp.size, grid.tp.size
         of_ranks = partition.heads(arch.H, arch.G, P)
         self.heads = of_ranks[grid.tp.rank]
@@ -83,25 +84,28 @@ class Context:
         outputs this rank projects
         """
         if step.columns:
-            o = self._merge(n, q, step, step.tokens)
+            o, lse = self._merge(n, q, step, step.tokens)
+            self._model.show("lse", n, lse, step, "mine")
             return o[:, slice(*query_heads(self.heads, self.grid.cp.size)[self.grid.cp.rank])]
         mla, xp = self.arch.mla, array.namespace(q)
         width = self.arch.K if mla is None else mla.kv_rank
-        o = xp.empty((*q.shape[:2], width), xp.float32)
+        o, lse = xp.empty((*q.shape[:2], width), xp.float32), xp.empty(q.shape[:2], xp.float32)
         for phase, strategy in (
             (step.decoding, self._decode),
             (step.prefilling, self._prefill),
         ):
             if phase is not None:
-                o[phase.own] = strategy(n, q[phase.own], step, phase)
+                o[phase.own], lse[phase.own] = strategy(n, q[phase.own], step, phase)
+        self._model.show("lse", n, lse, step, "mine")
         return o
 
     def _merged(self, n, q, step, phase):
         """Every query to every rank's keys, and the partial results merged."""
-        o = self._merge(n, self._gathered_queries(q, phase), step, phase.tokens)
+        o, lse = self._merge(n, self._gathered_queries(q, phase), step, phase.tokens)
 
         # Keep the own tokens, and the own heads among those that share a key/value head.
-        return o[phase.chosen, slice(*self._shares[self.kv.rank // self.grid.cp.size])]
+        heads = slice(*self._shares[self.kv.rank // self.grid.cp.size])
+        return o[phase.chosen, heads], lse[phase.chosen, heads]
 
     def _merge(self, n, q, step, tokens):
         """Attention of queries that every rank has: partial results over own keys, merged."""
@@ -109,7 +113,7 @@ class Context:
             q, tokens, *self._cache(n), step.books, **self._local(n, shared=True)
         )
         merged = tree_by_size if self.grid.layout.decode == "tree" else gather
-        return merged(self.kv, o, lse)[0]
+        return merged(self.kv, o, lse)
 
     def _ring(self, n, q, step, phase):
         """Keys and values, or queries, pass around, whichever are fewer bytes."""
@@ -121,7 +125,7 @@ class Context:
                     q, q_tokens, *self._cache(n), step.books, **self._local(n)
                 )
 
-            return ring_queries(self.kv, q, q_tokens, phase.counts, attend_local)[0]
+            return ring_queries(self.kv, q, q_tokens, phase.counts, attend_local)
         k, v, k_tokens = self._own_keys(n, step, phase)
 
         def attend(q, k, v, q_tokens, k_tokens, between):
@@ -129,7 +133,7 @@ class Context:
                 q, k, v, q_tokens, k_tokens, between=between, **self._local(n)
             )
 
-        return ring(self.kv, q, k, v, q_tokens, k_tokens, counts, attend)[0]
+        return ring(self.kv, q, k, v, q_tokens, k_tokens, counts, attend)
 
     def _cheaper_to_move_queries(self, n, phase, key_counts):
         k_pages, v_pages = self._cache(n)
@@ -145,7 +149,7 @@ class Context:
         k, v, k_tokens = gathered_keys(self.kv, *self._own_keys(n, step, phase), counts)
         k, v, k_tokens = _in_order(k, v, k_tokens)
         q_tokens = phase.tokens[phase.chosen]
-        return ops.ragged_attention(q, k, v, q_tokens, k_tokens, **self._local(n))[0]
+        return ops.ragged_attention(q, k, v, q_tokens, k_tokens, **self._local(n))
 
     def _ulysses(self, n, q, step, phase):
         """Cut by tokens outside, by heads inside."""
@@ -158,12 +162,17 @@ class Context:
             k, v, in_order = _in_order(k, v, k_tokens)
             local = {**self._local(n), "groups": groups}
             order = array.namespace(q).asarray(phase.order)
-            o = ops.ragged_attention(q[order], k, v, phase.tokens, in_order, **local)[0]
+            o, lse = ops.ragged_attention(q[order], k, v, phase.tokens, in_order, **local)
+            if lse_wanted:
+                o = array.namespace(o).concatenate([o, lse[..., None]], axis=-1)
             in_parts = array.namespace(o).empty_like(o)
             in_parts[order] = o
             return in_parts
 
-        return ulysses(self.kv, q, k, v, phase.counts, counts, share, attend)
+        # The log-sum-exps travel with the outputs, only if someone wants them.
+        lse_wanted = self._model.wants("lse")
+        o = ulysses(self.kv, q, k, v, phase.counts, counts, share, attend)
+        return (o[..., :-1], o[..., -1]) if lse_wanted else (o, np.nan)
 
     def _local(self, n, shared=False):
         """What the mathematics of one rank must know of layer n."""

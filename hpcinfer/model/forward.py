@@ -38,14 +38,16 @@ class Model:
     layers : range, the layers of this rank's stage of the pipeline
     pipeline : Pipeline, this rank's place in it
     expert_load : ExpertLoad, or None; counts the experts that tokens choose
+    tap : object or None; its `wants(point)` says whether a point is wanted in any layer, its
+        `take(point, n, x, step, rows)` gets what `show` is called with
     """
 
     def __init__(self, arch, checkpoint, grid, device, dtype):
         self.arch, self.grid, self.device, self.dtype = arch, grid, device, dtype
-        self.cache = self.expert_load = None
+        self.cache = self.expert_load = self.tap = None
         self.pipeline = Pipeline(grid.pp)
         self.layers = layers_of_stage(arch, grid.layout, dtype)[grid.pp.rank]
-        self.context = Context(arch, grid, lambda n: (self.cache.k[n], self.cache.v[n]))
+        self.context = Context(arch, grid, lambda n: (self.cache.k[n], self.cache.v[n]), self)
         self.heads = self.context.heads
         cp = grid.cp.size
         ranges = tables.owned(arch, grid.tp.size, grid.tp.rank, cp, grid.cp.rank)
@@ -143,6 +145,23 @@ class Model:
         if self.expert_load is not None:
             self.expert_load.add(n, ids)
 
+    def wants(self, point):
+        """True if someone wants to see what is computed at a point."""
+        return self.tap is not None and self.tap.wants(point)
+
+    def show(self, point, n, x, step, rows):
+        """Show what was computed at a point of layer n to whoever wants to see it.
+
+        Parameters
+        ----------
+        point : "residual", "attention", "ffn", "q", "k", "v", "lse", "router" or "final"
+        x : (tokens, ...) array, or the pair (logits, ids) of a router
+        step : Step
+        rows : which tokens this rank has, as `step.holders` knows them
+        """
+        if self.tap is not None:
+            self.tap.take(point, n, x, step, rows)
+
     def progress(self):
         """Let MPI move on what is in flight beside the computation."""
         self.pipeline.test()
@@ -174,15 +193,18 @@ class Model:
 
         def attend(n, b, x):
             w = cuts[b].layer(n)
+            self.show("residual", n, x, steps[b], "home")
             y = attention_half(self, n, x, steps[b], cuts[b], w, rotations[b])
             tokens = norm(
                 self.arch, x if self.arch.parallel_residual else x + y, w.norm2, w.norm2_bias
             )
             own = cuts[b].own(tokens)
-            return x + y, own, *choices_to_send(self, n, w, own)
+            return x + y, own, *choices_to_send(self, n, w, own, steps[b])
 
         def add(n, b, x, y):
-            return x + cuts[b].everywhere(y, len(x))
+            y = cuts[b].everywhere(y, len(x))
+            self.show("ffn", n, y, steps[b], "home")
+            return x + y
 
         xs = [self._begin(step) for step in steps]
         xs = disagg.attention_side(
@@ -223,7 +245,9 @@ class Model:
 
         # Have the head ready: who fetches it together may not all need it in this step.
         w.output()
-        return norm(self.arch, self._wanted(x, step), w.final_norm, w.final_norm_bias)
+        hidden = norm(self.arch, self._wanted(x, step), w.final_norm, w.final_norm_bias)
+        self.show("final", self.arch.N, hidden, step, "wanted")
+        return hidden
 
     def _wanted(self, x, step):
         """Hidden states of the wanted tokens on every rank: (T/P, D) -> (R, D)."""

@@ -24,10 +24,14 @@ def layer(model, n, x, step, cut, rotation):
     (T/P, D) float32, of the same tokens
     """
     arch, w = model.arch, cut.layer(n)
+    model.show("residual", n, x, step, "home")
+    if arch.parallel_residual and (model.wants("attention") or model.wants("ffn")):
+        return _halves_apart(model, n, x, step, cut, w, rotation)
 
     # Both halves read the same input: their partial sums are completed together.
     if arch.parallel_residual:
-        attention, ffn = _attention(model, n, cut, w, step, rotation), _ffn(model, n, cut, w)
+        attention = _attention(model, n, cut, w, step, rotation)
+        ffn = _ffn(model, n, cut, w, step)
 
         def both(x_all):
             y_sum = attention(norm(arch, x_all, w.norm1, w.norm1_bias))
@@ -39,7 +43,7 @@ def layer(model, n, x, step, cut, rotation):
     # Attention half, then FFN half.
     x = x + attention_half(model, n, x, step, cut, w, rotation)
     model.progress()
-    x = x + _ffn_half(model, n, x, cut, w)
+    x = x + _ffn_half(model, n, x, step, cut, w)
     model.progress()
     return x
 
@@ -48,22 +52,36 @@ def attention_half(model, n, x, step, cut, w, rotation):
     """What attention adds to x: (T/P, D) -> (T/P, D)."""
     normed = norm(model.arch, x, w.norm1, w.norm1_bias)
     attention = _attention(model, n, cut, w, step, rotation)
-    return cut.complete(normed, attention, w.o_bias, "attention")
+    y = cut.complete(normed, attention, w.o_bias, "attention")
+    model.show("attention", n, y, step, "home")
+    return y
 
 
-def _ffn_half(model, n, x, cut, w):
+def _ffn_half(model, n, x, step, cut, w):
     """What the FFN adds to x: (T/P, D) -> (T/P, D)."""
-    normed = norm(model.arch, x, w.norm2, w.norm2_bias)
+    y = _ffn_sum(model, n, norm(model.arch, x, w.norm2, w.norm2_bias), step, cut, w)
+    model.show("ffn", n, y, step, "home")
+    return y
+
+
+def _halves_apart(model, n, x, step, cut, w, rotation):
+    """A layer whose halves read the same input, where someone wants to see each of them."""
+    y = attention_half(model, n, x, step, cut, w, rotation)
+    return x + y + _ffn_half(model, n, x, step, cut, w)
+
+
+def _ffn_sum(model, n, normed, step, cut, w):
+    """The complete sum of the FFN half: (T/P, D) -> (T/P, D)."""
     if model.grid.experts is None or not model.arch.sparse[n]:
-        return cut.complete(normed, _ffn(model, n, cut, w), w.down_bias, "ffn")
+        return cut.complete(normed, _ffn(model, n, cut, w, step), w.down_bias, "ffn")
     if w.shared_up is None:
-        y = spread_experts(model, n, cut, w, cut.own(normed))
-        return cut.everywhere(y, len(x))
+        y = spread_experts(model, n, cut, w, cut.own(normed), step)
+        return cut.everywhere(y, len(normed))
 
     # The shared experts' partial sums, with what the routed ones found for the own tokens.
     def both(x_all):
         y_sum, own = shared_sum(cut, w, x_all), cut.rows(len(x_all))
-        y_sum[own] += spread_experts(model, n, cut, w, x_all[own])
+        y_sum[own] += spread_experts(model, n, cut, w, x_all[own], step)
         return y_sum
 
     return cut.complete(normed, both, None, "ffn")
@@ -93,6 +111,8 @@ def _attention(model, n, cut, w, step, rotation):
             q, k, v = (x.clip(-arch.clip_qkv, arch.clip_qkv) for x in (q, k, v))
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
+        for point, heads_of_point in (("q", q), ("k", k), ("v", v)):
+            model.show(point, n, heads_of_point, step, "mine")
         stored = array.namespace(k).asarray(step.stored)
         model.cache.write(n, step.slots, k[stored], v[stored])
         o = model.context.attend(n, q, step)
@@ -125,13 +145,13 @@ def _squares(x):
     return (x * x).sum(axis=(1, 2))
 
 
-def _ffn(model, n, cut, w):
+def _ffn(model, n, cut, w, step):
     """This rank's share of the FFN half of layer n: function (T, D) -> (T, D){sum}."""
     if not model.arch.sparse[n]:
         return lambda x: tensor.partial_sum(x, w.up, cut.middle, w.down, w.up_bias)
 
     def mixture(x):
-        ids, weights = routed_choices(model.arch, w, x)
+        ids, weights = routed_choices(model, n, w, x, step, "mine")
         model.count_choices(n, ids[cut.rows(len(x))])
         return moe_sum(cut, w, x, ids, weights)
 

@@ -36,7 +36,9 @@ def latent_attention(model, n, w, step, rotation):
         # Cache the latent and the key that all heads share.
         latent = rms_norm(kv_latent[:, : mla.kv_rank], w.kv_norm, mla.eps)
         k_rotated = _rotated(mla, kv_latent[:, None, mla.kv_rank :], rotation)
-        k = xp.concatenate([latent[:, None], k_rotated], axis=-1)[xp.asarray(step.stored)]
+        k = xp.concatenate([latent[:, None], k_rotated], axis=-1)
+        model.show("k", n, k, step, "mine")
+        k = k[xp.asarray(step.stored)]
         model.cache.write(n, step.slots, k, k[..., :0])
 
         # Bring the queries to where the latents are.
@@ -45,7 +47,9 @@ def latent_attention(model, n, w, step, rotation):
         of_heads = w.kv.reshape(heads, mla.plain + mla.value, mla.kv_rank)
         q_plain = _by_head(q[..., : mla.plain], of_heads[:, : mla.plain].swapaxes(1, 2))
         q_rotated = _rotated(mla, q[..., mla.plain :], rotation)
-        o_latent = model.context.attend(n, xp.concatenate([q_plain, q_rotated], axis=-1), step)
+        q = xp.concatenate([q_plain, q_rotated], axis=-1)
+        model.show("q", n, q, step, "mine")
+        o_latent = model.context.attend(n, q, step)
 
         # Expand the outputs, one value a head and token.
         o = _by_head(o_latent, of_heads[:, mla.plain :])

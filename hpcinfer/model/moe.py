@@ -19,20 +19,24 @@ from hpcinfer.ops.route import route
 from hpcinfer.parallel import expert
 
 
-def routed_choices(arch, w, x):
+def routed_choices(model, n, w, x, step, rows):
     """Experts that the tokens take.
 
     Parameters
     ----------
     w : Layer
     x : (T, D) float32
+    rows : which tokens of the step these are, as `step.holders` says
 
     Returns
     -------
     ids : (T, k) int32
     weights : (T, k) float32
     """
-    return route(arch.router, linear(x, w.router), w.router_bias)
+    logits = linear(x, w.router)
+    ids, weights = route(model.arch.router, logits, w.router_bias)
+    model.show("router", n, (logits, ids), step, rows)
+    return ids, weights
 
 
 def moe_sum(cut, w, x, ids, weights):
@@ -63,7 +67,7 @@ def shared_sum(cut, w, x):
     return y * sigmoid(linear(x, w.shared_gate))
 
 
-def spread_experts(model, n, cut, w, x):
+def spread_experts(model, n, cut, w, x, step):
     """Routed experts that are spread over ranks, to which tokens travel.
 
     Parameters
@@ -76,7 +80,7 @@ def spread_experts(model, n, cut, w, x):
     (T/P, D) float32
     """
     arch = model.arch
-    ids, weights = routed_choices(arch, w, x)
+    ids, weights = routed_choices(model, n, w, x, step, "own")
     model.count_choices(n, ids)
 
     def compute(x, ids, weights):
@@ -87,7 +91,7 @@ def spread_experts(model, n, cut, w, x):
     return expert.experts(model.grid.experts, x, ids, weights, shares, compute, model.dtype)
 
 
-def choices_to_send(model, n, w, x):
+def choices_to_send(model, n, w, x, step):
     """What the FFN side must know of each token to compute it.
 
     A dense FFN is one expert that all tokens choose. The shared experts are one more choice of all
@@ -106,7 +110,7 @@ def choices_to_send(model, n, w, x):
     arch, xp = model.arch, array.namespace(x)
     if not arch.sparse[n]:
         return xp.zeros((len(x), 1), np.int32), xp.ones((len(x), 1), np.float32), False
-    ids, weights = routed_choices(arch, w, x)
+    ids, weights = routed_choices(model, n, w, x, step, "own")
     model.count_choices(n, ids)
     if not arch.shared_F:
         return ids, weights, False

@@ -88,6 +88,8 @@ class Step:
     token_ids : (T,) int32
     tokens : (T, 2) int32, sequence and position of every token, sequences ascending
     lengths : (B,) int64, tokens of each sequence in the cache when this step's are in it
+    numbers : (B,) int64, ascending in the order in which the sequences came
+    complete : (B,) bool, sequences that have all their tokens then in the cache
     n_single : sequences with one token in this step; they stand first
     rows : (R,) int64, tokens whose hidden state is wanted
     length_classes : (T,) int64 or None, for ropes that depend on the length of the text
@@ -104,6 +106,8 @@ class Step:
     token_ids: np.ndarray
     tokens: np.ndarray
     lengths: np.ndarray
+    numbers: np.ndarray
+    complete: np.ndarray
     n_single: int
     rows: np.ndarray
     length_classes: np.ndarray | None
@@ -162,3 +166,44 @@ def in_parts(part):
     order = np.empty(len(part), np.int64)
     order[np.argsort(part, kind="stable")] = np.arange(len(part))
     return order
+
+
+def holders(step, rows, grid):
+    """Which ranks have which tokens at a point of the forward pass.
+
+    Parameters
+    ----------
+    rows : "mine", tokens inside the products of a layer; "home", between its halves; "own", those
+        for which a rank answers alone; "wanted", after the last layer
+    grid : Grid
+
+    Returns
+    -------
+    comm : ranks that have them together, or None if every rank has all tokens of the step
+    held : (n,) int64, own: tokens that this rank has, ascending
+    owner : (T,) int64, rank of `comm` that brings each token
+    """
+    tp, cp = grid.tp, grid.cp
+    if rows == "wanted" or (step.columns and rows != "own"):
+        return None, None, None
+    if rows == "mine" or (rows == "home" and grid.layout.sp == "off"):
+        return cp, step.mine, step.part
+    if rows == "home":
+        at_home = step.home[step.mine]
+        held = step.mine[(at_home == tp.rank) | (at_home < 0)]
+        return grid.tp_cp, held, np.maximum(step.home, 0) * cp.size + step.part
+
+    # Tokens that several ranks keep are dealt to them in blocks.
+    if step.columns:
+        owner = _dealt(step.n_tokens, cp.size * tp.size)
+    else:
+        owner = step.home * cp.size + step.part
+        for part in range(cp.size):
+            tokens = np.flatnonzero((step.part == part) & (step.home < 0))
+            owner[tokens] = _dealt(len(tokens), tp.size) * cp.size + part
+    return grid.tp_cp, np.flatnonzero(owner == grid.tp_cp.rank), owner
+
+
+def _dealt(n, P):
+    """Rank of each of n tokens in blocks over P ranks: (n,) int64."""
+    return np.repeat(np.arange(P), partition.counts(partition.block(n, P)))
