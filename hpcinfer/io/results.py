@@ -93,6 +93,14 @@ SCORE = (
     Column("sum_logprob", np.float64, "request", "sum of the request's log-probabilities"),
     Column("perplexity", np.float64, "request", "exp(-mean log-probability)"),
 )
+EXTRACT = (
+    *REQUEST,
+    Column("token_offsets", np.int64, "request", "where each request begins in token_ids"),
+    Column("token_ids", np.int32, "token", "tokens of all requests, end to end"),
+    Column("first_row", np.int64, "request", "first of the request's rows in every other dataset"),
+    Column("n_rows", np.int64, "request", "number of the request's rows; 0 if it failed"),
+)
+TABLES = {"generate": GENERATE, "score": SCORE, "extract": EXTRACT}
 
 
 def open_results(path, kind, attributes, format_line, resume=False, least=0):
@@ -185,8 +193,8 @@ class Hdf5Writer:
     """
 
     def __init__(self, path, kind, attributes, resume=False, least=0):
-        if kind not in ("generate", "score"):
-            raise ValueError(f"output: got results of kind {kind!r}, need generate or score")
+        if kind not in TABLES:
+            raise ValueError(f"output: got results of kind {kind!r}, need one of {list(TABLES)}")
         self.path, self.kind, self.attributes = os.fspath(path), kind, dict(attributes)
         with writing(self.path):
             refuse_directory(self.path)
@@ -200,7 +208,7 @@ class Hdf5Writer:
             self._journal = JsonlWriter(self.path + JOURNAL_SUFFIX, resume, least)
             self._done = self._journal.done
             for line in self._journal.lines(ordered=False):
-                self._n_top = max(self._n_top, _top_width(json.loads(line)))
+                self._note(json.loads(line))
             self._refresh()
             self._refreshed_s = None
 
@@ -213,7 +221,7 @@ class Hdf5Writer:
         self._check(record)
         if self._journal is None:
             return
-        self._n_top = max(self._n_top, _top_width(record))
+        self._note(record)
         self._journal.write(record["index"], encode(record, strict=False))
 
         # Refresh when the last one cost little compared with the time since
@@ -268,6 +276,10 @@ class Hdf5Writer:
                         f"{record.get('index')}, need as many"
                     )
 
+    def _note(self, record):
+        """Remember what all records together decide."""
+        self._n_top = max(self._n_top, _top_width(record))
+
     def _refresh(self):
         began_s = time.perf_counter()
         self._write_file(self._journal, complete=False)
@@ -277,18 +289,26 @@ class Hdf5Writer:
     def _write_file(self, journal, complete):
         """Write the .h5 anew from the journal."""
         with replacing_h5(self.path, sync=complete) as (file, disk):
-            file.attrs["format"], file.attrs["format_version"] = FORMAT, FORMAT_VERSION
-            file.attrs["hpcinfer_version"] = __version__
-            file.attrs["kind"], file.attrs["complete"] = self.kind, complete
-            for name, value in self.attributes.items():
-                file.attrs[name] = value if np.isscalar(value) else json.dumps(value)
+            self._fill(file, disk, journal, complete)
 
-            # Batches keep the memory bounded and the number of writes small
-            tables = _Tables(file, self.kind, self._n_top)
-            records = (json.loads(line) for line in journal.lines(ordered=complete))
-            while batch := list(itertools.islice(records, BATCH_RECORDS)):
-                tables.append(batch)
-                disk.check()
+    def _fill(self, file, disk, journal, complete):
+        """Write attributes and datasets."""
+        file.attrs["format"], file.attrs["format_version"] = FORMAT, FORMAT_VERSION
+        file.attrs["hpcinfer_version"] = __version__
+        file.attrs["kind"], file.attrs["complete"] = self.kind, complete
+        for name, value in self.attributes.items():
+            file.attrs[name] = value if np.isscalar(value) else json.dumps(value)
+
+        # Batches keep the memory bounded and the number of writes small
+        tables = _Tables(file, self.kind, self._n_top)
+        records = self._records(journal, complete)
+        while batch := list(itertools.islice(records, BATCH_RECORDS)):
+            tables.append(batch)
+            disk.check()
+
+    def _records(self, journal, complete):
+        """The records of the journal, in input order at the end."""
+        return (json.loads(line) for line in journal.lines(ordered=complete))
 
 
 class _Tables:
@@ -297,7 +317,7 @@ class _Tables:
     def __init__(self, file, kind, n_top):
         self._kind, self._n_top = kind, n_top
         self._data = {}
-        for column in GENERATE if kind == "generate" else SCORE:
+        for column in TABLES[kind]:
             self._create(file, column, ())
         if n_top:
             for column in TOP:
@@ -313,7 +333,8 @@ class _Tables:
             "custom_id": [_text(r["custom_id"]) for r in records],
             "error": [_text(r.get("error") or "") for r in records],
         }
-        columns |= self._generated(records) if self._kind == "generate" else self._scored(records)
+        own = {"generate": self._generated, "score": self._scored, "extract": self._extracted}
+        columns |= own[self._kind](records)
         for name, values in columns.items():
             self._extend(name, values)
 
@@ -347,6 +368,16 @@ class _Tables:
             "logprobs": _join(r.get("logprobs") or [] for r in records),
             "sum_logprob": [r.get("sum_logprob") for r in records],
             "perplexity": [r.get("perplexity") for r in records],
+        }
+
+    def _extracted(self, records):
+        """Columns of requests with activations, and of their tokens."""
+        tokens = [r.get("token_ids") or [] for r in records]
+        return {
+            "token_offsets": [len(t) for t in tokens],
+            "token_ids": _join(tokens),
+            "first_row": [r.get("first_row") or 0 for r in records],
+            "n_rows": [r.get("n_rows") or 0 for r in records],
         }
 
     def _create(self, file, column, width):
