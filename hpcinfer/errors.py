@@ -11,6 +11,10 @@ class UsageError(ValueError):
     """The command line cannot be run as it stands (exit code 2)."""
 
 
+class Stopped(RuntimeError):
+    """The run was stopped before its end, and goes on when it is started again (exit code 75)."""
+
+
 def agreed(error):
     """`error`, marked as raised on every rank, so that all can end in order; returns it."""
     error.agreed = True
@@ -24,6 +28,8 @@ def is_agreed(error):
 
 def exit_code(error):
     """Exit code of a command that ends with `error`."""
+    if isinstance(error, Stopped):
+        return REQUEUE
     return USAGE if isinstance(error, UsageError) else FAILED
 
 

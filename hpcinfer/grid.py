@@ -11,6 +11,9 @@ of a replica where ep divides their number, else over all ranks of a pipeline st
 """
 
 import os
+import sys
+import threading
+import time
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cache
@@ -27,6 +30,10 @@ _STRATEGIES = {
 }
 _WORDS = (*AXES, "ep", "afd", *_STRATEGIES)
 
+# Seconds that a launcher is given to pass on what was printed before a job is aborted, which drops
+# what it still holds; and that MPI is given to abort it.
+_FORWARD_S, _ABORT_S = 0.3, 1.0
+
 # Launchers tell a process its rank and number before MPI starts; the first that is set holds.
 _RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 _SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
@@ -40,6 +47,24 @@ def launcher_rank():
 def launcher_size():
     """Number of ranks as the launcher says, without starting MPI; None if it does not."""
     return _first_number(_SIZE_VARIABLES, None)
+
+
+def job_end_s():
+    """When the batch system ends this job, in seconds since 1970; None if it does not say."""
+    return _first_number(("SLURM_JOB_END_TIME",), None)
+
+
+def abort(code):
+    """End every rank of the job at once with exit code `code`; any thread may call this."""
+    # What was printed needs a moment to get through the launcher; MPI may return, or never do so.
+    time.sleep(_FORWARD_S)
+    MPI = sys.modules.get("mpi4py.MPI")
+    if MPI is not None and MPI.Is_initialized() and not MPI.Is_finalized():
+        last = threading.Timer(_ABORT_S, os._exit, (code,))
+        last.daemon = True
+        last.start()
+        MPI.COMM_WORLD.Abort(code)
+    os._exit(code)
 
 
 def world():
@@ -303,6 +328,12 @@ class Grid:
     def is_root(self):
         """True on the one rank that reads input, prints and writes results."""
         return self.comm.rank == 0
+
+    @property
+    def leaders(self):
+        """Ranks of `comm` that are the leaders of their replicas."""
+        layout = self.layout
+        return [d * layout.cp * layout.tp for d in range(layout.dp)]
 
     @property
     def is_leader(self):

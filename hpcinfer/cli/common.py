@@ -1,7 +1,11 @@
 """Options that the commands on a loaded model share."""
 
 import shlex
+import time
 from argparse import ArgumentTypeError
+
+# Seconds before the end of the job at which a run stops.
+_JOB_END_S = 30.0
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
@@ -69,6 +73,26 @@ def add_model_options(parser):
     )
     group.add_argument("--show", action="store_true", help="print each result as it finishes")
     group.add_argument(
+        "--checkpoint-every",
+        type=duration,
+        default=60.0,
+        metavar="TIME",
+        help="how often OUTPUT.state is written, with which the same command goes on after it was "
+        "stopped or killed: seconds or HH:MM:SS (default 60)",
+    )
+    group.add_argument(
+        "--time-limit",
+        type=duration,
+        metavar="TIME",
+        help="stop in order after this time, with exit code 75; the end of a SLURM job is a limit "
+        "too",
+    )
+    group.add_argument(
+        "--restart",
+        action="store_true",
+        help="begin anew; what an earlier run has left is kept as FILE.old-1, ...",
+    )
+    group.add_argument(
         "--trace",
         metavar="FOLDER",
         help="write every MPI call of every rank as a timeline (Chrome, Perfetto)",
@@ -77,14 +101,33 @@ def add_model_options(parser):
 
 def run_batch(kind, arguments, sampling):
     """Load the model, run the input through it, and print the report on the first rank."""
+    from hpcinfer.engine.stop import Stop
+
+    with Stop(_end_s(arguments.time_limit)) as stop:
+        _run_batch(kind, arguments, sampling, stop)
+
+
+def _run_batch(kind, arguments, sampling, stop):
+    from hpcinfer.engine import batch
+    from hpcinfer.engine.state import RunState
+    from hpcinfer.grid import world
+
+    comm, outputs = world(), arguments.output
+    n_lines = batch.check_files(comm, arguments.input, outputs)
+    with RunState(comm, outputs, arguments.checkpoint_every, arguments.restart) as state:
+        _run_on(comm, kind, arguments, sampling, n_lines, state, stop)
+
+
+def _run_on(comm, kind, arguments, sampling, n_lines, state, stop):
     from hpcinfer import collectives
     from hpcinfer.engine import batch
     from hpcinfer.engine.api import load
-    from hpcinfer.grid import world
+    from hpcinfer.engine.state import identity_of_input
     from hpcinfer.io.trace import write_trace
 
-    comm = world()
-    n_lines = batch.check_files(comm, arguments.input, arguments.output)
+    state.refuse_changed(
+        lambda: identity_of_input(kind, arguments.input, arguments.output, arguments.seed)
+    )
     collectives.ledger.tracing = arguments.trace is not None
     engine = load(
         arguments.model,
@@ -107,8 +150,8 @@ def run_batch(kind, arguments, sampling):
         "dtype": str(engine.model.dtype),
         "seed": arguments.seed,
     }
-    finished, refused = batch.run(
-        engine, kind, arguments.input, arguments.output, n_lines, sampling, facts, arguments.show
+    finished, refused, before = batch.run(
+        engine, kind, arguments.input, n_lines, sampling, facts, state, stop, arguments.show
     )
     report = engine.record.report(engine)
     if arguments.trace:
@@ -116,9 +159,38 @@ def run_batch(kind, arguments, sampling):
     if report is not None:
         print(*report, sep="\n")
         print(
-            f"done      {finished} requests finished, {refused} refused -> "
+            f"done      {finished} requests finished, {refused} refused"
+            + (f", {before} before" if before else "")
+            + " -> "
             + ", ".join(arguments.output)
         )
+
+
+def _end_s(time_limit_s):
+    """When to stop, in seconds since 1970: after the time limit, or before the job's end."""
+    from hpcinfer.grid import job_end_s
+
+    ends_s = []
+    if time_limit_s is not None:
+        ends_s.append(time.time() + time_limit_s)
+    if job_end_s() is not None:
+        ends_s.append(job_end_s() - _JOB_END_S)
+    return min(ends_s, default=None)
+
+
+def duration(text):
+    """Seconds written as 90, 1.5 or HH:MM:SS."""
+    parts = text.split(":")
+    try:
+        numbers = [*map(int, parts[:-1]), float(parts[-1])]
+    except ValueError:
+        numbers = []
+    value = 0.0
+    for number in numbers:
+        value = 60 * value + number
+    if not 0 < value < 1e9 or len(numbers) > 3 or min(numbers) < 0:
+        raise ArgumentTypeError(f"got {text!r}, need seconds, or HH:MM:SS, more than none")
+    return value
 
 
 def positive(text):

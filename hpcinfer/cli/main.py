@@ -1,7 +1,6 @@
 """Entry point of the command: parse, run, and end every rank with the right exit code."""
 
 import argparse
-import os
 import sys
 import time
 import traceback
@@ -9,13 +8,12 @@ import traceback
 from hpcinfer import __version__
 from hpcinfer.cli import bench, convert, generate, inspect, score, verify
 from hpcinfer.errors import DONE, UsageError, exit_code, is_agreed, one_line
-from hpcinfer.grid import launcher_rank
+from hpcinfer.grid import abort, launcher_rank
 
 COMMANDS = (generate, score, convert, inspect, verify, bench)
 
-# Seconds that other ranks leave the first one to report an error that all may have, and that a
-# launcher is given to pass a report on before the job is aborted, which drops what it still holds.
-_GRACE_S, _FORWARD_S = 1.0, 0.3
+# Seconds that other ranks leave the first one to report an error that all may have.
+_GRACE_S = 1.0
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,7 +43,7 @@ def parser():
 
 
 def main(argv=None):
-    """Run one command and exit: 0 done, 1 failed, 2 usage."""
+    """Run one command and exit: 0 done, 1 failed, 2 usage, 75 stopped and to be started again."""
     argv = sys.argv[1:] if argv is None else argv
     arguments = None
     try:
@@ -74,10 +72,8 @@ def _end(error, debug):
     if alone:
         sys.exit(exit_code(error))
 
-    # Abort may return before it takes effect; leave without the exit handlers, which would wait.
-    time.sleep(_FORWARD_S)
-    sys.modules["mpi4py.MPI"].COMM_WORLD.Abort(exit_code(error))
-    os._exit(exit_code(error))
+    # Leave without the exit handlers, which would wait.
+    abort(exit_code(error))
 
 
 def _in_parallel():

@@ -221,12 +221,21 @@ class Engine:
         plain : True if the input is one prompt a line
         score : True if the texts are scored as they stand
         """
+        limits = PromptLimits(self.model.arch.V, self.context)
+        return RequestReader(self.text, self.defaults(sampling), limits, plain, score)
+
+    def defaults(self, sampling):
+        """Sampling of requests that do not say: `sampling`, else what the model recommends.
+
+        Raises
+        ------
+        ValueError
+            On every rank, for values out of range.
+        """
         try:
-            defaults = defaults_from(self.generation_config, sampling)
+            return defaults_from(self.generation_config, sampling)
         except ValueError as error:
             raise agreed(error) from None
-        limits = PromptLimits(self.model.arch.V, self.context)
-        return RequestReader(self.text, defaults, limits, plain, score)
 
     def expert_load(self):
         """How many tokens chose each expert so far: (N, E) int64 on every rank, which all call this.

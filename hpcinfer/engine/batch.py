@@ -15,6 +15,8 @@ from hpcinfer.engine.loop import run as run_loop
 from hpcinfer.engine.outbox import Outbox
 from hpcinfer.engine.request import BadRequest
 from hpcinfer.engine.score import Score
+from hpcinfer.engine.state import identity_of_model, under_way, unfinished
+from hpcinfer.engine.stop import stopped
 from hpcinfer.errors import agreed
 from hpcinfer.grid import agree, agree_all
 from hpcinfer.io.lines import read_lines
@@ -37,7 +39,7 @@ def check_files(comm, source, outputs):
     return agree(comm, _check_files, source, outputs)
 
 
-def run(engine, kind, source, outputs, n_lines, sampling, facts, show=False):
+def run(engine, kind, source, n_lines, sampling, facts, state, stop, show=False):
     """Answer or score every request of a file; every rank calls this.
 
     Parameters
@@ -45,63 +47,110 @@ def run(engine, kind, source, outputs, n_lines, sampling, facts, show=False):
     engine : Engine
     kind : "generate" or "score"
     source : path of the input, .jsonl or .txt
-    outputs : paths of the results, .jsonl or .h5
-    n_lines : lines of the input, for the progress
+    n_lines : lines of the input
     sampling : dict, defaults of the command line for requests that do not say
     facts : dict, kept in .h5 results: command, model and the like
+    state : RunState, entered; its outputs are written
+    stop : Stop, entered
     show : True to print every prompt with its text as it finishes
 
     Returns
     -------
-    (finished, refused) : numbers of requests, on every rank
+    (finished, refused, before) : requests that this run finished and refused, and those that
+        earlier ones did, on every rank
 
     Raises
     ------
     ValueError
-        On every rank, if not one request could be run.
+        On every rank, if not one request could be run, or the state is another run's.
+    Stopped
+        On every rank, if the run was stopped before all requests were finished.
     """
     work, record_of = _KINDS[kind]
     grid, comm, counts = engine.grid, engine.grid.comm, np.zeros(2, np.int64)
     lines = None
+    defaults = engine.defaults(sampling)
     if grid.is_leader:
         reader = engine.reader(sampling, source.lower().endswith(".txt"), kind == "score")
         lines = reader.read(read_lines(source))
     agree_all(comm, lambda: grid.is_leader and next(read_lines(source)))
+    state.refuse_changed(
+        lambda: identity_of_model(engine, defaults if kind == "generate" else None)
+    )
     with ExitStack() as stack:
-        out = _Output(engine, kind, source, n_lines, show) if grid.is_root else None
-        agree(comm, lambda: out.open(stack, outputs, facts))
-        outbox = Outbox(grid, lambda record: out.write(record))
+        out = _Output(engine, kind, source, n_lines, show, state) if grid.is_root else None
+        before = agree(comm, lambda: out.open(stack, facts))
+        outbox = Outbox(grid, lambda *message: out.take(*message))
+        if grid.is_root:
+            stop.last_resort = lambda: state.rescue(0, under_way(engine.scheduler))
+
+        # Every replica leaves out what is finished.
+        if grid.is_leader:
+            lines = unfinished(lines, *grid.dp.bcast(out.left if grid.is_root else None))
 
         def deliver(outcome):
             engine.record.answered += 1
             if grid.is_leader:
                 counts[int(isinstance(outcome, BadRequest))] += 1
-                outbox.put(record_of(outcome))
+                outbox.put("record", record_of(outcome))
 
-        with Feed(grid, lines, n_lines) as feed:
-            run_loop(engine, feed, deliver, work(engine), outbox.poll)
+        def tell(last=False):
+            if grid.is_leader:
+                outbox.put("under way", grid.dp.rank, under_way(engine.scheduler), last)
+
+        def between():
+            outbox.poll()
+            if state.due():
+                tell()
+
+        with Feed(grid, lines, n_lines - before) as feed:
+            run_loop(engine, feed, deliver, work(engine), between, stop)
+            tell(last=True)
             outbox.close()
-    finished, refused = comm.allreduce(counts).tolist()
-    if not finished:
+        stop.settle(grid)
+        finished, refused = comm.allreduce(counts).tolist()
+        if before + finished + refused < n_lines:
+            agree(comm, state.save)
+            raise agreed(
+                stopped(
+                    comm.bcast(stop.reason),
+                    before + finished + refused,
+                    n_lines,
+                    comm.bcast(state.n_under_way),
+                )
+            )
+    agree(comm, state.finish)
+    if not finished + before:
         raise agreed(
             ValueError(
                 f"input: got {refused} requests in {source} and none that can be run, need at "
                 "least one; see the error records in the output"
             )
         )
-    return finished, refused
+    return finished, refused, before
 
 
 class _Output:
-    """The root's side of a run: the files of results, the progress, and what is shown."""
+    """The root's side of a run: the files of results, the progress, and what is shown.
 
-    def __init__(self, engine, kind, source, n_lines, show):
+    Attributes
+    ----------
+    left : (done, under_way), what an earlier run has left; see `RunState.begin`
+    """
+
+    def __init__(self, engine, kind, source, n_lines, show, state):
         self._engine, self._kind, self._source = engine, kind, source
-        self._n_lines, self._show = n_lines, show
+        self._n_lines, self._show, self._state = n_lines, show, state
         self._writers, self._began_s = [], time.perf_counter()
 
-    def open(self, stack, outputs, facts):
-        """Open the files and the progress bar; `stack` closes them."""
+    def open(self, stack, facts):
+        """Open the files and the progress bar, which `stack` closes.
+
+        Returns
+        -------
+        number of requests that an earlier run has finished
+        """
+        state = self._state
         name = os.path.basename(os.path.normpath(facts["model"]))
         created = int(os.stat(self._source).st_mtime)
 
@@ -110,12 +159,17 @@ class _Output:
                 return score_line(record)
             return completion_line(record, name, created, self._engine.text)
 
-        for path in outputs:
-            writer = open_results(path, self._kind, facts, format_line)
+        for path in state.outputs:
+            writer = open_results(
+                path, self._kind, facts, format_line, state.resumes, state.least(path)
+            )
             self._writers.append(stack.enter_context(writer))
+        self.left = state.begin(self._writers, self._engine.grid.layout.dp)
+        before = len(self.left[0])
         self._bar = stack.enter_context(
             tqdm(
                 total=self._n_lines,
+                initial=before,
                 desc=self._kind,
                 unit=" requests",
                 mininterval=_TERMINAL_S if sys.stderr.isatty() else _LOG_S,
@@ -123,7 +177,16 @@ class _Output:
             )
         )
 
-    def write(self, record):
+        return before
+
+    def take(self, what, *message):
+        """Take what a replica hands on: a record, or a snapshot of what it has under way."""
+        if what == "record":
+            self._write(*message)
+        else:
+            self._state.take(*message)
+
+    def _write(self, record):
         """Write the record of one finished request."""
         for writer in self._writers:
             writer.write(record)

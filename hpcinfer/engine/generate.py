@@ -30,7 +30,14 @@ class Generate:
             if _has_penalties(sampling):
                 sequence.history = History(request.token_ids)
             samples.append(sequence)
-        return samples
+
+        # Go on from the tokens that a stopped run had, with all that follows from them.
+        for sequence, before in zip(samples, request.progress, strict=False):
+            for token_id, *report in _tokens(*before):
+                _append(self.engine, sequence, token_id, *report)
+        if all(s.finish_reason is not None for s in samples):
+            deliver(_result(samples))
+        return [s for s in samples if s.finish_reason is None]
 
     def job(self, plan):
         """Sequences whose next token the step decides."""
@@ -53,7 +60,10 @@ class Generate:
         """Add the chosen tokens, and end the sequences that are done."""
         token_ids = chosen.token_ids.tolist() if ready else []
         for i, sequence in enumerate(ready):
-            _append(self.engine, sequence, token_ids[i], chosen, i)
+            report = ()
+            if sequence.request.sampling.logprobs is not None:
+                report = float(chosen.logprobs[i]), chosen.top[i]
+            _append(self.engine, sequence, token_ids[i], *report)
             if sequence.finish_reason is not None:
                 self.engine.scheduler.finish(sequence)
                 if all(s.finish_reason is not None for s in sequence.siblings):
@@ -105,15 +115,26 @@ def _rows(engine, ready):
     )
 
 
-def _append(engine, sequence, token_id, chosen, i):
-    """Add a chosen token to its sequence and decide whether the sequence ends with it."""
+def _tokens(token_ids, logprobs, top_logprobs):
+    """Tokens of a stopped run's sample, each with its report if one was asked for."""
+    if not logprobs:
+        return zip(token_ids, strict=True)
+    tops = ([tuple(pair) for pair in top] for top in top_logprobs)
+    return zip(token_ids, logprobs, tops, strict=False)
+
+
+def _append(engine, sequence, token_id, logprob=None, top=None):
+    """Add a chosen token to its sequence and decide whether the sequence ends with it.
+
+    A log-probability, and the likeliest tokens at the place, come with it if they were asked for.
+    """
     sampling = sequence.request.sampling
     sequence.tokens.append(token_id)
     if sequence.history is not None:
         sequence.history.add(token_id)
-    if sampling.logprobs is not None:
-        sequence.logprobs.append(float(chosen.logprobs[i]))
-        sequence.top_logprobs.append(chosen.top[i])
+    if logprob is not None:
+        sequence.logprobs.append(logprob)
+        sequence.top_logprobs.append(top)
 
     # A token that ends the sequence is no part of its text.
     may_stop = sequence.n_new >= sampling.min_tokens

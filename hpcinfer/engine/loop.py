@@ -38,8 +38,8 @@ class MicroBatch:
     result: object = None
 
 
-def run(engine, feed, deliver, work, between=None):
-    """Step until the stream is empty and every sequence has finished.
+def run(engine, feed, deliver, work, between=None, stop=None):
+    """Step until the stream is empty and every sequence has finished, or the run is to stop.
 
     Parameters
     ----------
@@ -51,21 +51,26 @@ def run(engine, feed, deliver, work, between=None):
         fixed when it starts; `find(job, hidden)`, found by the last stage; `use(job, found,
         deliver)`
     between : function called after every round, or None
+    stop : Stop, asked before every round, or None; what runs and waits is then left in the queue
     """
     began_s = time.perf_counter()
     if engine.grid.side == "ffn":
-        _serve(engine)
+        _serve(engine, stop)
     else:
-        _steps(engine, feed, deliver, work, between)
+        _steps(engine, feed, deliver, work, between, stop)
     engine.model.settle()
     engine.record.loop_s += time.perf_counter() - began_s
 
 
-def _steps(engine, feed, deliver, work, between):
+def _steps(engine, feed, deliver, work, between, stop):
     """The loop of a rank that has sequences."""
-    rounds, landed_s = deque(), time.perf_counter()
+    rounds, landed_s, stopping = deque(), time.perf_counter(), False
     while True:
-        while len(rounds) < engine.depth and (batch := _plan(engine, feed, deliver, work)):
+        if stop is not None:
+            stopping = stop.round(engine.grid, engine.scheduler)
+        while len(rounds) < engine.depth and (
+            batch := _plan(engine, feed, deliver, work, stopping)
+        ):
             _launch(engine, batch, work)
             rounds.append(batch)
         if not rounds:
@@ -80,6 +85,8 @@ def _steps(engine, feed, deliver, work, between):
         share_s = (now_s - landed_s) / len(batch)
         for micro in batch:
             engine.record.step(micro.step, micro.n_prompt, share_s, held)
+        if stop is not None:
+            stop.pace.step(max(micro.step.n_tokens for micro in batch), now_s - landed_s)
         landed_s = now_s
         if between is not None:
             between()
@@ -87,12 +94,14 @@ def _steps(engine, feed, deliver, work, between):
         _announce_round(engine, 0)
 
 
-def _plan(engine, feed, deliver, work):
+def _plan(engine, feed, deliver, work, stopping):
     """Micro-batches of the next round; empty if this replica, and those it meets, have none."""
     batch = []
     while len(batch) < engine.width:
-        _admit(engine, feed, deliver, work)
-        plan = engine.scheduler.next_step()
+        plan = []
+        if not stopping:
+            _admit(engine, feed, deliver, work)
+            plan = engine.scheduler.next_step()
         if not _anyone(engine, bool(plan)):
             break
         engine.scheduler.launch(plan)
@@ -150,10 +159,12 @@ def _announce_round(engine, n):
     return int(collectives.Bcast(engine.grid.comm, header, purpose="round")[0])
 
 
-def _serve(engine):
+def _serve(engine, stop):
     """The loop of the FFN side: as many micro-batches as the attention side says."""
     while n := _announce_round(engine, 0):
         engine.model.serve(n)
+        if stop is not None:
+            stop.tell(engine.grid)
 
 
 def _refusal(engine, request, tokens_of):

@@ -1,4 +1,4 @@
-"""Records of finished requests on their way to the one rank that writes them."""
+"""Records of finished requests, and snapshots, on their way to the one rank that writes them."""
 
 import pickle
 import time
@@ -16,7 +16,7 @@ class Outbox:
     Parameters
     ----------
     grid : Grid
-    write : function of a record, called on the root only
+    write : function of what was put, called on the root only
     """
 
     def __init__(self, grid, write):
@@ -24,12 +24,12 @@ class Outbox:
         self._outgoing = collectives.Outgoing()
         self._open = grid.layout.dp - 1
 
-    def put(self, record):
-        """Hand on a record; counts on the leader of a replica alone."""
+    def put(self, *message):
+        """Hand on a message; counts on the leader of a replica alone."""
         if self._grid.is_root:
-            self._write(record)
+            self._write(*message)
         elif self._grid.is_leader:
-            self._send(pickle.dumps(record))
+            self._send(pickle.dumps(message))
 
     def poll(self):
         """Write what has come from other replicas meanwhile, and let MPI move messages on."""
@@ -37,12 +37,12 @@ class Outbox:
         while self._grid.is_root and self._grid.comm.iprobe(tag=_TAG):
             message = collectives.RecvBytes(self._grid.comm, tag=_TAG, purpose="results")
             if len(message):
-                self._write(pickle.loads(message.tobytes()))
+                self._write(*pickle.loads(message.tobytes()))
             else:
                 self._open -= 1
 
     def close(self):
-        """On the root wait for the last record of every replica; elsewhere until all have left."""
+        """On the root wait for the last message of every replica; elsewhere until all have left."""
         if self._grid.is_leader and not self._grid.is_root:
             self._send(b"")
         while self._grid.is_root and self._open:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import operator
 import reprlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -149,6 +149,9 @@ class Request:
     sampling : Sampling
     key : int
         64-bit key of the request's random stream, independent of batch, order and layout.
+    progress : list
+        What a run that was stopped had of it: for every sample its new tokens, their
+        log-probabilities, and the likeliest tokens at each place.
     """
 
     index: int
@@ -158,6 +161,7 @@ class Request:
     token_ids: tuple[int, ...]
     sampling: Sampling
     key: int
+    progress: list = field(default_factory=list, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ class Sequence:
     stream : text of the generated tokens, watched for stop strings
     history : tokens seen so far, kept where penalties need them
     logprobs, top_logprobs : of the generated (or scored) tokens
+    known : with `all_rows`, leading tokens whose hidden states are not wanted again
     finish_reason : "stop" or "length" when the sequence has ended, else None
     under_way : steps under way that compute tokens of it
     number : sequences that were put in the queue before it
@@ -68,6 +69,7 @@ class Sequence:
     history: object = None
     logprobs: list = field(default_factory=list)
     top_logprobs: list = field(default_factory=list)
+    known: int = 0
     finish_reason: str | None = None
     under_way: int = 0
     number: int = 0
@@ -109,10 +111,14 @@ class Scheduler:
     pages : Pages
     limits : Limits
     rope : Rope or None, asked whether a token's key depends on the length of its text
+
+    Attributes
+    ----------
+    room : tokens that the next step may have
     """
 
     def __init__(self, pages, limits, rope=None):
-        self.pages, self.limits = pages, limits
+        self.pages, self.limits, self.room = pages, limits, limits.tokens
         self.rope = rope if rope is not None and rope.depends_on_length else None
         self.waiting, self.running = deque(), []
         self.preemptions = self.reused_tokens = self.tokens_under_way = self._added = 0
@@ -176,7 +182,7 @@ class Scheduler:
 
     def _share(self):
         """Sequences and tokens of the next step at most."""
-        limits, room = self.limits, self.limits.tokens
+        limits, room = self.limits, self.room
         if limits.parts == limits.chunks == 1:
             return limits.sequences, room
         most = -(-min(self.held, limits.sequences) // limits.parts)
@@ -248,8 +254,7 @@ class Scheduler:
         """Send a running sequence back to the head of the queue, without its pages."""
         self.pages.release(sequence.pages)
         sequence.pages, sequence.computed = [], 0
-        if sequence.all_rows:
-            sequence.logprobs = []
+        sequence.known = len(sequence.logprobs) if sequence.all_rows else 0
         self.waiting.appendleft(sequence)
         self.preemptions += 1
 
@@ -292,7 +297,8 @@ def build_step(plan, pages, kv_rank=0, cp=1, by_columns=False, rope=None, tp=1):
     for b, (sequence, n) in enumerate(plan):
         token_ids += sequence.tokens[sequence.computed : sequence.computed + n]
         if sequence.all_rows:
-            rows += range(bounds[b], bounds[b + 1])
+            known = min(max(sequence.known - sequence.computed, 0), n)
+            rows += range(bounds[b] + known, bounds[b + 1])
         elif lengths[b] == sequence.target:
             rows.append(bounds[b + 1] - 1)
         sequence.computed += n

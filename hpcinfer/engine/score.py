@@ -34,27 +34,34 @@ class Score:
             deliver(_score(request, []))
             return []
         tokens = list(request.token_ids)
-        return [Sequence(request, 0, tokens, len(tokens), all_rows=True)]
+        sequence = Sequence(request, 0, tokens, len(tokens), all_rows=True)
+        for _, logprobs, _ in request.progress:
+            sequence.logprobs, sequence.known = list(logprobs), len(logprobs)
+        return [sequence]
 
     def job(self, plan):
-        """The step's sequences with the tokens that follow those computed, and whether they end."""
+        """The step's sequences with the tokens that follow those computed, and whether they end.
+
+        Without tokens whose log-probabilities are known already.
+        """
         return [
-            (s, s.tokens[s.computed - n + 1 : s.computed + 1], s.computed == s.target)
+            (s, s.tokens[max(s.computed - n, s.known) + 1 : s.computed + 1], s.computed == s.target)
             for s, n in plan
         ]
 
     def find(self, job, hidden):
         """Log-probabilities of the tokens that follow: (T, D) -> (T,), None without tokens."""
-        if not job:
+        targets = [target for _, targets, _ in job for target in targets]
+        if not targets:
             return None
-        targets = np.concatenate([targets for _, targets, _ in job])
-        return _log_probabilities(self.engine.model, hidden, targets)
+        return _log_probabilities(self.engine.model, hidden, np.array(targets))
 
     def use(self, job, logprobs, deliver):
         """Add the log-probabilities, and end the texts that are complete."""
         start = 0
         for sequence, targets, complete in job:
-            sequence.logprobs += logprobs[start : start + len(targets)].tolist()
+            if targets:
+                sequence.logprobs += logprobs[start : start + len(targets)].tolist()
             start += len(targets)
             if complete:
                 self.engine.scheduler.finish(sequence)

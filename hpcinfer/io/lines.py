@@ -1,5 +1,6 @@
 """Input files line by line in bounded memory. What the lines mean is decided elsewhere."""
 
+import hashlib
 import os
 from dataclasses import dataclass
 
@@ -43,6 +44,21 @@ def read_lines(path, limit=MAX_LINE_BYTES):
                 if skip_blank and isinstance(line, bytes) and not line.strip():
                     continue
                 yield number, line
+    except OSError as error:
+        raise ValueError(f"input: cannot read {path}: {error.strerror}") from None
+
+
+def digest(path):
+    """SHA-256 of a file's content (hex).
+
+    Raises
+    ------
+    ValueError
+        If the file cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise ValueError(f"input: cannot read {path}: {error.strerror}") from None
 
