@@ -141,6 +141,11 @@ class Stop:
         self.stopping, scheduler.room = bool(words[0]), int(words[1])
         return self.stopping
 
+    def rescue(self):
+        """Save what can be saved when the job must be ended at once; any thread may call this."""
+        if self.last_resort is not None:
+            self.last_resort()
+
     def settle(self, grid):
         """Take what is still on its way; every rank must call this when its loop is over."""
         told = grid.comm.allreduce(int(self._told))
@@ -180,7 +185,7 @@ class Stop:
         if self.last_resort is not None:
             line = f"stopped {self.reason} in a long step"
             try:
-                self.last_resort()
+                self.rescue()
             except Exception as error:
                 line = f"{line}; {one_line(error)}"
         with suppress(OSError):
