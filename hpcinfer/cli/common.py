@@ -99,15 +99,15 @@ def add_model_options(parser):
     )
 
 
-def run_batch(kind, arguments, sampling):
+def run_batch(kind, arguments, sampling, selection=None):
     """Load the model, run the input through it, and print the report on the first rank."""
     from hpcinfer.engine.stop import Stop
 
     with Stop(_end_s(arguments.time_limit)) as stop:
-        _run_batch(kind, arguments, sampling, stop)
+        _run_batch(kind, arguments, sampling, selection, stop)
 
 
-def _run_batch(kind, arguments, sampling, stop):
+def _run_batch(kind, arguments, sampling, selection, stop):
     from hpcinfer.engine import batch
     from hpcinfer.engine.state import RunState
     from hpcinfer.grid import world
@@ -115,10 +115,10 @@ def _run_batch(kind, arguments, sampling, stop):
     comm, outputs = world(), arguments.output
     n_lines = batch.check_files(comm, arguments.input, outputs)
     with RunState(comm, outputs, arguments.checkpoint_every, arguments.restart) as state:
-        _run_on(comm, kind, arguments, sampling, n_lines, state, stop)
+        _run_on(comm, kind, arguments, sampling, selection, n_lines, state, stop)
 
 
-def _run_on(comm, kind, arguments, sampling, n_lines, state, stop):
+def _run_on(comm, kind, arguments, sampling, selection, n_lines, state, stop):
     from hpcinfer import collectives
     from hpcinfer.engine import batch
     from hpcinfer.engine.api import load
@@ -151,7 +151,16 @@ def _run_on(comm, kind, arguments, sampling, n_lines, state, stop):
         "seed": arguments.seed,
     }
     finished, refused, before = batch.run(
-        engine, kind, arguments.input, n_lines, sampling, facts, state, stop, arguments.show
+        engine,
+        kind,
+        arguments.input,
+        n_lines,
+        sampling,
+        facts,
+        state,
+        stop,
+        arguments.show,
+        selection,
     )
     report = engine.record.report(engine)
     if arguments.trace:

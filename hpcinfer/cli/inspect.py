@@ -1,12 +1,12 @@
-"""hpcinfer inspect FILE: what is in a model or in a file of results."""
+"""hpcinfer inspect FILE: what is in a model, or in a file of results or activations."""
 
 from hpcinfer.grid import launcher_rank
 
 
 def add(commands):
     """The command's parser."""
-    parser = commands.add_parser("inspect", help="show what is in a model or a file of results")
-    parser.add_argument("file", metavar="FILE", help="model directory, model .h5 or results .h5")
+    parser = commands.add_parser("inspect", help="show what is in a model or an output")
+    parser.add_argument("file", metavar="FILE", help="model directory, or .h5 of any command")
     return parser
 
 

@@ -6,11 +6,11 @@ import time
 import traceback
 
 from hpcinfer import __version__
-from hpcinfer.cli import bench, convert, generate, inspect, score, verify
+from hpcinfer.cli import bench, convert, extract, generate, inspect, score, verify
 from hpcinfer.errors import DONE, UsageError, exit_code, is_agreed, one_line
 from hpcinfer.grid import abort, launcher_rank
 
-COMMANDS = (generate, score, convert, inspect, verify, bench)
+COMMANDS = (generate, score, extract, convert, inspect, verify, bench)
 
 # Seconds that other ranks leave the first one to report an error that all may have.
 _GRACE_S = 1.0

@@ -13,6 +13,7 @@ Every rank makes the same calls and gets the same answers. The input of the firs
 import time
 
 from hpcinfer import array, collectives
+from hpcinfer.engine.extract import Extract, Selection, activations_of, gathered
 from hpcinfer.engine.feed import Feed
 from hpcinfer.engine.formats import Limits as PromptLimits
 from hpcinfer.engine.formats import RequestReader, defaults_from
@@ -211,6 +212,34 @@ class Engine:
         list of Score in the order of `items`, on every rank
         """
         return self._run(Score, self.reader({}, score=True), items)
+
+    def extract(self, items, layers=None, what=("residual",), pool=None):
+        """Activations of texts, in memory: for a few; `hpcinfer extract` writes those of many.
+
+        Parameters
+        ----------
+        items : list of str, of lists of token ids, or of dicts as in a line of JSONL input
+        layers : numbers of layers, negative ones counted from the end; None for all
+        what : some of `hpcinfer.engine.extract.POINTS`
+        pool : "last" or "mean" for one row for each text; None for one for each token
+
+        Returns
+        -------
+        list in the order of `items`, on every rank, of dicts: custom_id, token_ids (T,), for each
+        point a dict of layer -> (T, ...), and for logits the array (T, V)
+
+        Raises
+        ------
+        ValueError
+            If an item cannot be used, or this model has no such point or layer.
+        """
+        layers = None if layers is None else tuple(layers)
+        what = (what,) if isinstance(what, str) else tuple(what)
+        work = Extract(self, Selection(what, layers, pool))
+        with work.into_memory() as memory:
+            outcomes = self._run(lambda engine: work, self.reader({}, score=True), items)
+        replicas = gathered(self.grid, memory)
+        return [activations_of(outcome, replicas) for outcome in outcomes]
 
     def reader(self, sampling, plain=False, score=False):
         """Reader of requests for this model.

@@ -8,8 +8,15 @@ from contextlib import ExitStack
 import numpy as np
 from tqdm import tqdm
 
+from hpcinfer.engine.extract import Extract
 from hpcinfer.engine.feed import Feed
-from hpcinfer.engine.formats import completion_line, generate_record, score_line, score_record
+from hpcinfer.engine.formats import (
+    completion_line,
+    extract_record,
+    generate_record,
+    score_line,
+    score_record,
+)
 from hpcinfer.engine.generate import Generate
 from hpcinfer.engine.loop import run as run_loop
 from hpcinfer.engine.outbox import Outbox
@@ -23,7 +30,11 @@ from hpcinfer.io.lines import read_lines
 from hpcinfer.io.results import open_results
 
 _EXTENSIONS = (".h5", ".jsonl")
-_KINDS = {"generate": (Generate, generate_record), "score": (Score, score_record)}
+_KINDS = {
+    "generate": (Generate, generate_record),
+    "score": (Score, score_record),
+    "extract": (Extract, extract_record),
+}
 
 # Seconds between two lines of progress: on a terminal, and in the log of a job.
 _TERMINAL_S, _LOG_S = 0.2, 10.0
@@ -39,13 +50,13 @@ def check_files(comm, source, outputs):
     return agree(comm, _check_files, source, outputs)
 
 
-def run(engine, kind, source, n_lines, sampling, facts, state, stop, show=False):
-    """Answer or score every request of a file; every rank calls this.
+def run(engine, kind, source, n_lines, sampling, facts, state, stop, show=False, selection=None):
+    """Do every request of a file; every rank calls this.
 
     Parameters
     ----------
     engine : Engine
-    kind : "generate" or "score"
+    kind : "generate", "score" or "extract"
     source : path of the input, .jsonl or .txt
     n_lines : lines of the input
     sampling : dict, defaults of the command line for requests that do not say
@@ -53,6 +64,7 @@ def run(engine, kind, source, n_lines, sampling, facts, state, stop, show=False)
     state : RunState, entered; its outputs are written
     stop : Stop, entered
     show : True to print every prompt with its text as it finishes
+    selection : Selection, what is extracted
 
     Returns
     -------
@@ -66,20 +78,27 @@ def run(engine, kind, source, n_lines, sampling, facts, state, stop, show=False)
     Stopped
         On every rank, if the run was stopped before all requests were finished.
     """
-    work, record_of = _KINDS[kind]
+    do, record_of = _KINDS[kind]
+    work = do(engine) if selection is None else do(engine, selection)
     grid, comm, counts = engine.grid, engine.grid.comm, np.zeros(2, np.int64)
     lines = None
     defaults = engine.defaults(sampling)
     if grid.is_leader:
-        reader = engine.reader(sampling, source.lower().endswith(".txt"), kind == "score")
+        reader = engine.reader(sampling, source.lower().endswith(".txt"), kind != "generate")
         lines = reader.read(read_lines(source))
     agree_all(comm, lambda: grid.is_leader and next(read_lines(source)))
     state.refuse_changed(
-        lambda: identity_of_model(engine, defaults if kind == "generate" else None)
+        lambda: (
+            identity_of_model(engine, defaults if kind == "generate" else None)
+            | ({} if selection is None else selection.facts)
+        )
     )
     with ExitStack() as stack:
         out = _Output(engine, kind, source, n_lines, show, state) if grid.is_root else None
-        before = agree(comm, lambda: out.open(stack, facts))
+        open_file = work.open if kind == "extract" else None
+        before = agree(comm, lambda: out.open(stack, facts, open_file))
+        if kind == "extract":
+            stack.enter_context(work.into_parts(state.outputs[0]))
         outbox = Outbox(grid, lambda *message: out.take(*message))
         if grid.is_root:
             stop.last_resort = lambda: state.rescue(0, under_way(engine.scheduler))
@@ -104,7 +123,7 @@ def run(engine, kind, source, n_lines, sampling, facts, state, stop, show=False)
                 tell()
 
         with Feed(grid, lines, n_lines - before) as feed:
-            run_loop(engine, feed, deliver, work(engine), between, stop)
+            run_loop(engine, feed, deliver, work, between, stop)
             tell(last=True)
             outbox.close()
         stop.settle(grid)
@@ -143,8 +162,12 @@ class _Output:
         self._n_lines, self._show, self._state = n_lines, show, state
         self._writers, self._began_s = [], time.perf_counter()
 
-    def open(self, stack, facts):
+    def open(self, stack, facts, open_file=None):
         """Open the files and the progress bar, which `stack` closes.
+
+        Parameters
+        ----------
+        open_file : function (path, facts, resume, least) -> writer of an output; None for results
 
         Returns
         -------
@@ -160,9 +183,11 @@ class _Output:
             return completion_line(record, name, created, self._engine.text)
 
         for path in state.outputs:
-            writer = open_results(
-                path, self._kind, facts, format_line, state.resumes, state.least(path)
-            )
+            rest = state.resumes, state.least(path)
+            if open_file is not None:
+                writer = open_file(path, facts, *rest)
+            else:
+                writer = open_results(path, self._kind, facts, format_line, *rest)
             self._writers.append(stack.enter_context(writer))
         self.left = state.begin(self._writers, self._engine.grid.layout.dp)
         before = len(self.left[0])
@@ -205,6 +230,8 @@ def _shown(record, text):
     name = record["custom_id"]
     if record["error"] is not None:
         return f"[{name}] line {record['line']}: {record['error']}"
+    if "n_rows" in record:
+        return f"[{name}] {len(record['token_ids'])} tokens, {record['n_rows']} rows"
     if "choices" not in record:
         return (
             f"[{name}] {len(record['token_ids'])} tokens, log-probability "

@@ -17,7 +17,16 @@ from hashlib import blake2b
 
 import numpy as np
 
-from hpcinfer.engine.request import BadRequest, Request, Result, Sampling, Score, integer, shown
+from hpcinfer.engine.request import (
+    BadRequest,
+    Extracted,
+    Request,
+    Result,
+    Sampling,
+    Score,
+    integer,
+    shown,
+)
 from hpcinfer.engine.text import Text
 from hpcinfer.io.lines import LongLine
 
@@ -601,6 +610,19 @@ def score_record(outcome: Score | BadRequest) -> dict:
         "logprobs": [None] + [float(logprob) for logprob in outcome.logprobs[1:]],
         "sum_logprob": float(outcome.sum_logprob),
         "perplexity": float(outcome.perplexity),
+    }
+
+
+def extract_record(outcome: Extracted | BadRequest) -> dict:
+    """Neutral record of a text whose activations were extracted."""
+    if isinstance(outcome, BadRequest):
+        return _bad_record(outcome) | {"token_ids": []}
+    return _record(outcome.request) | {
+        "token_ids": list(outcome.request.token_ids),
+        "generation": outcome.generation,
+        "replica": outcome.replica,
+        "first_row": outcome.first_row,
+        "n_rows": outcome.n_rows,
     }
 
 

@@ -52,6 +52,8 @@ class Record:
     loop_s : seconds in the loop of steps
     empty_s : those of them in steps that this replica took for the others' sake
     answered : requests that this replica finished
+    written_bytes, write_s : activations that this rank wrote, and seconds in which it did nothing
+        else
     """
 
     def __init__(self, grid, bytes_read, file_bytes):
@@ -60,6 +62,7 @@ class Record:
         self.most_pages = 0
         self.prefill, self.decode = Phase(), Phase()
         self.loop_s, self.empty_s, self.answered = 0.0, 0.0, 0
+        self.written_bytes, self.write_s = 0, 0.0
 
     def step(self, step, n_prompt, time_s, pages_held):
         """Count one step of `n_prompt` prompt tokens and others, which took `time_s` seconds."""
@@ -89,6 +92,7 @@ class Record:
             "idle_s": _waited_s(),
             "empty_s": self.empty_s,
             "answered": self.answered,
+            "written": (self.written_bytes, self.write_s),
             "tokens": [(p.tokens, p.steps, p.time_s) for p in (self.prefill, self.decode)],
         }
         ranks, load = grid.comm.gather(mine, 0), engine.expert_load()
@@ -110,7 +114,7 @@ class Record:
             f"cache     used at most {self.most_pages} of {scheduler.pages.total} pages; "
             f"{scheduler.reused_tokens} prompt tokens reused, {scheduler.preemptions} preemptions"
         )
-        lines += _balance_lines(grid.layout, ranks)
+        lines += _balance_lines(grid.layout, ranks) + _written_lines(ranks)
         return lines + _expert_lines(load, model.arch) + _ledger_lines()
 
 
@@ -165,6 +169,18 @@ def _balance_lines(layout, ranks):
         idle = [r["idle_s"] / max(r["loop_s"], 1e-9) for r in ranks if belongs(r)]
         lines.append(f"idle      {name}: {_percent(idle)} of the time")
     return lines
+
+
+def _written_lines(ranks):
+    """Activations that went to disk, and how fast each rank wrote its part."""
+    written = [r["written"] for r in ranks if r["written"][0]]
+    if not written:
+        return []
+    rates = [int(nbytes / max(time_s, 1e-9)) for nbytes, time_s in written]
+    return [
+        f"written   {_size(sum(nbytes for nbytes, _ in written))} by {len(written)} ranks, "
+        f"{_span(rates)} a second each, in {max(s for _, s in written):.2f} s of the loop"
+    ]
 
 
 def _expert_lines(load, arch):

@@ -236,6 +236,26 @@ class Score:
     perplexity: float
 
 
+@dataclass(eq=False)
+class Extracted:
+    """Where the activations of a given text are.
+
+    Attributes
+    ----------
+    request : Request
+    generation, replica : int
+        Run and replica of it that computed them.
+    first_row, n_rows : int
+        Its rows among those of the replica.
+    """
+
+    request: Request
+    generation: int
+    replica: int
+    first_row: int
+    n_rows: int
+
+
 def integer(value) -> int | None:
     """Value as a plain int, or None if its type is no whole number (bool and float are none)."""
     if isinstance(value, bool | np.bool_):

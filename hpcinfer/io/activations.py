@@ -65,6 +65,11 @@ class ActivationsWriter(Hdf5Writer):
     rows : what a row is, "tokens" or "requests"
     resume, least : see `Hdf5Writer`
 
+    Attributes
+    ----------
+    done : indices of the requests that earlier runs have finished, all ranks having written their
+        rows, and of those written by this one
+
     Raises
     ------
     ValueError
@@ -81,13 +86,14 @@ class ActivationsWriter(Hdf5Writer):
         self._refuse_others(path)
         super().__init__(path, "extract", attributes, resume, least)
 
-    @property
-    def done(self):
-        """Indices of the requests whose rows all ranks have written, or that were refused."""
-        if self._journal is None:
-            return self._done
+        # What earlier runs have noted, but not all their ranks have written, is to be done again.
         runs = self._runs()
-        return {i for i in self._done if self._is_there(self._places.get(i), runs)}
+        self._done = {i for i in self._done if self._is_there(self._places.get(i), runs)}
+
+    def write(self, record):
+        """Keep a record; see `Hdf5Writer`."""
+        super().write(record)
+        self._done.add(record["index"])
 
     def close(self, final=True):
         """Write the joined file; if `final`, remove the parts that it does not need."""
@@ -267,6 +273,18 @@ def open_activations(path, verify=False):
         file.close()
         raise
     return file
+
+
+def joined_datasets(file):
+    """dict name -> dataset of the activations in an open joined file."""
+    found = {}
+    for name, item in file.items():
+        if isinstance(item, h5py.Group) and name != "parts":
+            layers = sorted(item, key=int)
+            found |= {f"{name}/{n}": item[n] for n in layers}
+        elif isinstance(item, h5py.Dataset) and item.is_virtual:
+            found[name] = item
+    return found
 
 
 def check_parts(file, path, verify=False):

@@ -1,4 +1,4 @@
-"""What is in a model or results file, as lines for human eyes."""
+"""What is in a model, results or activations file, as lines for human eyes."""
 
 import os
 import re
@@ -26,7 +26,7 @@ ROWS_AT_ONCE = 1 << 16
 
 
 def describe(path):
-    """Description of a Hugging Face directory, a converted model or a results file.
+    """Description of a Hugging Face directory, a converted model, results or activations.
 
     Returns
     -------
@@ -35,16 +35,18 @@ def describe(path):
     Raises
     ------
     ValueError
-        If it is none of these or is damaged.
+        If it is none of these, is damaged, or joins parts that are not there.
     """
     path = os.fspath(path)
     if os.path.isfile(path) and has_hdf5_signature(path):
-        from hpcinfer.io import hdf5, results
+        from hpcinfer.io import activations, hdf5, results
 
+        describers = {results.FORMAT: _describe_results, activations.FORMAT: _describe_activations}
         with hdf5.open_h5(path) as file:
-            if hdf5.file_format(file) == results.FORMAT:
+            describe_file = describers.get(hdf5.file_format(file))
+            if describe_file is not None:
                 try:
-                    return "\n".join(_describe_results(path, file))
+                    return "\n".join(describe_file(path, file))
                 except (KeyError, OSError, RuntimeError, TypeError) as error:
                     raise ValueError(f"inspect: got damaged results {path} ({error})") from error
     with open_checkpoint(path) as model:
@@ -138,6 +140,38 @@ def _describe_results(path, file):
         for name, data in file.items()
     ]
     return [path, *_fact_lines(facts), f"  {len(rows)} datasets", *_table_lines(rows)]
+
+
+def _describe_activations(path, file):
+    """Lines about an open file that joins parts, which must all be there."""
+    from hpcinfer.io.activations import check_parts, joined_datasets
+
+    check_parts(file, path)
+    n_failed, alike = sum(int((part != "").sum()) for part in _parts(file, "error")), {}
+    for name, data in joined_datasets(file).items():
+        facts = str(list(data.shape)), data.dtype.name, data.attrs.get("description", "")
+        alike.setdefault((*facts, tuple(dim.label for dim in data.dims)), []).append(name)
+    facts = {
+        "kind": "activations",
+        "requests": len(file["index"]),
+        "finished": len(file["index"]) - n_failed,
+        "errors": n_failed,
+        "tokens": len(file["token_ids"]),
+        "parts": f"{len(file['parts/name'])}, {size_text(int(file['parts/bytes'][:].sum()))}, "
+        "all there",
+    }
+    facts |= {name: _plain(value) for name, value in file.attrs.items() if name not in facts}
+
+    # Layers that differ in nothing else share a row.
+    rows = []
+    for (shape, dtype, description, labels), names in alike.items():
+        for pattern in collapse([name.replace("/", ".") for name in names]):
+            rows.append(
+                (pattern.replace(".", "/", 1), shape, dtype, ", ".join(labels), description)
+            )
+    return [path, *_fact_lines(facts), f"  {sum(map(len, alike.values()))} datasets"] + (
+        _table_lines(rows) if rows else []
+    )
 
 
 def _parts(file, name):

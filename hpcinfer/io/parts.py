@@ -19,6 +19,7 @@ written whole, when they are full.
 import contextlib
 import os
 import re
+import time
 import zlib
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -103,7 +104,7 @@ class Parts:
 
     Attributes
     ----------
-    written_bytes : bytes of the rows so far
+    written_bytes, time_s : bytes of the rows so far, and seconds that writing them took
 
     Raises
     ------
@@ -118,11 +119,11 @@ class Parts:
         self._shares = {share.field.name: share for share in shares}
         self._row_bytes = max(1, sum(share.row_bytes for share in shares))
         self._compress, self._segments, self._made = compress, [], 0
-        self._next_row, self.written_bytes = 0, 0
+        self._next_row, self.written_bytes, self.time_s = 0, 0, 0.0
 
     def append(self, name, rows):
         """Write the next rows of a dataset: (n, own columns, ...) of its element type, host."""
-        rows = np.ascontiguousarray(rows)
+        began_s, rows = time.perf_counter(), np.ascontiguousarray(rows)
         self.written_bytes += rows.nbytes
         for segment in self._segments:
             rows = segment.append(name, rows)
@@ -131,11 +132,14 @@ class Parts:
             rows = self._segments[-1].append(name, rows)
         while self._segments and self._segments[0].is_full:
             self._segments.pop(0).close()
+        self.time_s += time.perf_counter() - began_s
 
     def close(self):
         """Bring everything to the disk, without room for more."""
+        began_s = time.perf_counter()
         while self._segments:
             self._segments.pop(0).close()
+        self.time_s += time.perf_counter() - began_s
 
     def abandon(self):
         """Leave the files as they are."""

@@ -16,6 +16,7 @@ import zlib
 
 from hpcinfer.io.atomic import replacing, writing
 from hpcinfer.io.jsonl import INDEX_SUFFIX
+from hpcinfer.io.parts import parts_folder
 from hpcinfer.io.results import JOURNAL_SUFFIX
 
 FORMAT, FORMAT_VERSION = "hpcinfer-state", 1
@@ -117,6 +118,7 @@ def set_aside(paths):
     """
     suffixes = ("", STATE_SUFFIX, INDEX_SUFFIX, JOURNAL_SUFFIX, JOURNAL_SUFFIX + INDEX_SUFFIX)
     old = [name for path in paths for s in suffixes if os.path.lexists(name := f"{path}{s}")]
+    old += [folder for path in paths if os.path.isdir(folder := parts_folder(path))]
     number = 1
     while any(os.path.lexists(f"{name}{KEPT_SUFFIX}{number}") for name in old):
         number += 1
