@@ -50,7 +50,8 @@ def add(commands):
 
 def run(arguments):
     """Run the command."""
-    from hpcinfer.engine.extract import Selection, check
+    from hpcinfer.engine.extract import check
+    from hpcinfer.engine.selection import Selection
     from hpcinfer.grid import world
 
     selection = Selection(

@@ -13,7 +13,7 @@ Every rank makes the same calls and gets the same answers. The input of the firs
 import time
 
 from hpcinfer import array, collectives
-from hpcinfer.engine.extract import Extract, Selection, activations_of, gathered
+from hpcinfer.engine.extract import Extract, activations_of, gathered
 from hpcinfer.engine.feed import Feed
 from hpcinfer.engine.formats import Limits as PromptLimits
 from hpcinfer.engine.formats import RequestReader, defaults_from
@@ -24,6 +24,7 @@ from hpcinfer.engine.record import ExpertLoad, Record
 from hpcinfer.engine.request import BadRequest, Sampling
 from hpcinfer.engine.scheduler import Limits, Scheduler, build_step
 from hpcinfer.engine.score import Score
+from hpcinfer.engine.selection import Selection
 from hpcinfer.engine.text import Text
 from hpcinfer.errors import agreed
 from hpcinfer.grid import agree_all, grid_of, parse_layout, world
@@ -220,7 +221,7 @@ class Engine:
         ----------
         items : list of str, of lists of token ids, or of dicts as in a line of JSONL input
         layers : numbers of layers, negative ones counted from the end; None for all
-        what : some of `hpcinfer.engine.extract.POINTS`
+        what : some of `hpcinfer.engine.selection.POINTS`
         pool : "last" or "mean" for one row for each text; None for one for each token
 
         Returns
