@@ -23,6 +23,7 @@ import numpy as np
 from mpi4py import MPI
 
 from hpcinfer import array
+from hpcinfer.where import here
 
 
 @dataclass
@@ -60,16 +61,20 @@ class Ledger:
     entries: dict = field(default_factory=lambda: defaultdict(Entry))
     events: list = field(default_factory=list)
 
-    def enter(
-        self, verb, comm, purpose, sent_bytes, start_s, time_s=None, test_s=0.0, flight_s=0.0
-    ):
-        """Record one call that began at `start_s` (time.perf_counter) and has just ended.
+    def begin(self, verb, comm, purpose):
+        """Note that this rank enters a call; returns what `enter` takes when it has ended."""
+        call = here.call = verb, axis_name(comm), purpose, time.perf_counter()
+        return call
 
-        The other times are as in `Entry`; a blocking call gives none.
+    def enter(self, call, sent_bytes, time_s=None, test_s=0.0, flight_s=0.0):
+        """Record a call that has just ended.
+
+        The times are as in `Entry`; a blocking call gives none.
         """
+        here.call, here.calls = None, here.calls + 1
+        verb, axis, purpose, start_s = call
         if time_s is None:
             time_s = time.perf_counter() - start_s
-        axis = axis_name(comm)
         entry = self.entries[verb, axis, purpose]
         entry.calls += 1
         entry.sent_bytes += sent_bytes
@@ -126,11 +131,11 @@ def Allreduce(comm, x, op=MPI.SUM, purpose=""):
     """
     if x.dtype.kind not in "fiub" or array.is_half(x.dtype):
         raise TypeError(f"Allreduce: got {x.dtype}, need float32, float64 or integers")
-    start_s = time.perf_counter()
+    call = ledger.begin("Allreduce", comm, purpose)
     buffer = _to_host(x)
     comm.Allreduce(MPI.IN_PLACE, buffer, op)
     _from_host(buffer, x)
-    ledger.enter("Allreduce", comm, purpose, 2 * x.nbytes * (comm.size - 1) / comm.size, start_s)
+    ledger.enter(call, 2 * x.nbytes * (comm.size - 1) / comm.size)
     return x
 
 
@@ -153,7 +158,7 @@ def Allgather(comm, x, counts=None, axis=0, purpose=""):
         raise ValueError(
             f"Allgather: got {x.shape[axis]} items on rank {comm.rank}, need counts {counts}"
         )
-    start_s = time.perf_counter()
+    call = ledger.begin("Allgather", comm, purpose)
 
     # Move the cut axis to the front, so that each rank's part is one run of memory.
     part = _to_host(xp.moveaxis(x, axis, 0))
@@ -163,7 +168,7 @@ def Allgather(comm, x, counts=None, axis=0, purpose=""):
     comm.Allgatherv(_raw(part), [_raw(whole), sizes, _starts(sizes), MPI.BYTE])
 
     result = xp.ascontiguousarray(xp.moveaxis(xp.asarray(whole), 0, axis))
-    ledger.enter("Allgather", comm, purpose, part.nbytes * (comm.size - 1), start_s)
+    ledger.enter(call, part.nbytes * (comm.size - 1))
     return result
 
 
@@ -185,24 +190,24 @@ def ReduceScatter(comm, x_sum, counts, axis=0, purpose=""):
     if len(counts) != comm.size or sum(counts) != x_sum.shape[axis]:
         raise ValueError(f"ReduceScatter: got {x_sum.shape[axis]} items, need counts {counts}")
     xp = array.namespace(x_sum)
-    start_s = time.perf_counter()
+    call = ledger.begin("ReduceScatter", comm, purpose)
     whole = _to_host(xp.moveaxis(x_sum, axis, 0))
     part = np.empty((counts[comm.rank], *whole.shape[1:]), whole.dtype)
     row = int(np.prod(whole.shape[1:], dtype=np.int64))
     comm.Reduce_scatter(whole, part, [c * row for c in counts])
     result = xp.ascontiguousarray(xp.moveaxis(xp.asarray(part), 0, axis))
-    ledger.enter("ReduceScatter", comm, purpose, whole.nbytes - part.nbytes, start_s)
+    ledger.enter(call, whole.nbytes - part.nbytes)
     return result
 
 
 def Bcast(comm, x, root=0, purpose=""):
     """Copy `x` of rank `root` into `x` of every rank; returns x."""
-    start_s = time.perf_counter()
+    call = ledger.begin("Bcast", comm, purpose)
     buffer = _to_host(x)
     comm.Bcast(_raw(buffer), root)
     _from_host(buffer, x)
     sent_bytes = x.nbytes if comm.rank == root and comm.size > 1 else 0
-    ledger.enter("Bcast", comm, purpose, sent_bytes, start_s)
+    ledger.enter(call, sent_bytes)
     return x
 
 
@@ -224,7 +229,7 @@ def AllreduceRecords(comm, records, op, purpose=""):
     """
     if records.dtype != np.float32 or records.ndim < 1:
         raise TypeError(f"AllreduceRecords: got {records.dtype}, need records of float32")
-    start_s = time.perf_counter()
+    call = ledger.begin("AllreduceRecords", comm, purpose)
     buffer = _to_host(records)
     width = buffer.shape[-1]
     record = MPI.FLOAT.Create_contiguous(width).Commit()
@@ -234,7 +239,7 @@ def AllreduceRecords(comm, records, op, purpose=""):
         record.Free()
     _from_host(buffer, records)
     sent_bytes = 2 * records.nbytes * (comm.size - 1) / comm.size
-    ledger.enter("AllreduceRecords", comm, purpose, sent_bytes, start_s)
+    ledger.enter(call, sent_bytes)
     return records
 
 
@@ -279,7 +284,7 @@ def Alltoall(comm, x, send_counts, recv_counts, purpose=""):
         )
     if sum(send_counts) != len(x):
         raise ValueError(f"Alltoall: got {len(x)} rows, need send_counts {list(send_counts)}")
-    start_s = time.perf_counter()
+    call = ledger.begin("Alltoall", comm, purpose)
     sent = _to_host(x)
     row = _row_bytes(sent)
     received = np.empty((sum(recv_counts), *sent.shape[1:]), sent.dtype)
@@ -289,7 +294,7 @@ def Alltoall(comm, x, send_counts, recv_counts, purpose=""):
         [_raw(received), from_sizes, _starts(from_sizes), MPI.BYTE],
     )
     result = array.namespace(x).asarray(received)
-    ledger.enter("Alltoall", comm, purpose, sum(sizes) - sizes[comm.rank], start_s)
+    ledger.enter(call, sum(sizes) - sizes[comm.rank])
     return result
 
 
@@ -300,12 +305,12 @@ def Gather(comm, x, root=0, purpose=""):
     -------
     (P, *shape) of x's type on `root`, None elsewhere
     """
-    start_s = time.perf_counter()
+    call = ledger.begin("Gather", comm, purpose)
     part = _to_host(x)
     whole = np.empty((comm.size, *part.shape), part.dtype) if comm.rank == root else None
     comm.Gather(_raw(part), None if whole is None else _raw(whole), root)
     result = None if whole is None else array.namespace(x).asarray(whole)
-    ledger.enter("Gather", comm, purpose, 0 if comm.rank == root else part.nbytes, start_s)
+    ledger.enter(call, 0 if comm.rank == root else part.nbytes)
     return result
 
 
@@ -323,7 +328,7 @@ def Shift(comm, x, out, step=1, purpose=""):
     -------
     Transfer of `out`; `wait` must be called
     """
-    start_s = time.perf_counter()
+    call = ledger.begin("Shift", comm, purpose)
     to, source = (comm.rank + step) % comm.size, (comm.rank - step) % comm.size
     sent = _to_host(x)
     received = _landing(out)
@@ -332,9 +337,7 @@ def Shift(comm, x, out, step=1, purpose=""):
         comm.Isend([_raw(sent), MPI.BYTE], to),
     ]
     sent_bytes = 0 if to == comm.rank else sent.nbytes
-    return Transfer(
-        "Shift", comm, purpose, sent_bytes, start_s, requests, lambda: _landed(received, out), sent
-    )
+    return Transfer(call, sent_bytes, requests, lambda: _landed(received, out), sent)
 
 
 def Isend(comm, x, to, tag=0, purpose=""):
@@ -351,10 +354,10 @@ def Isend(comm, x, to, tag=0, purpose=""):
     -------
     Transfer of x; `wait` must be called, for example by `Outgoing`
     """
-    start_s = time.perf_counter()
+    call = ledger.begin("Send", comm, purpose)
     sent = _to_host(x)
     requests = [comm.Isend([_raw(sent), MPI.BYTE], to, tag)]
-    return Transfer("Send", comm, purpose, sent.nbytes, start_s, requests, lambda: x, sent)
+    return Transfer(call, sent.nbytes, requests, lambda: x, sent)
 
 
 def Recv(comm, out, source, tag=0, purpose=""):
@@ -364,11 +367,11 @@ def Recv(comm, out, source, tag=0, purpose=""):
     ----------
     out : contiguous, of the size that the sender sends
     """
-    start_s = time.perf_counter()
+    call = ledger.begin("Recv", comm, purpose)
     received = _landing(out)
     comm.Recv([_raw(received), MPI.BYTE], source, tag)
     _landed(received, out)
-    ledger.enter("Recv", comm, purpose, 0, start_s)
+    ledger.enter(call, 0)
     return out
 
 
@@ -379,12 +382,12 @@ def RecvBytes(comm, source=MPI.ANY_SOURCE, tag=0, purpose=""):
     -------
     (n,) uint8, host
     """
-    start_s = time.perf_counter()
+    call = ledger.begin("Recv", comm, purpose)
     status = MPI.Status()
     message = comm.Mprobe(source, tag, status)
     received = np.empty(status.Get_count(MPI.BYTE), np.uint8)
     message.Recv([received, MPI.BYTE])
-    ledger.enter("Recv", comm, purpose, 0, start_s)
+    ledger.enter(call, 0)
     return received
 
 
@@ -401,18 +404,15 @@ def Iallgather(comm, part, whole, counts, purpose=""):
     -------
     Transfer of `whole`; `wait` must be called
     """
-    start_s = time.perf_counter()
+    call = ledger.begin("Allgather", comm, purpose)
     sent, received = _to_host(part), _landing(whole)
     request = comm.Iallgatherv(
         [_raw(sent), MPI.BYTE], [_raw(received), counts, _starts(counts), MPI.BYTE]
     )
     sent_bytes = sent.nbytes * (comm.size - 1)
     return Transfer(
-        "Allgather",
-        comm,
-        purpose,
+        call,
         sent_bytes,
-        start_s,
         [request],
         lambda: _landed(received, whole),
         sent,
@@ -426,13 +426,11 @@ def Ibcast(comm, x, root=0, purpose=""):
     -------
     Transfer of x; `wait` must be called
     """
-    start_s = time.perf_counter()
+    call = ledger.begin("Bcast", comm, purpose)
     buffer = _to_host(x) if comm.rank == root else _landing(x)
     request = comm.Ibcast(_raw(buffer), root)
     sent_bytes = x.nbytes if comm.rank == root and comm.size > 1 else 0
-    return Transfer(
-        "Bcast", comm, purpose, sent_bytes, start_s, [request], lambda: _landed(buffer, x), buffer
-    )
+    return Transfer(call, sent_bytes, [request], lambda: _landed(buffer, x), buffer)
 
 
 class Counter:
@@ -452,13 +450,13 @@ class Counter:
 
     def add(self, n, purpose=""):
         """Raise the number by `n`; returns what it was before (0 for `n` reads it)."""
-        start_s = time.perf_counter()
+        call = ledger.begin("Fetch_and_op", self._comm, purpose)
         before, n = np.empty(1, np.int64), np.array([n], np.int64)
         self._window.Lock(0, MPI.LOCK_SHARED)
         self._window.Fetch_and_op([n, MPI.INT64_T], [before, MPI.INT64_T], 0, 0, MPI.SUM)
         self._window.Unlock(0)
         sent_bytes = 0 if self._comm.rank == 0 else n.nbytes
-        ledger.enter("Fetch_and_op", self._comm, purpose, sent_bytes, start_s)
+        ledger.enter(call, sent_bytes)
         return int(before[0])
 
     def free(self):
@@ -474,14 +472,16 @@ class Transfer:
 
     Parameters
     ----------
-    verb, comm, purpose, sent_bytes, start_s : for the ledger
+    call : of `Ledger.begin`
+    sent_bytes : for the ledger
     requests : of MPI
     result : function, what `wait` returns when the requests have ended
     held : what must stay in memory until then
     """
 
-    def __init__(self, verb, comm, purpose, sent_bytes, start_s, requests, result, held=None):
-        self._entry = verb, comm, purpose, sent_bytes, start_s
+    def __init__(self, call, sent_bytes, requests, result, held=None):
+        here.call = None
+        self._call, self._sent_bytes, start_s = call, sent_bytes, call[-1]
         self._requests, self._result, self._held = requests, result, held
         self._start_s, self._end_s, self._test_s = start_s, None, 0.0
         self._time_s = time.perf_counter() - start_s
@@ -500,12 +500,14 @@ class Transfer:
     def wait(self):
         """Wait until the transfer has ended, enter it in the ledger, and return its result."""
         start_s = time.perf_counter()
+        here.call = (*self._call[:-1], start_s)
         if self._end_s is None:
             MPI.Request.Waitall(self._requests)
             self._end_s = time.perf_counter()
         result, self._held = self._result(), None
         ledger.enter(
-            *self._entry,
+            self._call,
+            self._sent_bytes,
             time_s=self._time_s + time.perf_counter() - start_s,
             test_s=self._test_s,
             flight_s=self._end_s - self._start_s,

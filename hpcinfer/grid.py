@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from hpcinfer.errors import UsageError, agreed
+from hpcinfer.where import waiting
 
 AXES = ("pp", "dp", "cp", "tp")
 _STRATEGIES = {
@@ -382,7 +383,8 @@ def agree(comm, function, *arguments):
             outcome = function(*arguments)
         except Exception as raised:
             error = raised
-    outcome, error = comm.bcast((outcome, error), 0)
+    with waiting("bcast", comm, "agree"):
+        outcome, error = comm.bcast((outcome, error), 0)
     if error is not None:
         raise agreed(error)
     return outcome
@@ -395,7 +397,8 @@ def agree_all(comm, function, *arguments):
         outcome = function(*arguments)
     except Exception as raised:
         error = raised
-    errors = [e for e in comm.allgather(error) if e is not None]
+    with waiting("allgather", comm, "agree"):
+        errors = [e for e in comm.allgather(error) if e is not None]
     if errors:
         raise agreed(errors[0])
     return outcome

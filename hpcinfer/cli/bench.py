@@ -20,16 +20,19 @@ def add(commands):
     for bench in names.choices.values():
         bench.add_argument("--json", metavar="FILE", help="write the rows as a JSON list too")
         bench.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        common.add_watch_options(bench)
     return parser
 
 
 def run(arguments):
     """Run the bench, and print its table on the first rank."""
+    from hpcinfer.engine.watchdog import Watchdog
     from hpcinfer.grid import agree, world
     from hpcinfer.io.rows import write_json
 
     comm = world()
-    rows, table = arguments.measure(comm, arguments)
+    with Watchdog(comm, arguments.hang_timeout):
+        rows, table = arguments.measure(comm, arguments)
     if comm.rank == 0:
         print(table(rows))
     if arguments.json:

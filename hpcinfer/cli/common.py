@@ -92,10 +92,23 @@ def add_model_options(parser):
         action="store_true",
         help="begin anew; what an earlier run has left is kept as FILE.old-1, ...",
     )
+    add_watch_options(group)
     group.add_argument(
         "--trace",
         metavar="FOLDER",
         help="write every MPI call of every rank as a timeline (Chrome, Perfetto)",
+    )
+
+
+def add_watch_options(parser):
+    """Options of every command that runs on several ranks."""
+    parser.add_argument(
+        "--hang-timeout",
+        type=patience,
+        default=600.0,
+        metavar="TIME",
+        help="end the job, and say which rank is missing, when others have waited for it for so "
+        "long: seconds or HH:MM:SS (default 600), 0 for never",
     )
 
 
@@ -110,12 +123,14 @@ def run_batch(kind, arguments, sampling, selection=None):
 def _run_batch(kind, arguments, sampling, selection, stop):
     from hpcinfer.engine import batch
     from hpcinfer.engine.state import RunState
+    from hpcinfer.engine.watchdog import Watchdog
     from hpcinfer.grid import world
 
     comm, outputs = world(), arguments.output
-    n_lines = batch.check_files(comm, arguments.input, outputs)
-    with RunState(comm, outputs, arguments.checkpoint_every, arguments.restart) as state:
-        _run_on(comm, kind, arguments, sampling, selection, n_lines, state, stop)
+    with Watchdog(comm, arguments.hang_timeout, lambda: stop.last_resort and stop.last_resort()):
+        n_lines = batch.check_files(comm, arguments.input, outputs)
+        with RunState(comm, outputs, arguments.checkpoint_every, arguments.restart) as state:
+            _run_on(comm, kind, arguments, sampling, selection, n_lines, state, stop)
 
 
 def _run_on(comm, kind, arguments, sampling, selection, n_lines, state, stop):
@@ -200,6 +215,11 @@ def duration(text):
     if not 0 < value < 1e9 or len(numbers) > 3 or min(numbers) < 0:
         raise ArgumentTypeError(f"got {text!r}, need seconds, or HH:MM:SS, more than none")
     return value
+
+
+def patience(text):
+    """Seconds as in `duration`, or 0 for never."""
+    return 0.0 if text == "0" else duration(text)
 
 
 def positive(text):

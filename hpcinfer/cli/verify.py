@@ -17,17 +17,20 @@ def add(commands):
         "--seed", type=common.seed, default=0, help="of the random data (default 0)"
     )
     parser.add_argument("--json", metavar="FILE", help="write the table as a JSON list too")
+    common.add_watch_options(parser)
     return parser
 
 
 def run(arguments):
     """Run the command."""
     from hpcinfer import verify
+    from hpcinfer.engine.watchdog import Watchdog
     from hpcinfer.grid import agree, world
     from hpcinfer.io.rows import text_table, write_json
 
     comm = world()
-    outcomes = verify.run(comm, verify.ROWS, arguments.seed)
+    with Watchdog(comm, arguments.hang_timeout):
+        outcomes = verify.run(comm, verify.ROWS, arguments.seed)
     tried = [outcome for outcome in outcomes if outcome.tried]
     failed = [outcome.row.name for outcome in tried if not outcome.passed]
     if comm.rank == 0:

@@ -17,6 +17,7 @@ from hpcinfer import collectives
 from hpcinfer.engine.pages import pages_for
 from hpcinfer.engine.request import BadRequest
 from hpcinfer.model.cache import PAGE
+from hpcinfer.where import here
 
 
 @dataclass
@@ -134,6 +135,7 @@ def _anyone(engine, planned):
 
 def _launch(engine, batch, work):
     """Compute a round as far as this rank's part goes; the last stage finds its results."""
+    here.step += 1
     if engine.grid.side == "attention":
         _announce_round(engine, len(batch))
     hidden = engine.model.forward([micro.step for micro in batch])
@@ -162,6 +164,7 @@ def _announce_round(engine, n):
 def _serve(engine, stop):
     """The loop of the FFN side: as many micro-batches as the attention side says."""
     while n := _announce_round(engine, 0):
+        here.step += 1
         engine.model.serve(n)
         if stop is not None:
             stop.tell(engine.grid)

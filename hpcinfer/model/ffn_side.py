@@ -6,6 +6,7 @@ from hpcinfer.model.moe import shared_sum
 from hpcinfer.model.sides import expert_shares
 from hpcinfer.ops.experts import experts_ffn
 from hpcinfer.parallel import disagg, tensor
+from hpcinfer.where import here
 
 
 class FfnSide:
@@ -53,6 +54,7 @@ class FfnSide:
 
     def _compute(self, n, x, ids, weights):
         """Own experts and columns of layer n for any attention ranks' tokens: (T, D) -> (T, D)."""
+        here.layer = n
         w, cut = self._cut.layer(n), self._cut
         if not self.arch.sparse[n]:
             y = tensor.partial_sum(x, w.up, cut.middle, w.down, w.up_bias)

@@ -20,6 +20,7 @@ from hpcinfer.ops.linear import linear
 from hpcinfer.ops.rope import angles
 from hpcinfer.parallel import disagg, vocabulary
 from hpcinfer.parallel.pipeline import Pipeline
+from hpcinfer.where import here
 
 
 class Model:
@@ -173,6 +174,7 @@ class Model:
         self.weights.settle()
 
     def _layer(self, n):
+        here.layer = n
         return self.weights.layer(n)
 
     def _through_stage(self, step):

@@ -12,6 +12,7 @@ from itertools import chain, groupby
 import numpy as np
 
 from hpcinfer import array, partition
+from hpcinfer.where import here
 
 # Cuts of which the parts of cp are cut once more, and parameters that are float32 like vectors.
 FFN_CUTS = ("ffn", "moe", "shared")
@@ -332,7 +333,7 @@ def load(arch, checkpoint, ranges, dtype, device, cp=1, keep=None, pieces=None):
     weights = Weights(layers=[Layer() for _ in range(arch.N)])
     rows = [row for row in table(arch, cp) if keep is None or keep(row)]
     for layer, of_layer in groupby(rows, key=lambda row: row.layer):
-        target = weights if layer is None else weights.layers[layer]
+        here.layer, target = layer, weights if layer is None else weights.layers[layer]
         for of_parameter in _by_target(of_layer):
             read = _read if of_parameter[0].expert is None else _read_experts
             parameter = read(of_parameter, names, checkpoint, ranges, dtype)
