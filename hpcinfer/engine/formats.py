@@ -449,9 +449,9 @@ def _prompt(body: dict, kind: str, text: Text, limits: Limits, score: bool) -> t
         )
     value = body[given[0]]
     if kind == "chat":
-        token_ids = text.encode_chat(_messages(value), add_generation_prompt=not score)
+        token_ids = text.encode_chat(_messages(value), not score, limits.context)
     elif given[0] == "prompt" and isinstance(value := _only_one(value), str):
-        token_ids = text.encode(_clean("prompt", value))
+        token_ids = text.encode(_clean("prompt", value), limit=limits.context)
     else:
         token_ids = value
     return _token_ids(token_ids, given[0], limits, reserved=0 if score else 1)

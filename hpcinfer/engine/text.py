@@ -36,6 +36,10 @@ SPECIAL_NAMES = (
     "cls_token",
     "mask_token",
 )
+# Characters that are always read, and how many times its length a text may have before it is
+# normalised.
+SHORT_TEXT, NORMALISED = 1 << 16, 4
+
 MAX_TEMPLATE = 1 << 20
 TEMPLATE_STEPS = 200_000
 TEMPLATE_CHARACTERS = 1 << 26
@@ -87,29 +91,46 @@ class Text:
         self._template_source = ckpt.chat_template
         self._template = None
         self._pieces: dict[int, str | None] = {}
+        self._longest: int | None = None
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(
+        self, text: str, add_special_tokens: bool = True, limit: int | None = None
+    ) -> list[int]:
         """Token ids of `text`; special tokens written out in it are read as such.
+
+        Parameters
+        ----------
+        text : str
+        add_special_tokens : bool
+        limit : int or None
+            Tokens that are of use: a text that is sure to have more is not read to its end.
 
         Raises
         ------
         ValueError
-            If there is no tokenizer, or it cannot encode the text.
+            If there is no tokenizer, it cannot encode the text, or the text is far too long.
         """
         if self._tokenizer is None:
             raise ValueError(
                 "text: got a checkpoint without tokenizer.json, need one to read text; "
                 "give prompt_token_ids"
             )
+        if limit is not None and len(text) > SHORT_TEXT:
+            self._refuse_long(text, limit)
         try:
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         except Exception as error:
             raise ValueError(_library_line(error, "a text that the tokenizer encodes")) from None
 
-    def encode_chat(self, messages: list[dict], add_generation_prompt: bool = True) -> list[int]:
-        """Token ids of a conversation; the template writes the special tokens, none are added."""
+    def encode_chat(
+        self, messages: list[dict], add_generation_prompt: bool = True, limit: int | None = None
+    ) -> list[int]:
+        """Token ids of a conversation; the template writes the special tokens, none are added.
+
+        `limit` is as in `encode`.
+        """
         rendered = self.render_chat(messages, add_generation_prompt)
-        return self.encode(rendered, add_special_tokens=False)
+        return self.encode(rendered, add_special_tokens=False, limit=limit)
 
     def render_chat(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
         """Conversation as the chat template writes it.
@@ -199,6 +220,21 @@ class Text:
             token = self._token(int(token_id))
             settled += 0 if token is None else len(joiner.feed(token))
         return offsets
+
+    def _refuse_long(self, text: str, limit: int) -> None:
+        """Refuse a text with more characters than `limit` tokens can stand for.
+
+        A tokenizer takes minutes for a text of megabytes. Normalisation may shorten a text, hence
+        the slack.
+        """
+        if self._longest is None:
+            self._longest = max(map(len, self._tokenizer.get_vocab()), default=1)
+        most = NORMALISED * self._longest * limit
+        if len(text) > most:
+            raise ValueError(
+                f"request: got a prompt of {len(text)} characters, need at most {most} for the "
+                f"{limit} tokens that it may have; shorten the prompt"
+            )
 
     def _token(self, token_id: int, skip_special_tokens: bool = True) -> str | None:
         """Token as the vocabulary writes it; None if it leaves no trace in the text."""
