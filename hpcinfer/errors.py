@@ -11,6 +11,10 @@ class UsageError(ValueError):
     """The command line cannot be run as it stands (exit code 2)."""
 
 
+class NotFinite(ValueError):
+    """Logits are NaN or infinite, so that no token can be chosen or scored."""
+
+
 class Stopped(RuntimeError):
     """The run was stopped before its end, and goes on when it is started again (exit code 75)."""
 

@@ -92,6 +92,11 @@ def add_model_options(parser):
         action="store_true",
         help="begin anew; what an earlier run has left is kept as FILE.old-1, ...",
     )
+    group.add_argument(
+        "--check",
+        action="store_true",
+        help="read all weights first, and refuse wrong checksums, NaN and infinity",
+    )
     add_watch_options(group)
     group.add_argument(
         "--trace",
@@ -156,6 +161,7 @@ def _run_on(comm, kind, arguments, sampling, selection, n_lines, state, stop):
         context=arguments.context,
         seed=arguments.seed,
         micro_batches=arguments.micro_batches,
+        check_weights=arguments.check,
     )
     facts = {
         "command": shlex.join(arguments.command_line),

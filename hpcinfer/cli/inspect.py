@@ -7,6 +7,11 @@ def add(commands):
     """The command's parser."""
     parser = commands.add_parser("inspect", help="show what is in a model or an output")
     parser.add_argument("file", metavar="FILE", help="model directory, or .h5 of any command")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="read all weights of a model, and refuse wrong checksums, NaN and infinity",
+    )
     return parser
 
 
@@ -15,4 +20,4 @@ def run(arguments):
     if launcher_rank() == 0:
         from hpcinfer.io.inspect import describe
 
-        print(describe(arguments.file))
+        print(describe(arguments.file, arguments.check))

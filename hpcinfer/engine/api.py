@@ -13,6 +13,7 @@ Every rank makes the same calls and gets the same answers. The input of the firs
 import time
 
 from hpcinfer import array, collectives
+from hpcinfer.engine import finite
 from hpcinfer.engine.extract import Extract, activations_of, gathered
 from hpcinfer.engine.feed import Feed
 from hpcinfer.engine.formats import Limits as PromptLimits
@@ -54,6 +55,7 @@ def load(
     context=None,
     seed=0,
     micro_batches=None,
+    check_weights=False,
 ):
     """Load a model; every rank of the communicator calls this and reads its own shard.
 
@@ -72,6 +74,8 @@ def load(
     micro_batches : parts of the work that are under way at a time: with attention and FFN on ranks
         of their own, those that take turns (2 by default); in a pipeline, those that the prompts at
         hand are spread over (4 for each stage by default)
+    check_weights : True to read all weights first, shared out over the ranks, and to refuse wrong
+        checksums, NaN and infinity
 
     Returns
     -------
@@ -85,6 +89,8 @@ def load(
     comm = world() if comm is None else comm
     grid = grid_of(comm, parse_layout(layout, comm.size))
     limits = _limits(grid.layout, step_tokens, sequences, micro_batches)
+    if check_weights:
+        finite.check_weights(comm, path, None if dtype is None else array.parse_dtype(dtype))
     return agree_all(
         comm, lambda: Engine(path, grid, dtype, device, kv_memory, limits, context, seed)
     ).ready()
@@ -98,6 +104,7 @@ class Engine:
     model : hpcinfer.model.forward.Model
     text : Text
     grid : Grid
+    path : where the model was read from
     context : positions that a sequence may have
     scheduler : Scheduler
     record : Record, what the run has cost so far
@@ -124,7 +131,7 @@ class Engine:
             self.model.expert_load = ExpertLoad(arch)
             self.record = Record(grid, checkpoint.bytes_read, checkpoint.file_bytes)
         self.context = _context(arch, context)
-        self._path, self._kv_memory = path, kv_memory
+        self.path, self._kv_memory = path, kv_memory
         self._stops = {}
         self.record.load_s = time.perf_counter() - start_s
 
@@ -157,7 +164,7 @@ class Engine:
     def _read_alone(self):
         """Read the weights that could not be shared."""
         if not self.shares_weights:
-            with open_checkpoint(self._path) as checkpoint:
+            with open_checkpoint(self.path) as checkpoint:
                 self.model.read(checkpoint, alone=True)
                 self.record.bytes_read += checkpoint.bytes_read
 
@@ -268,7 +275,7 @@ class Engine:
             raise agreed(error) from None
 
     def expert_load(self):
-        """How many tokens chose each expert so far: (N, E) int64 on every rank, which all call this.
+        """How many tokens chose each expert so far: (N, E) int64; every rank calls this.
 
         E is 0 for a model without experts, and a layer that has none is a row of zeros.
         """

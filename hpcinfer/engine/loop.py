@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hpcinfer import collectives
+from hpcinfer.engine.finite import explained
 from hpcinfer.engine.pages import pages_for
 from hpcinfer.engine.request import BadRequest
 from hpcinfer.model.cache import PAGE
@@ -55,10 +56,11 @@ def run(engine, feed, deliver, work, between=None, stop=None):
     stop : Stop, asked before every round, or None; what runs and waits is then left in the queue
     """
     began_s = time.perf_counter()
-    if engine.grid.side == "ffn":
-        _serve(engine, stop)
-    else:
-        _steps(engine, feed, deliver, work, between, stop)
+    with np.errstate(all="ignore"):  # what is not finite is refused where tokens are chosen
+        if engine.grid.side == "ffn":
+            _serve(engine, stop)
+        else:
+            _steps(engine, feed, deliver, work, between, stop)
     engine.model.settle()
     engine.record.loop_s += time.perf_counter() - began_s
 
@@ -142,7 +144,8 @@ def _launch(engine, batch, work):
     pipeline = engine.model.pipeline
     for micro, of_micro in zip(batch, hidden, strict=True):
         if pipeline.is_last:
-            micro.result = work.find(micro.job, of_micro)
+            with explained(engine.path, engine.model):
+                micro.result = work.find(micro.job, of_micro)
             if not pipeline.is_first:
                 pipeline.announce(np.frombuffer(pickle.dumps(micro.result), np.uint8))
 

@@ -91,5 +91,13 @@ def _score(request, logprobs):
         request,
         np.array([math.nan, *logprobs], np.float32),
         total,
-        math.exp(-total / len(logprobs)) if logprobs else math.nan,
+        _perplexity(-total / len(logprobs)) if logprobs else math.nan,
     )
+
+
+def _perplexity(mean):
+    """e^mean, infinite where it is beyond all numbers."""
+    try:
+        return math.exp(mean)
+    except OverflowError:
+        return math.inf

@@ -3,6 +3,7 @@
 import os
 import re
 
+from hpcinfer.io import soundness
 from hpcinfer.io.checkpoint import has_hdf5_signature, open_checkpoint
 
 # Words for the numbers of a config, each with the names that families give it
@@ -25,8 +26,13 @@ KINDS = {"safetensors": "Hugging Face directory", "hdf5": "converted model"}
 ROWS_AT_ONCE = 1 << 16
 
 
-def describe(path):
+def describe(path, check=False):
     """Description of a Hugging Face directory, a converted model, results or activations.
+
+    Parameters
+    ----------
+    path : str
+    check : True to read all weights of a model, and to refuse those that are not sound
 
     Returns
     -------
@@ -49,8 +55,9 @@ def describe(path):
                     return "\n".join(describe_file(path, file))
                 except (KeyError, OSError, RuntimeError, TypeError) as error:
                     raise ValueError(f"inspect: got damaged results {path} ({error})") from error
+    checked = _checked(path) if check else None
     with open_checkpoint(path) as model:
-        return "\n".join(_describe_model(model))
+        return "\n".join(_describe_model(model, checked))
 
 
 def collapse(names):
@@ -77,7 +84,15 @@ def size_text(nbytes):
     return f"{nbytes} B" if power == 0 else f"{nbytes / 1024**power:.2f} {units[power]}"
 
 
-def _describe_model(model):
+def _checked(path):
+    """What reading all weights has shown, if they are sound."""
+    found, n_checksums = soundness.check(path)
+    if found is not None:
+        raise ValueError(found[1].line)
+    return f"all weights are finite, {n_checksums} checksums are right"
+
+
+def _describe_model(model, checked):
     tensors = model.tensors.values()
     by_type = {}
     for info in tensors:
@@ -94,6 +109,8 @@ def _describe_model(model):
         "checksums": f"{n_checked} of {len(tensors)} tensors" if n_checked else "no",
         "identity": model.checksum,
     }
+    if checked is not None:
+        facts["checked"] = checked
     return [model.path, *_fact_lines(facts), *_tensor_lines(model.tensors)]
 
 

@@ -29,6 +29,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from hpcinfer import array
+from hpcinfer.errors import NotFinite
 
 GREEDY_BELOW = 1e-5  # a temperature below it means the largest logit, as in vLLM
 BLOCK_ITEMS = 1 << 16  # logits handled at a time: temporaries stay bounded, and in cache
@@ -597,10 +598,10 @@ def unreported(R):
 
 
 def refuse_unbounded(score):
-    """Raise ValueError unless the best score of every row, (R,) float64, is finite."""
+    """Raise NotFinite unless the best score of every row, (R,) float64, is finite."""
     bad = np.flatnonzero(~np.isfinite(score))
     if bad.size:
-        raise ValueError(
+        raise NotFinite(
             f"sample: got {score[bad[0]]} as the best score of row {bad[0]}, need a finite logit; "
             "the model gives NaN or infinity, or every token is banned"
         )

@@ -82,7 +82,7 @@ def log_softmax_of(comm, logits, start, targets):
     Raises
     ------
     ValueError
-        If there is not one target for each row, or one is negative.
+        If there is not one target for each row, one is negative, or logits are not finite.
     """
     targets = np.asarray(array.host(targets))
     if targets.shape != logits.shape[:1]:
@@ -105,6 +105,7 @@ def log_softmax_of(comm, logits, start, targets):
     top, target = largest.T
     exp_sum = _exp_sum(x, top)
     collectives.Allreduce(comm, exp_sum, purpose="log_softmax")
+    sample.refuse_unbounded(top + np.log(exp_sum))
     return (target - top - np.log(exp_sum)).astype(np.float32)
 
 

@@ -1,0 +1,112 @@
+"""Reading every weight of a model to see whether it is sound: checksums, and values that are none.
+
+A damaged weight is a number as any other, and the answers that come of it are wrong without a word;
+only the checksums of a converted model tell. NaN and infinity are found in either kind of model.
+"""
+
+import re
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from hpcinfer import array
+from hpcinfer.io.checkpoint import is_floating, open_checkpoint, raw
+
+_LAYER = re.compile(r"(?:^|\.)(\d{1,9})\.")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with one tensor.
+
+    Attributes
+    ----------
+    name : str
+    found, needed : str, what was got and what is needed
+    """
+
+    name: str
+    found: str
+    needed: str
+
+    @property
+    def line(self):
+        """The fault as one line of an error."""
+        layer = layer_of(self.name)
+        where = self.name if layer is None else f"{self.name} (layer {layer})"
+        return f"weights: got {self.found} in {where}, need {self.needed}"
+
+
+def layer_of(name):
+    """Number of the layer that a tensor belongs to, None outside of layers."""
+    match = _LAYER.search(name)
+    return int(match[1]) if match else None
+
+
+def check(path, share=0, shares=1, dtype=None, note=None):
+    """Read the tensors of a model, or one of equal shares of them, and find the first fault.
+
+    Parameters
+    ----------
+    path : model directory or converted .h5
+    share, shares : which of how many parts, tensor by tensor
+    dtype : element type that matrices must fit into; None for that of the file
+    note : function of a tensor's name, called before it is read, or None
+
+    Returns
+    -------
+    fault : (number of the tensor, Fault), or None if all is well
+    n_checksums : tensors of the share that have a checksum
+    """
+    n_checksums = 0
+    with open_checkpoint(path) as model:
+        for i, info in enumerate(model.tensors.values()):
+            if i % shares != share:
+                continue
+            if note is not None:
+                note(info.name)
+            fault = _fault(model, info, dtype)
+            if fault is not None:
+                return (i, fault), n_checksums
+            n_checksums += info.crc32 is not None
+    return None, n_checksums
+
+
+def _fault(model, info, dtype):
+    """What is wrong with a tensor; its checksum counts first, as it tells of damage."""
+    computed, fault = 0, None
+    dtype = dtype if len(info.shape) > 1 else None
+    for start, block in model.stream(info.name):
+        if info.crc32 is not None:
+            computed = zlib.crc32(raw(block), computed)
+        if fault is None and is_floating(block.dtype):
+            fault = _not_finite(info, start, block, dtype)
+        if fault is not None and info.crc32 is None:
+            return fault
+    if info.crc32 is not None and computed != info.crc32:
+        return Fault(
+            info.name,
+            f"checksum {computed:08x}",
+            f"the stored {info.crc32:08x}; the file is damaged, convert or fetch the model again",
+        )
+    return fault
+
+
+def _not_finite(info, start, block, dtype):
+    """The first value of a block that is not finite, or is not once it has the type `dtype`."""
+    with np.errstate(all="ignore"):
+        values = array.widen(block) if block.dtype != np.float64 else block
+        bad = ~np.isfinite(values)
+        overflow = dtype is not None and not bad.any()
+        if overflow:
+            bad = ~np.isfinite(array.widen(values.astype(dtype)))
+    if not bad.any():
+        return None
+    at = np.unravel_index(int(bad.argmax()), bad.shape)
+    place = [int(first + i) for first, i in zip(start, at, strict=True)]
+    if overflow:
+        need = f"values that {np.dtype(dtype).name} can hold; choose another --dtype"
+    else:
+        need = "finite numbers; fetch the model again"
+    return Fault(info.name, f"{float(values[at]):g} at {place}", need)
