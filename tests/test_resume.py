@@ -8,6 +8,9 @@ import json
 import os
 import random
 import shutil
+import signal
+import threading
+import time
 from pathlib import Path
 
 import h5py
@@ -185,6 +188,25 @@ def test_stopped_at_any_round_and_gone_on_in_any_layout(
     if kind == "generate":
         assert texts[0].startswith("stopped ") and " of 10 requests finished and " in texts[0]
         assert texts[0].endswith(" under way; run the same command again to go on")
+
+
+@pytest.mark.parametrize("reason", ["SIGTERM", "SIGUSR1", "time limit"])
+def test_signals_and_the_time_limit(comm, engines, straight, folder, reason):
+    """To any rank; a signal that comes when the run is over already changes nothing."""
+    rank = comm.size - 1 if reason == "SIGUSR1" else 0
+    ends_s = time.time() + 0.15 if reason == "time limit" else None
+    with Stop(ends_s) as stop:
+        if ends_s is None and comm.rank == rank:
+            delay_s, number = 0.15, getattr(signal, reason)
+            threading.Timer(delay_s, os.kill, (os.getpid(), number)).start()
+        text = run(engines[0], "generate", folder, stop=stop, max_tokens=500)
+        words = "on another rank" if rank else f"at its {reason}" if ends_s else f"by {reason}"
+        assert text.startswith(f"stopped {words} with ")
+    assert run(engines[-1], "score", folder, "other") is None
+    on_root(comm, lambda: [path.unlink() for path in folder.glob("other.*")])
+    assert "max-tokens 15, need max-tokens 500" in refusal(
+        comm, lambda: run(engines[-1], "generate", folder)
+    )
 
 
 def test_what_was_generated_is_not_generated_again(comm, engines, straight, folder):

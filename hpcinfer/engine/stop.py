@@ -20,6 +20,7 @@ from hpcinfer import collectives
 from hpcinfer.errors import REQUEUE, Stopped, one_line
 from hpcinfer.grid import abort, launcher_rank
 
+_NOT_YET = "before the first step"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _TAG = 12
 
@@ -77,14 +78,13 @@ class Stop:
     reason : why, in words that follow "stopped"; None as long as there is none
     stopping : True once the replica has agreed to stop
     pace : Pace of this rank's steps, which counts on the leader of a replica
-    last_resort : function that saves what it can when the job must be ended at once, or None as
-        long as there is nothing to save
+    last_resort : function that saves what it can when the job must be ended at once, or None
     """
 
     def __init__(self, end_s=None):
         self.reason, self.stopping, self.pace, self.last_resort = None, False, None, None
         self._end_s = end_s if launcher_rank() == 0 else None
-        self._told, self._heard = False, 0
+        self._began, self._told, self._heard = False, False, 0
         self._over = threading.Event()
 
     def __enter__(self):
@@ -112,6 +112,7 @@ class Stop:
 
     def tell(self, grid):
         """Tell the leaders of all replicas, once, if this rank must stop."""
+        self._began = True
         if self.reason is None or self._told:
             return
         self._told = True
@@ -174,20 +175,18 @@ class Stop:
         # Where nothing is to be saved, as long as the model is read, nothing is worth waiting for.
         since_s, first = time.monotonic(), launcher_rank() == 0
         while not self._over.wait(0.05):
-            patience_s = (_LOAD_S if self.last_resort is None else _ORDER_S)[not first]
+            patience_s = (_ORDER_S if self._began else _LOAD_S)[not first]
             if time.monotonic() - since_s > patience_s:
                 self._end_job()
 
     def _end_job(self):
         """End all ranks at once; on the first one, save what can be saved."""
         where = "" if launcher_rank() == 0 else f" (rank {launcher_rank()})"
-        line = f"stopped {self.reason} before the first step"
-        if self.last_resort is not None:
-            line = f"stopped {self.reason} in a long step"
-            try:
-                self.rescue()
-            except Exception as error:
-                line = f"{line}; {one_line(error)}"
+        line = f"stopped {self.reason} " + ("in a long step" if self._began else _NOT_YET)
+        try:
+            self.rescue()
+        except Exception as error:
+            line = f"{line}; {one_line(error)}"
         with suppress(OSError):
             text = f"\nhpcinfer{where}: {line}; run the same command again to go on\n"
             os.write(sys.__stderr__.fileno(), text.encode())
