@@ -148,6 +148,8 @@ def _run_on(comm, kind, arguments, sampling, selection, n_lines, state, stop):
     state.refuse_changed(
         lambda: identity_of_input(kind, arguments.input, arguments.output, arguments.seed)
     )
+    if state.kept:
+        print(f"restart   what was there is kept as {', '.join(state.kept)}", flush=True)
     collectives.ledger.tracing = arguments.trace is not None
     engine = load(
         arguments.model,

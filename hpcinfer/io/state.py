@@ -117,13 +117,13 @@ def set_aside(paths):
     list of the new names
     """
     suffixes = ("", STATE_SUFFIX, INDEX_SUFFIX, JOURNAL_SUFFIX, JOURNAL_SUFFIX + INDEX_SUFFIX)
-    old = [name for path in paths for s in suffixes if os.path.lexists(name := f"{path}{s}")]
-    old += [folder for path in paths if os.path.isdir(folder := parts_folder(path))]
+    names = [f"{path}{suffix}" for path in paths for suffix in suffixes]
+    names += [parts_folder(path) for path in paths]
     number = 1
-    while any(os.path.lexists(f"{name}{KEPT_SUFFIX}{number}") for name in old):
+    while any(os.path.lexists(f"{name}{KEPT_SUFFIX}{number}") for name in names):
         number += 1
     kept = []
-    for name in old:
+    for name in filter(os.path.lexists, names):
         with writing(name):
             os.rename(name, f"{name}{KEPT_SUFFIX}{number}")
         kept.append(f"{name}{KEPT_SUFFIX}{number}")
