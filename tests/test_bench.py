@@ -8,7 +8,7 @@ import pytest
 from pytest import approx
 
 from hpcinfer.array import DTYPES
-from hpcinfer.bench import attention, decode_attention, measure
+from hpcinfer.bench import attention, decode_attention, extract, measure
 from hpcinfer.bench.shape import Shape
 from hpcinfer.cli import main
 from hpcinfer.io.rows import text_table
@@ -165,3 +165,19 @@ def test_wrong_words_are_usage_errors(mpirun, words):
     done = mpirun(2, *HPCINFER, *words)
     assert done.returncode == 2
     assert done.stderr.count("hpcinfer:") == 1
+
+
+# --- extract -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [1, 37])
+def test_extract_rows(comm, shared_path, width):
+    """Columns fewer than ranks, and more; nothing is left on the disk."""
+    rows = extract.run(comm, str(shared_path), width, 3, 5, 4, "bfloat16", 1)
+    assert [row["writes"] for row in rows] == ["plain", "parts"]
+    for row in rows:
+        assert row["bytes"] == width * 3 * 5 * 4 * 2 and row["ranks"] == comm.size
+        assert row["share_of_limit"] == approx(rows[0]["time_s"] / row["time_s"])
+    assert "of plain %" in extract.table(rows)
+    comm.Barrier()
+    assert not list(shared_path.iterdir())

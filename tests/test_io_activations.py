@@ -162,7 +162,7 @@ def test_room_that_was_not_needed_is_given_back(tmp_path):
     for parts in run.ranks.values():
         parts.close()
     after = [entry.stat().st_size for entry in os.scandir(parts_folder(run.path))]
-    assert min(before) > 1 << 20 > 50 * max(after)
+    assert min(before) > 1 << 22 > 50 * max(after)
     assert sorted(check(run.path, run.rows)) == [0, 1, 2, 3]
 
 

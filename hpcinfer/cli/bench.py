@@ -17,6 +17,7 @@ def add(commands):
     names = parser.add_subparsers(dest="bench", required=True, metavar="NAME")
     _add_attention(names)
     _add_decode_attention(names)
+    _add_extract(names)
     for bench in names.choices.values():
         bench.add_argument("--json", metavar="FILE", help="write the rows as a JSON list too")
         bench.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -86,6 +87,31 @@ def _add_decode_attention(names):
     parser.set_defaults(measure=_decode_attention)
 
 
+def _add_extract(names):
+    parser = names.add_parser(
+        "extract",
+        help="writing activations beside plain sequential writes",
+        description="The parts that `hpcinfer extract` writes, with checksums, beside plain "
+        "sequential writes of as many bytes, by all ranks at a time.",
+    )
+    parser.add_argument(
+        "--folder", default=".", help="where to write; nothing is left there (default .)"
+    )
+    for name, default, what in (
+        ("width", 1024, "columns of a dataset"),
+        ("layers", 8, "datasets"),
+        ("tokens", 512, "rows of a step"),
+        ("steps", 16, "steps"),
+        ("repeat", 5, "repetitions; their median counts"),
+    ):
+        parser.add_argument(
+            f"--{name}", type=common.positive, default=default, metavar="N",
+            help=f"{what} (default {default})",
+        )  # fmt: skip
+    parser.add_argument("--store", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.set_defaults(measure=_extract)
+
+
 def _add_shape(parser):
     """Options of every attention bench."""
     for name, default, what in (
@@ -120,6 +146,22 @@ def _decode_attention(comm, arguments):
     shape = _shape(arguments)
     rows = decode_attention.run(comm, shape, arguments.cached, arguments.queries, arguments.repeat)
     return rows, decode_attention.table
+
+
+def _extract(comm, arguments):
+    from hpcinfer.bench import extract
+
+    rows = extract.run(
+        comm,
+        arguments.folder,
+        arguments.width,
+        arguments.layers,
+        arguments.tokens,
+        arguments.steps,
+        arguments.store,
+        arguments.repeat,
+    )
+    return rows, extract.table
 
 
 def _shape(arguments):

@@ -10,7 +10,8 @@ def add(commands):
     parser.add_argument(
         "--check",
         action="store_true",
-        help="read all weights of a model, and refuse wrong checksums, NaN and infinity",
+        help="read all weights of a model or all activations, and refuse wrong checksums, and in "
+        "weights NaN and infinity",
     )
     return parser
 

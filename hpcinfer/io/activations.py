@@ -84,6 +84,7 @@ class ActivationsWriter(Hdf5Writer):
         with writing(folder):
             os.makedirs(folder, exist_ok=True)
         self._refuse_others(path)
+        self._drop_torn(path)
         super().__init__(path, "extract", attributes, resume, least)
 
         # What earlier runs have noted, but not all their ranks have written, is to be done again.
@@ -123,6 +124,14 @@ class ActivationsWriter(Hdf5Writer):
                         f"activations: got {part.path} with {name}, need parts of the same points, "
                         "layers and model; use the options of the run to go on with, or start over"
                     )
+
+    @staticmethod
+    def _drop_torn(path):
+        """Remove parts that a machine went down with before their rows were on the disk."""
+        for part in read_parts(path):
+            if part.n_rows < part.room and damaged_datasets(part.path):
+                with writing(part.path):
+                    os.unlink(part.path)
 
     def _runs(self):
         """(generation, replica) -> (rows that all ranks have, its parts)."""

@@ -2,6 +2,7 @@
 
 import os
 import re
+from functools import partial
 
 from hpcinfer.io import soundness
 from hpcinfer.io.checkpoint import has_hdf5_signature, open_checkpoint
@@ -32,7 +33,8 @@ def describe(path, check=False):
     Parameters
     ----------
     path : str
-    check : True to read all weights of a model, and to refuse those that are not sound
+    check : True to read all weights of a model, or all activations, and to refuse those that are
+        not sound
 
     Returns
     -------
@@ -47,7 +49,10 @@ def describe(path, check=False):
     if os.path.isfile(path) and has_hdf5_signature(path):
         from hpcinfer.io import activations, hdf5, results
 
-        describers = {results.FORMAT: _describe_results, activations.FORMAT: _describe_activations}
+        describers = {
+            results.FORMAT: _describe_results,
+            activations.FORMAT: partial(_describe_activations, check=check),
+        }
         with hdf5.open_h5(path) as file:
             describe_file = describers.get(hdf5.file_format(file))
             if describe_file is not None:
@@ -159,11 +164,11 @@ def _describe_results(path, file):
     return [path, *_fact_lines(facts), f"  {len(rows)} datasets", *_table_lines(rows)]
 
 
-def _describe_activations(path, file):
+def _describe_activations(path, file, check):
     """Lines about an open file that joins parts, which must all be there."""
     from hpcinfer.io.activations import check_parts, joined_datasets
 
-    check_parts(file, path)
+    check_parts(file, path, check)
     n_failed, alike = sum(int((part != "").sum()) for part in _parts(file, "error")), {}
     for name, data in joined_datasets(file).items():
         facts = str(list(data.shape)), data.dtype.name, data.attrs.get("description", "")
@@ -175,7 +180,7 @@ def _describe_activations(path, file):
         "errors": n_failed,
         "tokens": len(file["token_ids"]),
         "parts": f"{len(file['parts/name'])}, {size_text(int(file['parts/bytes'][:].sum()))}, "
-        "all there",
+        + ("all there, every checksum as it was written" if check else "all there"),
     }
     facts |= {name: _plain(value) for name, value in file.attrs.items() if name not in facts}
 

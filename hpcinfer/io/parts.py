@@ -12,8 +12,9 @@ run that goes on where another was killed is a generation of its own. Layout, fo
 A part is made with room for its rows, contiguous and empty, and closed. Rows then go to their place
 by plain writes, and after them their number to /state. So nothing that HDF5 needs ever changes: a
 part opens at any moment, also after a kill, and writing is as fast as to any file. When it is full,
-or the run ends, it is brought to the disk, the room that is left given back. Compressed parts are
-written whole, when they are full.
+or the run ends, it is brought to the disk. Room that is left is a hole, which takes no space; where
+it is most of the file, the rows are copied to a file without it. Compressed parts are written
+whole, when they are full.
 """
 
 import contextlib
@@ -37,7 +38,10 @@ FORMAT, FORMAT_VERSION = "hpcinfer-activations-part", 1
 PARTS_SUFFIX = ".parts"
 
 # Bytes of the first file of a rank, and of its largest; each is twice the one before
-_FIRST_BYTES, _MOST_BYTES = 1 << 20, 1 << 30
+_FIRST_BYTES, _MOST_BYTES = 1 << 22, 1 << 30
+
+# Share of a part's room up to which its rows are copied to a smaller one, as well as few bytes
+_LITTLE, _FEW_BYTES = 0.25, 1 << 24
 
 # Bytes that a rank holds before it compresses them, of a compressed chunk, and of a copy
 _PACKED_BYTES, _CHUNK_BYTES, _COPY_BYTES = 1 << 24, 1 << 18, 1 << 23
@@ -198,10 +202,11 @@ class _Segment:
         return later
 
     def close(self):
-        """Give back the room that was not needed, and bring the rows to the disk."""
+        """Bring the rows to the disk, without most of the room that was not needed."""
         n_rows = int(self._state[:, 0].min(initial=self._n_rows))
+        nbytes = n_rows * sum(share.row_bytes for share in self._shares.values())
         with writing(self.path):
-            if n_rows < self._n_rows:
+            if n_rows < self._n_rows and (n_rows <= _LITTLE * self._n_rows or nbytes <= _FEW_BYTES):
                 self._shorten(n_rows)
             os.fsync(self._descriptor)
         os.close(self._descriptor)

@@ -1,0 +1,134 @@
+"""Writing activations to the parts of an output, beside plain sequential writes of as many bytes.
+
+Every rank writes its columns of the same rows, dataset after dataset and step after step, as
+`hpcinfer extract` does, with checksums and the room that is given back; beside it the same blocks
+to one file. Both end when the bytes are on the disk.
+"""
+
+import os
+from functools import partial
+from statistics import median
+
+import numpy as np
+
+from hpcinfer import array, partition
+from hpcinfer.bench import measure
+from hpcinfer.grid import agree_all
+from hpcinfer.io.atomic import writing
+from hpcinfer.io.parts import Field, Parts, Share, clear_parts, parts_folder
+from hpcinfer.io.rows import text_table
+
+
+def run(comm, folder, width, layers, tokens, steps, dtype, repeat):
+    """Measure both.
+
+    Parameters
+    ----------
+    folder : where to write; nothing is left there
+    width : columns of a dataset, cut over the ranks
+    layers : datasets
+    tokens, steps : rows of a step, and how many steps
+    dtype : element type on disk, by name
+    repeat : repetitions, of which the median counts
+
+    Returns
+    -------
+    list of rows, the same on every rank
+    """
+    path = os.path.join(folder, f"bench-{comm.bcast(os.getpid())}.h5")
+    own = partition.block(width, comm.size)[comm.rank]
+    fields = [
+        Field(f"residual/{n}", (width,), array.parse_dtype(dtype), ("features",), "")
+        for n in range(layers)
+    ]
+    rng = np.random.default_rng(comm.rank)
+    block = rng.normal(size=(tokens, own[1] - own[0])).astype(np.float32)
+    block = array.narrow(block, fields[0].dtype)
+    shares = [Share(field, *own) for field in fields] if block.size else []
+
+    def parts():
+        writer = Parts(path, 1, 0, comm.rank, shares)
+        for _ in range(steps):
+            for share in shares:
+                writer.append(share.field.name, block)
+        writer.close()
+
+    # Take turns, so that what else the disk does counts for both.
+    plain = partial(_plain, f"{path}-{comm.rank}", block, steps * len(shares))
+    agree_all(comm, partial(_make, parts_folder(path)))
+    times_s = {"parts": [], "plain": []}
+    try:
+        for _ in range(repeat):
+            for name, function in (("plain", plain), ("parts", parts)):
+                times_s[name].append(measure.together_s(comm, function))
+                _remove(comm, path)
+    finally:
+        _remove(comm, path)
+        comm.Barrier()
+        if comm.rank == 0:
+            os.rmdir(parts_folder(path))
+    nbytes = tokens * steps * layers * width * fields[0].dtype.itemsize
+    limit_s = median(times_s["plain"])
+    return [
+        {
+            "bench": "extract",
+            "writes": name,
+            "dtype": dtype,
+            "width": width,
+            "layers": layers,
+            "tokens": tokens * steps,
+            "ranks": comm.size,
+            "bytes": nbytes,
+            "time_s": median(times_s[name]),
+            "byte_per_s": nbytes / median(times_s[name]),
+            "share_of_limit": limit_s / median(times_s[name]),
+        }
+        for name in ("plain", "parts")
+    ]
+
+
+def table(rows):
+    """The rows as text."""
+    first = rows[0]
+    head = (
+        f"extract: {first['tokens']} tokens, {first['layers']} datasets of {first['width']} "
+        f"columns in {first['dtype']}, by {first['ranks']} ranks, brought to the disk\n"
+    )
+    cells = [
+        [
+            row["writes"],
+            str(row["bytes"]),
+            f"{row['time_s']:.3f}",
+            f"{row['byte_per_s'] / 1e6:.0f}",
+            f"{100 * row['share_of_limit']:.0f}",
+        ]
+        for row in rows
+    ]
+    return head + text_table(["writes", "bytes", "s", "MB/s", "of plain %"], cells)
+
+
+def _plain(path, block, n):
+    """Write a block n times to a new file, to the disk."""
+    data = memoryview(block.view(np.uint8)).cast("B") if block.size else b""
+    with writing(path), open(path, "wb", buffering=0) as file:
+        for _ in range(n):
+            done = 0
+            while done < len(data):
+                done += file.write(data[done:])
+        os.fsync(file.fileno())
+
+
+def _make(folder):
+    with writing(folder):
+        os.makedirs(folder, exist_ok=True)
+
+
+def _remove(comm, path):
+    """Remove what the bench wrote."""
+    plain = f"{path}-{comm.rank}"
+    if os.path.exists(plain):
+        os.unlink(plain)
+    comm.Barrier()
+    if comm.rank == 0:
+        clear_parts(path)
+    comm.Barrier()
