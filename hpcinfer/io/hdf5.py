@@ -4,7 +4,8 @@ Layout, format version 1::
 
     /                   attributes: format = "hpcinfer-model", format_version = 1,
                         hpcinfer_version, and as JSON text: config, generation_config,
-                        tokenizer_config, special_tokens_map
+                        tokenizer_config, special_tokens_map; metadata_crc32: zlib.crc32 of these
+                        texts and those of /tokenizer (the first files had none)
     /tokenizer/tokenizer_json   text of tokenizer.json           (absent if the model has none)
     /tokenizer/chat_template    text of the Jinja template       (absent if the model has none)
     /weights/<tensor name>      one contiguous dataset per tensor, dots kept in the name;
@@ -28,8 +29,14 @@ import numpy as np
 from hpcinfer import __version__
 from hpcinfer.array import BFLOAT16
 from hpcinfer.io.atomic import replacing
-from hpcinfer.io.checkpoint import Checkpoint, raw, table_entry
-from hpcinfer.io.metadata import MAX_JSON_BYTES, MAX_TOKENIZER_BYTES, Metadata, parse_object
+from hpcinfer.io.checkpoint import HDF5_SIGNATURE, Checkpoint, raw, table_entry
+from hpcinfer.io.metadata import (
+    MAX_JSON_BYTES,
+    MAX_TOKENIZER_BYTES,
+    Metadata,
+    open_regular,
+    parse_object,
+)
 
 FORMAT, FORMAT_VERSION = "hpcinfer-model", 1
 OBJECTS = ("config", "generation_config", "tokenizer_config", "special_tokens_map")
@@ -38,6 +45,10 @@ TEXTS = ("tokenizer_json", "chat_template")
 # Datasets from this size on begin at a page, so that mapping them maps nothing else
 ALIGN_BYTES = 1 << 12
 MODEL_OPTIONS = {"alignment_threshold": 1 << 16, "alignment_interval": ALIGN_BYTES}
+
+# The structures of HDF5 1.10 carry checksums. In those of before, damage makes the library answer
+# wrongly, run without end or crash; their superblock has a number below 2 behind the signature.
+LIBVER, OLDEST_SUPERBLOCK = ("v110", "v110"), 2
 
 BF16_TYPE = h5py.h5t.IEEE_F32LE.copy()
 BF16_TYPE.set_fields(15, 7, 8, 0, 7)
@@ -71,8 +82,11 @@ def open_model(path):
             _check_format(path, file)
             metadata = _read_metadata(path, file)
             tensors = _read_table(path, file)
-        except (OSError, RuntimeError, KeyError) as error:
-            reason = " ".join(str(error).split())
+        except Exception as error:
+            # What is not said here is the library's, which raises errors of many kinds
+            reason = " ".join(str(error).split())[:500]
+            if isinstance(error, ValueError) and reason.startswith("checkpoint: "):
+                raise
             raise ValueError(
                 f"checkpoint: got {path} which is damaged ({reason}); convert the model again"
             ) from error
@@ -85,8 +99,9 @@ def open_h5(path):
     Raises
     ------
     ValueError
-        If it is no HDF5 file or is truncated.
+        If it is no HDF5 file, is truncated, or has structures without checksums.
     """
+    _refuse_old(path)
     try:
         return h5py.File(path, "r", locking=False)
     except OSError as error:
@@ -94,6 +109,18 @@ def open_h5(path):
         raise ValueError(
             f"checkpoint: got {path} which does not open as HDF5 ({reason}); make it again"
         ) from None
+
+
+def _refuse_old(path):
+    """Refuse a file whose structures carry no checksums, before the library sees it."""
+    file, _ = open_regular(path)
+    with file:
+        head = file.read(len(HDF5_SIGNATURE) + 1)
+    if head[:-1] == HDF5_SIGNATURE and head[-1] < OLDEST_SUPERBLOCK:
+        raise ValueError(
+            f"checkpoint: got {path} with an HDF5 superblock of version {head[-1]}, need "
+            f"{OLDEST_SUPERBLOCK} or more, whose structures carry checksums; make it again"
+        )
 
 
 def file_format(file):
@@ -169,7 +196,7 @@ def replacing_h5(path, sync=True, **options):
     """
     with replacing(path, sync) as partial, Disk(partial) as disk:
         try:
-            with h5py.File(disk, "w", **options) as file:
+            with h5py.File(disk, "w", libver=LIBVER, **options) as file:
                 yield file, disk
         finally:
             disk.check()
@@ -195,6 +222,7 @@ class ModelWriter:
         for name in TEXTS:
             if getattr(metadata, name) is not None:
                 tokenizer[name] = getattr(metadata, name)
+        file.attrs["metadata_crc32"] = np.uint32(_crc32(metadata))
         self._weights = file.create_group("weights")
 
     def add(self, info, stream):
@@ -258,7 +286,21 @@ def _read_metadata(path, file):
     if tokenizer is not None and not isinstance(tokenizer, h5py.Group):
         raise ValueError(f"checkpoint: got /tokenizer in {path} which is no group, need one")
     texts = {name: _read_text(path, tokenizer, name) for name in TEXTS}
-    return Metadata(**objects, **texts)
+    metadata = Metadata(**objects, **texts)
+    stored, computed = _attribute(file, "metadata_crc32"), _crc32(metadata)
+    if stored not in (None, computed):
+        raise ValueError(
+            f"checkpoint: got checksum {computed:08x} of the config and tokenizer in {path}, need "
+            f"the stored {stored:08x}; the file is damaged, convert the model again"
+        )
+    return metadata
+
+
+def _crc32(metadata):
+    """Checksum of all texts that a model carries beside its weights."""
+    texts = [json.dumps(getattr(metadata, name)) for name in OBJECTS]
+    texts += [getattr(metadata, name) or "" for name in TEXTS]
+    return zlib.crc32("\0".join(texts).encode())
 
 
 def _attribute(item, name):
@@ -297,7 +339,13 @@ def _read_text(path, group, name):
             f"checkpoint: got {len(text)} bytes of /tokenizer/{name} in {path}, need at most "
             f"{MAX_TOKENIZER_BYTES}"
         )
-    return text.decode()
+    try:
+        return text.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"checkpoint: got byte 0x{text[error.start]:02x} in /tokenizer/{name} of {path}, need "
+            "UTF-8 text; the file is damaged, convert the model again"
+        ) from None
 
 
 def _read_table(path, file):

@@ -54,12 +54,18 @@ def describe(path, check=False):
             activations.FORMAT: partial(_describe_activations, check=check),
         }
         with hdf5.open_h5(path) as file:
-            describe_file = describers.get(hdf5.file_format(file))
-            if describe_file is not None:
-                try:
+            try:
+                describe_file = describers.get(hdf5.file_format(file))
+                if describe_file is not None:
                     return "\n".join(describe_file(path, file))
-                except (KeyError, OSError, RuntimeError, TypeError) as error:
-                    raise ValueError(f"inspect: got damaged results {path} ({error})") from error
+            except Exception as error:
+                # What is not said here is the library's, which raises errors of many kinds
+                reason = " ".join(str(error).split())[:500]
+                if isinstance(error, ValueError) and ": got " in reason:
+                    raise
+                raise ValueError(
+                    f"inspect: got damaged results {path} ({reason}); make them again"
+                ) from error
     checked = _checked(path) if check else None
     with open_checkpoint(path) as model:
         return "\n".join(_describe_model(model, checked))

@@ -122,10 +122,12 @@ def parse_object(text, source):
     Raises
     ------
     ValueError
-        If `text` is not valid JSON, is nested too deeply, names a key twice or is no object.
+        If `text` is not valid JSON, is nested too deeply, names a key twice, holds half a surrogate
+        pair, or is no object.
     """
     try:
         value = json.loads(text, object_pairs_hook=_unique)
+        _refuse_surrogates(text, value)
     except (ValueError, RecursionError) as error:
         reason = "nesting too deep" if isinstance(error, RecursionError) else error
         raise ValueError(
@@ -136,6 +138,14 @@ def parse_object(text, source):
             f"checkpoint: got a JSON {type(value).__name__} in {source}, need an object"
         )
     return value
+
+
+def _refuse_surrogates(text, value):
+    """Raise ValueError for halves of surrogate pairs, which are no text; most come as escapes."""
+    if isinstance(text, str):
+        text = text.encode()
+    if b"\\u" in text:
+        json.dumps(value, ensure_ascii=False).encode()
 
 
 def _unique(pairs):

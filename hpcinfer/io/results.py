@@ -387,6 +387,7 @@ class _Tables:
             column.dtype,
             maxshape=(None, *width),
             chunks=(CHUNK_ITEMS[column.axis], *width),
+            fletcher32=column.dtype is not STRING,
         )
         data.dims[0].label = column.axis
         if width:
