@@ -71,6 +71,13 @@ class Device:
         """Uninitialised array in this device's memory."""
         return self.xp.empty(shape, dtype)
 
+    @property
+    def identity(self):
+        """What tells this GPU from the others of the node, whichever of them a rank sees."""
+        if self.name != "cuda":
+            return None
+        return self.xp.cuda.runtime.deviceGetPCIBusId(self.ordinal)
+
     def free_bytes(self):
         """Memory that this device can still give, in bytes."""
         if self.name == "cuda":
@@ -221,6 +228,26 @@ def threads_per_rank():
         if os.environ.get(name, "").isdigit():
             return int(os.environ[name])
     return None
+
+
+def cores():
+    """Numbers of the cores of the node that this process may use."""
+    return os.sched_getaffinity(0)
+
+
+def core_quota():
+    """Cores' worth of time that the control group may use; None without such a limit."""
+    try:
+        with open("/sys/fs/cgroup/cpu.max") as file:
+            quota, period = file.read().split()
+        return max(1, -(-int(quota) // int(period)))
+    except (OSError, ValueError):
+        return None
+
+
+def crowd_is_meant():
+    """True if the user has said that more ranks than cores are meant."""
+    return bool(os.environ.get("HPCINFER_CROWD"))
 
 
 def _cupy():

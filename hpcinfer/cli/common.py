@@ -1,6 +1,7 @@
 """Options that the commands on a loaded model share."""
 
 import shlex
+import sys
 import time
 from argparse import ArgumentTypeError
 
@@ -142,6 +143,7 @@ def _run_on(comm, kind, arguments, sampling, selection, n_lines, state, stop):
     from hpcinfer import collectives
     from hpcinfer.engine import batch
     from hpcinfer.engine.api import load
+    from hpcinfer.engine.crowd import advice
     from hpcinfer.engine.state import identity_of_input
     from hpcinfer.io.trace import write_trace
 
@@ -165,6 +167,9 @@ def _run_on(comm, kind, arguments, sampling, selection, n_lines, state, stop):
         micro_batches=arguments.micro_batches,
         check_weights=arguments.check,
     )
+    line = advice(engine.grid.node, engine.model.device)
+    if comm.rank == 0 and line is not None:
+        print(line, file=sys.stderr, flush=True)
     facts = {
         "command": shlex.join(arguments.command_line),
         "model": arguments.model,

@@ -1,0 +1,46 @@
+"""Advice where the ranks of a node are more than its cores or GPUs: they run, but slowly."""
+
+from hpcinfer import array
+from hpcinfer.where import waiting
+
+
+def advice(node, device):
+    """What to do about too many ranks, or threads, on the node of rank 0; on every rank.
+
+    Collective over `node`.
+
+    Parameters
+    ----------
+    node : communicator of the ranks that share a node
+    device : Device of this rank
+
+    Returns
+    -------
+    str, one line, or None if there is nothing to say or the user wants to hear nothing
+    """
+    threads = array.threads_per_rank()
+    with waiting("allgather", node, "crowd"):
+        of_ranks = node.allgather((array.cores(), device.identity, threads))
+    if array.crowd_is_meant():
+        return None
+    cores, gpus = set().union(*(c for c, _, _ in of_ranks)), {gpu for _, gpu, _ in of_ranks}
+    n_cores, ranks = min(len(cores), array.core_quota() or len(cores)), node.size
+
+    # Without a word from the environment every rank's libraries take all the cores that it sees
+    n_threads = sum(threads or min(len(own), n_cores) for own, _, threads in of_ranks)
+    if gpus != {None} and ranks > len(gpus):
+        return (
+            f"advice: got {ranks} ranks on {len(gpus)} GPUs of a node, need a GPU for each rank to "
+            f"be fast; start {len(gpus)} ranks per node"
+        )
+    if ranks > n_cores:
+        return (
+            f"advice: got {ranks} ranks on {n_cores} cores of a node, need a core or more for each "
+            f"to be fast; start {n_cores} ranks or fewer, or ask for more cores"
+        )
+    if gpus == {None} and ranks > 1 and n_threads > n_cores:
+        return (
+            f"advice: got {n_threads} threads of {ranks} ranks on {n_cores} cores of a node, need "
+            f"no more than cores to be fast; set OMP_NUM_THREADS={n_cores // ranks}"
+        )
+    return None

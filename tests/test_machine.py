@@ -1,0 +1,126 @@
+"""Which device, how many threads a rank takes, and what is said of too many ranks."""
+
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT, clean_environment, run_job
+
+from hpcinfer import array
+from hpcinfer.engine.crowd import advice
+
+pytestmark = pytest.mark.single
+
+
+class FakeCupy:
+    """Of CuPy what choosing a device needs, on a node of `n` GPUs."""
+
+    def __init__(self, n, first_bus=0):
+        self.used = []
+        self.cuda = SimpleNamespace(
+            runtime=SimpleNamespace(
+                getDeviceCount=lambda: n,
+                deviceGetPCIBusId=lambda ordinal: f"0000:{first_bus + ordinal:02x}:00.0",
+            ),
+            Device=lambda ordinal: SimpleNamespace(use=lambda: self.used.append(ordinal)),
+        )
+
+
+@pytest.mark.parametrize(("gpus", "expected"), [(4, [0, 1, 2, 3]), (2, [0, 1, 0, 1]), (1, [0] * 4)])
+@pytest.mark.parametrize("choice", ["cuda", "auto"])
+def test_a_rank_takes_the_gpu_of_its_number(monkeypatch, gpus, expected, choice):
+    """Rank number i of a node takes GPU i of those that it sees, and round again if few."""
+    cupy = FakeCupy(gpus)
+    monkeypatch.setattr(array, "_cupy", lambda: cupy)
+    devices = [array.select_device(choice, rank) for rank in range(4)]
+    assert [device.ordinal for device in devices] == cupy.used == expected
+    assert str(devices[1]) == f"cuda:{expected[1]}"
+    assert len({device.identity for device in devices}) == gpus
+
+
+def test_no_gpu(monkeypatch):
+    monkeypatch.setattr(array, "_gpu_count", lambda: 0)
+    assert array.select_device("auto", 1).name == "cpu"
+    assert array.select_device("cpu", 0).identity is None
+    with pytest.raises(ValueError, match="^device: got cuda, need a visible GPU and CuPy; use"):
+        array.select_device("cuda", 0)
+    with pytest.raises(ValueError, match="^device: got 'tpu', need cpu, cuda or auto"):
+        array.select_device("tpu", 0)
+
+
+class Node:
+    """A communicator of ranks that say the same, but for their cores and GPUs."""
+
+    def __init__(self, monkeypatch, cores, threads=1, gpus=None, quota=None):
+        self.size, self._cores, self._gpus = len(cores), cores, gpus or [None] * len(cores)
+        monkeypatch.setattr(array, "threads_per_rank", lambda: threads)
+        monkeypatch.setattr(array, "core_quota", lambda: quota)
+        monkeypatch.delenv("HPCINFER_CROWD", raising=False)
+
+    def Get_name(self):
+        return "node"
+
+    def allgather(self, own):
+        return [(c, gpu, own[2]) for c, gpu in zip(self._cores, self._gpus, strict=True)]
+
+
+CPU = SimpleNamespace(identity=None)
+
+
+@pytest.mark.parametrize(
+    ("cores", "options", "words"),
+    [
+        ([{0, 1}] * 2, {}, None),
+        ([{0, 1}, {2, 3}], {"threads": 2}, None),  # each rank sees its own cores only
+        ([{0, 1}] * 3, {}, "got 3 ranks on 2 cores .*; start 2 ranks or fewer"),
+        ([set(range(64))] * 8, {"quota": 4}, "got 8 ranks on 4 cores"),
+        ([set(range(8))] * 4, {"threads": 8}, "got 32 threads of 4 ranks on 8 cores .*THREADS=2"),
+        ([set(range(8))] * 4, {"threads": None}, "got 32 threads of 4 ranks on 8 cores"),
+        ([set(range(8))], {"threads": None}, None),
+        ([set(range(8))] * 4, {"gpus": ["a", "b", "a", "b"]}, "got 4 ranks on 2 GPUs .*start 2"),
+        ([set(range(8))] * 4, {"gpus": list("abcd")}, None),
+    ],
+)
+def test_advice(monkeypatch, cores, options, words):
+    node = Node(monkeypatch, cores, **options)
+    line = advice(node, CPU)
+    assert (line is None) if words is None else re.match(f"advice: {words}", line)
+    monkeypatch.setenv("HPCINFER_CROWD", "yes")
+    assert advice(node, CPU) is None
+
+
+def test_advice_is_printed_once(tmp_path):
+    (tmp_path / "in.txt").write_text("a\n")
+    ranks = len(array.cores()) + 1
+    if ranks > 4:
+        pytest.skip("as many ranks as cores would be too many here")
+    command = (
+        sys.executable, "-m", "hpcinfer", "score", ROOT / "data" / "model", "--input",
+        tmp_path / "in.txt", "--output", tmp_path / "out.jsonl", "--kv-memory", "16M",
+    )  # fmt: skip
+    done = run_job(ranks, *command, HPCINFER_CROWD="")
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"^advice: got \d+ ranks on \d+ cores", done.stderr, re.MULTILINE)) == 1
+
+
+@pytest.mark.parametrize(
+    ("ranks", "environment", "threads"),
+    [
+        (1, {"SLURM_CPUS_PER_TASK": "3"}, "3"),
+        (2, {"OMP_NUM_THREADS": "5", "SLURM_CPUS_PER_TASK": "3"}, "5"),
+        (100_000, {}, "1"),
+        (2, {"SLURM_JOB_NUM_NODES": "2"}, None),
+    ],
+)
+def test_threads_per_rank_come_from_the_allocation(ranks, environment, threads):
+    """--cpus-per-task, else the cores of the node divided among its ranks; for every library."""
+    script = f"source jobs/site.sh; n=$(site_cores); site_settings {ranks} 2>/dev/null; "
+    script += "echo $n $OMP_NUM_THREADS $OPENBLAS_NUM_THREADS $MKL_NUM_THREADS"
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=ROOT, capture_output=True, text=True,
+        env=clean_environment() | environment,
+    )  # fmt: skip
+    cores, *found = done.stdout.split()
+    assert found == [threads or cores] * 3
