@@ -229,7 +229,7 @@ class Engine:
         return RequestReader(self.text, defaults, limits, plain, score)
 
     def expert_load(self):
-        """How many tokens chose each expert so far: (N, E) int64 on every rank, which all call this.
+        """How many tokens chose each expert so far: (N, E) int64; every rank must call this.
 
         E is 0 for a model without experts, and a layer that has none is a row of zeros.
         """

@@ -175,8 +175,8 @@ def _expert_lines(load, arch):
     shares = load[layers] / load[layers].mean(axis=1, keepdims=True)
     row, expert = np.unravel_index(shares.argmax(), shares.shape)
     return [
-        f"experts   the busiest, {expert} of layer {layers[row]}, has {shares.max():.2f} x the mean "
-        f"of its layer; {np.mean(shares.max(axis=1)):.2f} x in the mean of layers; "
+        f"experts   the busiest, {expert} of layer {layers[row]}, has {shares.max():.2f} x the "
+        f"mean of its layer; {np.mean(shares.max(axis=1)):.2f} x in the mean of layers; "
         f"{int((load[layers] == 0).sum())} of {shares.size} without a token"
     ]
 

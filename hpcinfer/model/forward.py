@@ -54,7 +54,7 @@ class Model:
             ranges |= {"experts": share.experts, "moe": share.columns}
         self.embed_range, self.head_range = ranges["embed"], ranges["head"]
         zero = grid.layout.zero != "off"
-        pieces = Pieces(arch, grid, self.layers) if zero else None
+        pieces = Pieces(grid, self.layers, device.xp) if zero else None
         self._shares = grid.alike.size > 1 and not zero and device.name == "cpu"
         self._own_keys = own_keys(grid)
         self.ranges = ranges
