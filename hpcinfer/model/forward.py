@@ -95,7 +95,8 @@ class Model:
         """
         if not self._shares:
             return True
-        tied_rows = tables.tied_rows(self.ranges) if self.arch.tied else None
+        tied = self.arch.tied and self.pipeline.is_last
+        tied_rows = tables.tied_rows(self.ranges) if tied else None
         return share(self.weights, self.grid.alike, self._own_keys, tied_rows)
 
     def cut(self, step):
