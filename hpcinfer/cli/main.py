@@ -8,14 +8,15 @@ import traceback
 
 from hpcinfer import __version__
 from hpcinfer.cli import bench, convert, generate, inspect, score, verify
-from hpcinfer.errors import DONE, UsageError, exit_code, is_agreed, one_line
+from hpcinfer.errors import DONE, UsageError, exit_code, is_agreed, is_reported, one_line
 from hpcinfer.grid import launcher_rank
 
 COMMANDS = (generate, score, convert, inspect, verify, bench)
 
 # Seconds that other ranks leave the first one to report an error that all may have, and that a
 # launcher is given to pass a report on before the job is aborted, which drops what it still holds.
-_GRACE_S, _FORWARD_S = 1.0, 0.3
+# Then those that a rank waits whose error another one reports, which ends this one meanwhile.
+_GRACE_S, _FORWARD_S, _REPORTED_S = 1.0, 0.3, 5.0
 
 
 class Parser(argparse.ArgumentParser):
@@ -65,6 +66,8 @@ def _end(error, debug):
         sys.exit(exit_code(error))
     if not alone and launcher_rank() != 0:
         time.sleep(_GRACE_S)
+    if not alone and is_reported(error):
+        time.sleep(_REPORTED_S)
     where = "" if alone or launcher_rank() == 0 else f" (rank {launcher_rank()})"
     start = "\n" if where else ""  # the first rank's progress may stand at the end of a line
     if debug:

@@ -262,10 +262,11 @@ class Engine:
         if grid.replica.size < grid.comm.size:
             for part in grid.comm.allgather(finished if grid.is_leader else {}):
                 finished |= part
-        for outcome in finished.values():
+        outcomes = [finished[index] for index in sorted(finished)]
+        for outcome in outcomes:
             if isinstance(outcome, BadRequest):
                 raise agreed(ValueError(f"item {outcome.index}: {outcome.message}"))
-        return [finished[index] for index in sorted(finished)]
+        return outcomes
 
 
 def _context(arch, context):
