@@ -102,7 +102,6 @@ class Record:
             + _span([r["bytes_read"] for r in ranks])
             + f"; sum {sum(r['bytes_read'] for r in ranks) / max(1, self.file_bytes):.2f} x the "
             f"weights' {_size(self.file_bytes)}",
-            *_memory_lines(grid, ranks),
             *_speed_lines(ranks),
         ]
         scheduler = engine.scheduler
@@ -110,7 +109,7 @@ class Record:
             f"cache     used at most {self.most_pages} of {scheduler.pages.total} pages; "
             f"{scheduler.reused_tokens} prompt tokens reused, {scheduler.preemptions} preemptions"
         )
-        lines += _balance_lines(grid.layout, ranks)
+        lines += _memory_lines(grid, ranks) + _balance_lines(grid.layout, ranks)
         return lines + _expert_lines(load, model.arch) + _ledger_lines()
 
 
