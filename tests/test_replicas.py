@@ -142,6 +142,24 @@ def test_more_replicas_than_requests(comm, shared_path, layout):
         assert sum(answered(engine)) - sum(before) == n
 
 
+@pytest.mark.parametrize("layout", REPLICAS)
+def test_the_report_is_that_of_all_replicas(comm, shared_path, layout):
+    """Tokens, reused tokens and preemptions are sums, pages the most of any."""
+    engine = load(comm, shared_path, CASE, layout)
+    engine.generate([models.tokens(CASE, 70)] * 12, max_tokens=3, temperature=0, ignore_eos=True)
+    record, scheduler, grid = engine.record, engine.scheduler, engine.grid
+    own = (scheduler.reused_tokens, record.prefill.tokens) if grid.is_leader else (0, 0)
+    reused, computed = map(sum, zip(*comm.allgather(own), strict=True))
+    pages = max(comm.allgather(record.most_pages))
+    lines = comm.bcast(record.report(engine))
+    assert reused + computed == 12 * 70 and reused > 0
+    (cache,) = [line for line in lines if line.startswith("cache")]
+    assert f"used at most {pages} of {scheduler.pages.total} pages" in cache
+    assert f"; {reused} prompt tokens reused, 0 preemptions" in cache
+    (prefill,) = [line for line in lines if line.startswith("prefill")]
+    assert f" {computed} tokens in" in prefill
+
+
 @pytest.mark.parametrize("layout", [text for text in REPLICAS if text.count("=") > 1])
 def test_a_replica_without_requests_takes_steps_with_the_others(comm, shared_path, layout):
     """Where replicas meet inside of steps they count as time that it was not busy."""

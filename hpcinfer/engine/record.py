@@ -74,7 +74,7 @@ class Record:
 
     def report(self, engine):
         """The report's lines, on the root; every rank must call this. None elsewhere."""
-        model, grid = engine.model, self.grid
+        model, grid, scheduler = engine.model, self.grid, engine.scheduler
         mine = {
             "bytes_read": self.bytes_read,
             "load_s": self.load_s,
@@ -89,6 +89,7 @@ class Record:
             "idle_s": _waited_s(),
             "empty_s": self.empty_s,
             "answered": self.answered,
+            "cache": (self.most_pages, scheduler.reused_tokens, scheduler.preemptions),
             "tokens": [(p.tokens, p.steps, p.time_s) for p in (self.prefill, self.decode)],
         }
         ranks, load = grid.comm.gather(mine, 0), engine.expert_load()
@@ -103,14 +104,19 @@ class Record:
             + f"; sum {sum(r['bytes_read'] for r in ranks) / max(1, self.file_bytes):.2f} x the "
             f"weights' {_size(self.file_bytes)}",
             *_speed_lines(ranks),
+            _cache_line(ranks, scheduler.pages.total),
         ]
-        scheduler = engine.scheduler
-        lines.append(
-            f"cache     used at most {self.most_pages} of {scheduler.pages.total} pages; "
-            f"{scheduler.reused_tokens} prompt tokens reused, {scheduler.preemptions} preemptions"
-        )
         lines += _memory_lines(grid, ranks) + _balance_lines(grid.layout, ranks)
         return lines + _expert_lines(load, model.arch) + _ledger_lines()
+
+
+def _cache_line(ranks, total):
+    """Pages that any replica used, and what all replicas together reused and computed again."""
+    pages, reused, preemptions = zip(*(r["cache"] for r in ranks if r["is_leader"]), strict=True)
+    return (
+        f"cache     used at most {max(pages)} of {total} pages; "
+        f"{sum(reused)} prompt tokens reused, {sum(preemptions)} preemptions"
+    )
 
 
 def _memory_lines(grid, ranks):
