@@ -3,14 +3,19 @@
 import shutil
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import layouts
+import numpy as np
 import pytest
 from mpi4py import MPI
 from recorded import difference, load
 from reference import models
-from reference.parity import on_root
+from reference.parity import on_root, score_gap
+
+import hpcinfer
+from hpcinfer import array
 
 SIZE = MPI.COMM_WORLD.size
 CASES = ("llama-gqa", "mixtral")
@@ -58,6 +63,22 @@ def test_a_drawn_layout_gives_the_recorded_answers(comm, folder, item):
 def test_spread_experts_give_the_recorded_answers(comm, folder, case, layout):
     found = difference(load(comm, folder, case, layout), case)
     assert not found, f"{case}/{layout}: {found}"
+
+
+@pytest.mark.parametrize("layout", [*spread(SIZE), f"cp={SIZE},zero=allgather", f"pp={SIZE}"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("case", ["mixtral", "deepseek_v2"])
+def test_half_precision_stays_near(comm, shared_path, case, dtype, layout):
+    """Tokens that travel in it lose no more than rounding the weights does."""
+    if not layouts.is_legal(layout, SIZE):
+        pytest.skip("one rank has no pieces")
+    path = on_root(comm, partial(models.write_model, case, shared_path / "model", dtype=dtype))
+    engine = hpcinfer.load(path, comm, layout, kv_memory=1 << 24)
+    assert engine.model.dtype == np.dtype(array.parse_dtype(dtype))
+    arrays = models.record(case)["arrays"]
+    full, rounded = arrays["logprobs_33"], arrays[dtype]
+    change = np.nanmax(np.abs(rounded - full))
+    assert score_gap(engine, [models.tokens(case, 33)], [full]) < 3 * change
 
 
 @pytest.mark.single
