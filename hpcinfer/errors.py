@@ -30,6 +30,11 @@ def is_agreed(error):
     return isinstance(error, UsageError) or getattr(error, "agreed", False)
 
 
+def is_reported(error):
+    """True if another rank raises this error too and reports it for this one."""
+    return getattr(error, "reported", False)
+
+
 def exit_code(error):
     """Exit code of a command that ends with `error`."""
     if isinstance(error, Stopped):

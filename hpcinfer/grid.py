@@ -178,7 +178,7 @@ def parse_layout(text, size):
         )
     if afd:
         _refuse_sides(layout, text, size)
-    _refuse_senseless(layout)
+    refuse(layout, senseless)
     return layout
 
 
@@ -200,45 +200,68 @@ def _value(word, value, item):
 
 
 def _refuse_sides(layout, text, size):
-    """Refuse sides that are not the axes' product and the ranks launched."""
+    """Refuse sides that are not the ranks launched and the axes' product."""
     M, N = layout.afd
-    axes = layout.pp * layout.dp * layout.cp * layout.tp
-    if axes != M:
-        raise UsageError(
-            f"layout: got {text!r}, whose axes make {axes} ranks, need {M}, the attention side of "
-            f"afd={M}:{N}; write tp={M}"
-        )
     if M + N != size:
         raise UsageError(
             f"layout: got {text!r}, which is {M + N} ranks, need {size} as launched; start "
             f"{M + N} ranks or write --layout tp={size}"
         )
+    axes = layout.pp * layout.dp * layout.cp * layout.tp
+    if axes != M:
+        nearest = nearest_without(senseless, replace(layout, pp=1, dp=1, cp=1, tp=M))
+        raise UsageError(
+            f"layout: got {text!r}, whose axes make {axes} ranks, need {M}, the attention side of "
+            f"afd={M}:{N}; try --layout {nearest}"
+        )
 
 
-def _refuse_senseless(layout):
-    """Refuse a combination that makes no sense, with the reason and the nearest one that does."""
-    nearest = None
+def senseless(layout):
+    """Why a combination makes no sense for any model, and one that is better; None if it does."""
     if layout.afd and layout.pp > 1:
         reason = "afd gives every layer to both sides, pp gives layers to stages"
-        nearest = replace(layout, pp=1, tp=layout.tp * layout.pp)
-    elif layout.afd and layout.zero != "off":
+        return reason, replace(layout, pp=1, tp=layout.tp * layout.pp)
+    if layout.afd and layout.zero != "off":
         reason = "with afd no rank holds weights that zero could cut beside another's"
-        nearest = replace(layout, zero="off")
-    elif layout.sp == "on" and layout.tp == 1:
-        reason = "sp cuts tokens over tp, which is 1"
-        nearest = replace(layout, sp="off")
-    elif layout.zero != "off" and layout.dp * layout.cp == 1:
+        return reason, replace(layout, zero="off")
+    if layout.sp == "on" and layout.tp == 1:
+        return "sp cuts tokens over tp, which is 1", replace(layout, sp="off")
+    if layout.zero != "off" and layout.dp * layout.cp == 1:
         reason = "zero cuts what the ranks of dp and cp hold alike, and both are 1"
-        nearest = replace(layout, zero="off")
-    else:
-        over = layout.afd[1] if layout.afd else layout.dp * layout.cp * layout.tp
-        if over % layout.ep:
-            reason = f"experts are spread over {over} ranks, which ep={layout.ep} does not divide"
-            nearest = replace(
-                layout, ep=max(n for n in range(1, over + 1) if over % n == 0 and n <= layout.ep)
-            )
-    if nearest is not None:
-        raise UsageError(f"layout: got {layout}, need another: {reason}; try --layout {nearest}")
+        return reason, replace(layout, zero="off")
+    over = layout.afd[1] if layout.afd else layout.dp * layout.cp * layout.tp
+    if over % layout.ep:
+        reason = f"experts are spread over {over} ranks, which ep={layout.ep} does not divide"
+        divisors = [n for n in range(1, over + 1) if over % n == 0 and n <= layout.ep]
+        return reason, replace(layout, ep=max(divisors))
+    return None
+
+
+def refuse(layout, fault):
+    """Refuse a layout that has a fault, with the reason and the nearest one that has none.
+
+    Parameters
+    ----------
+    fault : function of a layout: the reason and a better layout, or None
+
+    Raises
+    ------
+    UsageError
+    """
+    found = fault(layout)
+    if found is not None:
+        reason, better = found
+        raise UsageError(
+            f"layout: got {layout}, need another: {reason}; "
+            f"try --layout {nearest_without(fault, better)}"
+        )
+
+
+def nearest_without(fault, layout):
+    """A layout bettered until `fault` finds nothing more in it."""
+    while (found := fault(layout)) is not None:
+        layout = found[1]
+    return layout
 
 
 class Grid:

@@ -198,7 +198,7 @@ def paged(sequences, G, K, dtype, pools):
     rng = np.random.default_rng(0)
     needed = [-(-n // PAGE) for n in sequences]
     places, first = np.zeros((len(sequences), max(needed)), int), rng.integers(pools, size=99)
-    caches = [Cache(Host, 1, G, K, sum(needed) + 3, dtype) for _ in range(pools)]
+    caches = [Cache(Host, [0], G, K, sum(needed) + 3, dtype) for _ in range(pools)]
     for pages in (page for cache in caches for page in (cache.k[0], cache.v[0])):
         pages[...] = np.nan
     free = [rng.permutation(sum(needed) + 3).tolist() for _ in range(pools)]
@@ -254,7 +254,7 @@ def test_books_count_the_keys_of_every_pool(pools):
 
 
 def test_bytes_of_a_page():
-    cache = Cache(Host, 3, 2, 8, 5, BF16)
-    held = sum(pool.nbytes for pool in (*cache.k, *cache.v))
+    cache = Cache(Host, range(3), 2, 8, 5, BF16)
+    held = sum(x.nbytes for x in (*cache.k.values(), *cache.v.values()))
     assert held == 5 * page_bytes(3, 2, 8, BF16)
     assert page_bytes(3, 0, 8, BF16) == 0

@@ -8,9 +8,20 @@ import pytest
 from pytest import approx
 
 from hpcinfer.array import DTYPES
-from hpcinfer.bench import attention, decode_attention, extract, measure
-from hpcinfer.bench.shape import Shape
+from hpcinfer.bench import (
+    attention,
+    decode_attention,
+    disagg,
+    expert,
+    extract,
+    measure,
+    pipeline,
+    sequence,
+    zero,
+)
+from hpcinfer.bench.shape import Ffn, Shape
 from hpcinfer.cli import main
+from hpcinfer.errors import UsageError
 from hpcinfer.io.rows import text_table
 
 HPCINFER = (sys.executable, "-m", "hpcinfer")
@@ -25,7 +36,10 @@ def tiny(monkeypatch):
     """Limits and caches of a size for tests."""
     monkeypatch.setattr(measure, "_MATRIX", 16)
     monkeypatch.setattr(measure, "_READ_BYTES", 1 << 12)
+    monkeypatch.setattr(measure, "_CALLS_S", 1e-3)
     monkeypatch.setattr(decode_attention, "_COLD_BYTES", 1 << 16)
+    monkeypatch.setattr(pipeline, "SLEEP_S", 1e-3)
+    monkeypatch.setattr(disagg, "SLEEP_S", 1e-3)
 
 
 def run(*words):
@@ -98,6 +112,109 @@ def test_decode_rows(comm):
     assert calls["tree"] == "Allreduce x 2" and calls["tree_single"] == "AllreduceRecords x 1"
 
 
+# --- within and between layers -------------------------------------------------------------------
+
+
+def alike(rows, comm, bench):
+    """True if every row has the common fields, they agree with each other, and on every rank."""
+    for row in rows:
+        assert FIELDS <= row.keys() and row["bench"] == bench
+        assert min(row["time_s"], row["tokens_per_s"], row["limit_tokens_per_s"]) > 0
+        assert row["share_of_limit"] == approx(row["tokens_per_s"] / row["limit_tokens_per_s"])
+        for name in ("overlapped_share", "hidden_share", *filter(is_idle, row)):
+            assert row.get(name) is None or 0 <= row[name] <= 1
+    json.dumps(rows, allow_nan=False)
+    assert comm.allgather(rows) == [rows] * comm.size
+    return True
+
+
+def is_idle(name):
+    return name.endswith(("idle_share", "bubble_share"))
+
+
+@pytest.mark.parametrize("tokens", [1, 13])
+def test_sequence_rows(comm, tokens):
+    """1/P of the activations between the halves, for the same bytes."""
+    D, P = 24, comm.size
+    rows = sequence.run(comm, Ffn(D, 40), tokens, 2, 2)
+    assert alike(rows, comm, "sequence")
+    assert [row["strategy"] for row in rows] == ["one rank", "tensor", "sequence"]
+    assert [row["ranks"] for row in rows] == [1, P, P]
+    held = [tokens, tokens, -(-tokens // P)]
+    assert [row["held_bytes"] for row in rows] == [4 * D * n for n in held]
+    assert [row["sent_bytes"] for row in rows] == [0, *[2 * (P - 1) * 4 * tokens * D] * 2]
+    assert all(row["peak_bytes"] > row["held_bytes"] for row in rows)
+    assert len(sequence.table(rows).splitlines()) == 2 + 1 + len(rows)
+
+
+def test_zero_rows(comm):
+    """Bytes sent are the formula's, and bytes held are counted: they are those of the formula."""
+    D, F, P, layers = 24, 1000, comm.size, 3
+    rows = zero.run(comm, Ffn(D, F), 5, layers, 2)
+    assert alike(rows, comm, "zero")
+    assert [row["strategy"] for row in rows] == [
+        "kept whole", "allgather", "allgather, ahead", "broadcast", "broadcast, ahead",
+    ]  # fmt: skip
+    n, owned = 2 * 4 * D * F, -(-layers // P)
+    assert [row["sent_bytes"] for row in rows] == [0, *[n * (P - 1)] * 2, *[n * (P > 1)] * 2]
+    in_layers = [layers, layers / P + 1, layers / P + 2, owned + 1, owned + 2]
+    for row, held in zip(rows, in_layers, strict=True):
+        assert row["formula_bytes"] == approx(held * n, rel=1e-3)
+        assert row["peak_bytes"] == approx(held * n, rel=0.1)
+        assert row["whole_bytes"] == layers * n
+        assert (row["exchange_share_of_limit"] is None) == (row["sent_bytes"] == 0)
+    assert len(zero.table(rows).splitlines()) == 2 + 1 + len(rows)
+
+
+@pytest.mark.parametrize("work", ["compute", "sleep"])
+def test_pipeline_rows(comm, work):
+    P, micro = comm.size, [1, 3]
+    rows = pipeline.run(comm, Ffn(16, 24), 4, 2, micro, work, 2)
+    assert alike(rows, comm, "pipeline")
+    assert [row["batch"] for row in rows] == micro
+    assert [row["bubble_share"] for row in rows] == [(P - 1) / (m + P - 1) for m in micro]
+    assert all(row["layers"] == 2 * P and row["context"] == 4 for row in rows)
+    assert ("GFLOP/s" in pipeline.table(rows)) == (work == "compute")
+
+
+def test_expert_rows(comm):
+    """Bytes sent by all ranks are those of the room's formula; skew shows in the balance."""
+    D, T, P, E, top = 8, 40, comm.size, 2 * comm.size, 2
+    rows = expert.run(comm, Ffn(D, 12), T, E, top, [0, 3], 2)
+    assert alike(rows, comm, "expert")
+    assert [row["strategy"] for row in rows] == ["even", "Zipf 3"]
+    for row in rows:
+        pairs = 0
+        for rank in range(P):
+            ids = expert.choices(rank, T, E, top, row["skew"])
+            assert all(len(set(chosen)) == top for chosen in ids.tolist())
+            pairs += sum(len(set(chosen) - {rank}) for chosen in (ids // 2).tolist())
+        assert row["sent_bytes"] == 8 * P * (P - 1) + pairs * (4 * D + 8 * top + 4 * D)
+        assert row["calls"] == "Alltoall x 3"
+        assert 1 <= row["tokens_balance"] and 1 <= row["choices_balance"]
+    if P > 1:
+        assert rows[1]["choices_balance"] > rows[0]["choices_balance"]
+    assert len(expert.table(rows).splitlines()) == 2 + 1 + len(rows)
+
+
+@pytest.mark.parametrize("work", ["compute", "sleep"])
+@pytest.mark.parametrize("context", [None, 3])
+def test_disagg_rows(comm, work, context):
+    """A dense FFN sends every token to each FFN rank, and back."""
+    if comm.size < 2:
+        pytest.skip("two sides need two ranks")
+    T, D, M = 7, 8, comm.size - 1
+    shape, ffn, split = Shape(2, 2, 4, "float32"), Ffn(D, 20), (M, 1)
+    rows = disagg.run(comm, shape, ffn, T, 2, split, [1, 2, 3], context, work, 2)
+    assert alike(rows, comm, "disagg")
+    assert [row["batch"] for row in rows] == [1, 2, 3]
+    assert [row["equal_idle_share"] for row in rows] == [1 / 2, 1 / 5, 1 / 7]
+    for row in rows:
+        assert row["sent_bytes"] == T * (4 * D + 8 + 4 * D)
+        assert row["split"] == f"{M}:1" and (row["cached"] == context or context is None)
+    assert len(disagg.table(rows).splitlines()) == 2 + 1 + len(rows)
+
+
 # --- clocks --------------------------------------------------------------------------------------
 
 
@@ -108,7 +225,8 @@ def test_alone_runs_on_the_first_rank_only(comm):
     assert comm.allgather(time_s) == [time_s] * comm.size
 
 
-def test_a_short_call_is_repeated_and_a_long_one_is_not():
+def test_a_short_call_is_repeated_and_a_long_one_is_not(monkeypatch):
+    monkeypatch.setattr(measure, "_CALLS_S", 0.1)
     count = []
 
     def clock(function):
@@ -148,6 +266,35 @@ def test_commands_print_a_table_and_write_the_rows(comm, shared_path, capsys):
         assert not np.isnan([row["time_s"] for row in rows]).any()
 
 
+def test_commands_of_the_layers(comm, shared_path, capsys):
+    """Each prints a table on the first rank, and writes its rows."""
+    ffn = ("--width", 8, "--ffn", 12, "--repeat", 1)
+    for name, sizes in (
+        ("sequence", ("--tokens", 5, "--layers", 1, *ffn)),
+        ("zero", ("--tokens", 5, "--layers", 2, *ffn)),
+        ("pipeline", ("--tokens", 3, "--micro", "2", "--work", "sleep", *ffn)),
+        ("expert", ("--tokens", 9, "--experts", 3, "--top", 3, "--zipf", "0.5", *ffn)),
+        ("disagg", ("--tokens", 5, "--heads", 2, "--micro", "2", "--context", 4, *ffn)),
+    ):
+        if name == "disagg" and comm.size < 2:
+            continue
+        path = shared_path / f"{name}.json"
+        run(name, *sizes, "--json", path)
+        comm.Barrier()
+        assert alike(json.loads(path.read_text()), comm, name)
+        assert ("limit: " in capsys.readouterr().out) == (comm.rank == 0)
+
+
+def test_disagg_refuses_on_every_rank(comm):
+    P = comm.size
+    for split in (f"{P}:1", f"1:{P}"):
+        with pytest.raises(UsageError, match="bench: got .* need all ranks on one side or the oth"):
+            run("disagg", "--split", split)
+    if P == 1:
+        with pytest.raises(UsageError, match="bench: got 1:0 attention and FFN ranks of 1"):
+            run("disagg")
+
+
 @pytest.mark.single
 @pytest.mark.parametrize(
     "words",
@@ -159,6 +306,11 @@ def test_commands_print_a_table_and_write_the_rows(comm, shared_path, capsys):
         ["bench", "attention", "--heads", "3", "--kv-heads", "2"],
         ["bench", "decode-attention", "--cached", "64,x"],
         ["bench", "decode-attention", "--dtype", "int8"],
+        ["bench", "pipeline", "--micro", "0"],
+        ["bench", "expert", "--zipf", "-1"],
+        ["bench", "expert", "--top", "17"],
+        ["bench", "disagg", "--split", "2"],
+        ["bench", "disagg", "--heads", "5"],
     ],
 )
 def test_wrong_words_are_usage_errors(mpirun, words):

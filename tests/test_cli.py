@@ -222,9 +222,9 @@ def test_answers_do_not_depend_on_ranks_nor_on_the_models_form(runs, ranks, form
 def test_the_report_is_printed_once(runs, command, ranks):
     done = getattr(runs, command)(ranks)[0]
     words = [line.split()[0] for line in done.stdout.splitlines()]
-    assert words[:6] == ["layout", "load", "prefill", "decode", "cache", "memory"]
+    assert words[:7] == ["layout", "load", "prefill", "decode", "cache", "memory", "memory"]
     assert words.count("done") == 1 and words[-1] == "done"
-    assert set(words[6:-1]) == ({"mpi"} if ranks > 1 else set())  # one rank sends nothing
+    assert set(words[7:-1]) == ({"mpi"} if ranks > 1 else set())  # one rank sends nothing
     assert f"tp={ranks} on cpu, float32" in done.stdout
     counts = "6 requests finished, 5 refused" if command == "generate" else "4 requests finished"
     assert counts in done.stdout
@@ -361,7 +361,7 @@ def refused(done, code, message):
         (["{run}", "--nonsense"], "unrecognized arguments: --nonsense"),
         (["{run}", "--layout", "xp=2"], "layout: got 'xp=2', need WORD=VALUE"),
         (["{run}", "--layout", "tp=3"], "which is 3 ranks, need 2 as launched"),
-        (["{run}", "--layout", "dp=2"], "layout: got dp=2, need dp=1"),
+        (["{run}", "--layout", "ep=2"], "need another: ep spreads experts, and llama has none"),
         (["{run}", "--kv-memory", "5Q"], "got size '5Q', need a number with unit"),
         (["{run}", "--kv-memory", "0G"], "got size '0G', need more than nothing"),
         (["{run}", "--step-tokens", "0"], "got '0', need a whole number of 1 or more"),

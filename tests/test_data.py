@@ -60,13 +60,24 @@ def test_every_number_is_given_once(comm, queue, n, most):
 
 
 def test_a_slow_rank_gets_fewer(comm, queue):
-    """Nobody waits for it: the others take what it has not."""
-    shared, slow = queue(240), comm.size - 1
-    blocks = drain(shared, 4, delay_s=2e-3 if comm.rank == slow else 2e-4)
+    """Nobody waits for it: while it works on its first block, the others take all that is left."""
+    shared, slow, blocks = queue(240), comm.size - 1, []
+    if comm.rank == slow:
+        blocks = [shared.take(4)]
+    comm.Barrier()
+    if comm.rank != slow:
+        blocks = drain(shared, 4)
+    comm.Barrier()
+    blocks += drain(shared, 4)
     assert numbers(comm, blocks) == list(range(240))
     taken = comm.allgather(sum(stop - start for start, stop in blocks))
-    if comm.size > 1:
-        assert taken[slow] < min(taken[:slow])
+    assert taken[slow] == (4 if comm.size > 1 else 240)
+
+
+def test_ranks_of_any_speed_take_at_once(comm, queue):
+    """Whoever is quick comes back earlier; no number is lost or given twice."""
+    blocks = drain(queue(120), 3, delay_s=2e-4 * comm.rank)
+    assert numbers(comm, blocks) == list(range(120))
 
 
 def test_an_idle_rank_leaves_all_to_the_others(comm, queue):

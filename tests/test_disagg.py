@@ -201,6 +201,19 @@ def test_the_same_bits_every_time(comm, sides):
             assert first is None or all(map(np.array_equal, again, first))
 
 
+def test_the_sides_meet_in_one_communicator_that_ends_with_theirs(comm, sides):
+    """In which MPI may use memory that ranks share; attention ranks come first."""
+    for M in sides:
+        attends = comm.rank < M
+        inter = sides[M].Dup()
+        inter.Set_name("pair")
+        joined = disagg._joined(inter, attends)
+        assert not joined.Is_inter() and joined.rank == comm.rank and joined.size == comm.size
+        assert joined.Get_name() == "pair"
+        assert disagg._joined(inter, attends) == joined
+        inter.Free()
+
+
 # --- cost ----------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,5 @@
 """Latent attention: one key per token is cached and travels, its values are columns of it."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 from reference import models
@@ -12,8 +10,8 @@ from hpcinfer.collectives import ledger
 from hpcinfer.errors import UsageError
 from hpcinfer.grid import Layout
 from hpcinfer.model.cache import PAGE
-from hpcinfer.model.context import Context
 from hpcinfer.model.families import read_architecture
+from hpcinfer.model.fit import refuse_unfit
 from hpcinfer.ops.attention import attention, merge
 
 CASE = "deepseek_v2"
@@ -55,10 +53,8 @@ def test_the_latents_of_ranks_with_the_same_tokens_are_cut(comm, shared_path):
 
 @pytest.mark.single
 def test_more_of_tp_than_heads_is_refused_where_the_sequence_is_cut():
-    tp, cp = SimpleNamespace(size=6, rank=0), SimpleNamespace(size=2, rank=0)
-    grid = SimpleNamespace(tp=tp, cp=cp, layout=Layout(tp=6, cp=2), split=lambda *arguments: None)
-    with pytest.raises(UsageError, match="got tp=6 and cp=2 for 5 query heads"):
-        Context(ARCH, grid, None, None)
+    with pytest.raises(UsageError, match="there are 5 query heads for tp=6"):
+        refuse_unfit(ARCH, Layout(tp=6, cp=2))
 
 
 @pytest.mark.single

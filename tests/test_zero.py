@@ -73,9 +73,10 @@ def test_parameters_come_back_in_every_round(comm, small_bytes, ahead):
 
 
 @pytest.mark.parametrize("ahead", [True, False])
-def test_any_order_is_right(comm, ahead):
+@pytest.mark.parametrize("around", [True, False])
+def test_any_order_is_right(comm, ahead, around):
     """What was fetched ahead and is not wanted is waited for and forgotten."""
-    gathered = zero.Gathered(comm, cut(comm, 1000), ahead=ahead)
+    gathered = zero.Gathered(comm, cut(comm, 1000), ahead=ahead, around=around)
     for i in (3, 0, 0, 2, 4, 4, 1, 2):
         equal(gathered.get(i), UNITS[i])
     gathered.settle()
@@ -161,6 +162,30 @@ def test_a_buffer_is_not_written_while_its_unit_is_in_use(comm):
         for name, x in gathered._views(i + 1).items() if i + 1 < len(UNITS) else ():
             assert not any(np.shares_memory(x, y) for y in held.values()), name
     gathered.settle()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_round_and_round_the_first_unit_is_in_flight_during_the_last(comm, n):
+    """Then each `get` but the very first finds its unit started; the last start is in vain."""
+    gathered, rounds = zero.Gathered(comm, cut(comm, 0, UNITS[:n]), around=True), 3
+    for turn in range(rounds):
+        for i in range(n):
+            assert (i in gathered._started) == ((turn > 0 or i > 0) and n > 1)
+            equal(gathered.get(i), UNITS[i])
+    gathered.settle()
+    assert ledger.calls("Allgather") == (rounds * n + 1 if n > 1 else 1)
+
+
+def test_a_unit_that_is_whole_is_not_fetched_again(comm):
+    """And what is in flight stays in flight."""
+    gathered = zero.Gathered(comm, cut(comm, 0))
+    gathered.get(2)
+    under_way = dict(gathered._started)
+    equal(gathered.get(2), UNITS[2])
+    assert gathered._started == under_way
+    equal(gathered.get(3), UNITS[3])
+    gathered.settle()
+    assert ledger.calls("Allgather") == 3
 
 
 def test_settle_leaves_nothing_in_flight(comm):

@@ -57,8 +57,8 @@ def run(comm, shape, tokens, cuts, repeat):
             "exchange_s": sum(by_itself),
             "waited_s": waited_s,
             "tested_s": tested_s,
-            "overlapped_share": _saved(waited_s, sum(by_itself)),
-            "hidden_share": _saved(waited_s + tested_s, sum(by_itself)),
+            "overlapped_share": measure.saved(waited_s, sum(by_itself)),
+            "hidden_share": measure.saved(waited_s + tested_s, sum(by_itself)),
         }
     return rows
 
@@ -114,11 +114,6 @@ def _timed(comm, problem, attend):
     return spent["ring"], sum(busy) / comm.size / max(busy), waited_s, tested_s
 
 
-def _saved(spent_s, alone_s):
-    """Share of the time alone that was not spent; None where nothing is exchanged."""
-    return max(0.0, 1 - spent_s / alone_s) if alone_s else None
-
-
 def _row(shape, tokens, strategy, ranks, time_s, flop_per_s):
     """Row of one rank, or of a ring before what only a ring has."""
     limit_s = 2 * shape.H * shape.K * tokens * (tokens + 1) / flop_per_s
@@ -159,6 +154,6 @@ def _cells(row):
         f"{1e3 * row['exchange_s']:.2f}",
         f"{1e3 * row['waited_s']:.2f}",
         f"{1e3 * row['tested_s']:.2f}",
-        *("-" if share is None else f"{100 * share:.0f}" for share in shares),
+        *map(measure.percent, shares),
         f"{100 * row['share_of_limit']:.0f}",
     ]

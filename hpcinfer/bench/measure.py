@@ -1,13 +1,16 @@
 """Clocks over ranks, and the limits of the machine measured with them."""
 
 import time
+import tracemalloc
 from statistics import median
 
 import numpy as np
 
+from hpcinfer import array
 from hpcinfer.collectives import ledger
 
 _POLL_S = 0.002
+_CALLS_S = 0.1  # how long calls are repeated for one measurement
 _MATRIX = 2048  # rows and columns
 _READ_BYTES = 1 << 30  # over all ranks, so that a large last-level cache does not flatter
 
@@ -35,8 +38,8 @@ def together_s(comm, function):
     return max(comm.allgather(time.perf_counter() - start_s))
 
 
-def call_s(clock, function, repeat, target_s=0.1, most=100):
-    """Median seconds of one call, over `repeat` runs of as many calls as fill `target_s`.
+def call_s(clock, function, repeat, most=100):
+    """Median seconds of one call, over `repeat` runs of as many calls as fill a tenth of a second.
 
     Calls follow each other without a barrier, as those of a model's layers do.
 
@@ -44,7 +47,7 @@ def call_s(clock, function, repeat, target_s=0.1, most=100):
     ----------
     clock : function (function) -> seconds, equal on every rank, such as `together_s` of a comm
     """
-    n = max(1, min(most, int(target_s / clock(function))))
+    n = max(1, min(most, int(_CALLS_S / clock(function))))
 
     def calls():
         for _ in range(n):
@@ -72,6 +75,65 @@ def exchanged(comm, function):
     return calls or "none", round(sent_bytes), waited_s / comm.size, tested_s / comm.size
 
 
+def received_s(comm, function, verb="Recv"):
+    """Seconds of the slowest rank for `function()`, and of every rank those in calls of `verb`."""
+    ledger.clear()
+    time_s = together_s(comm, function)
+    mine = sum(entry.time_s for (v, _, _), entry in ledger.entries.items() if v == verb)
+    return time_s, comm.allgather(mine)
+
+
+def held_bytes(function):
+    """Bytes that NumPy and Python held at most during `function()`, and hold after it."""
+    tracemalloc.start()
+    try:
+        kept = function()
+        current, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    del kept
+    return peak, current
+
+
+def saved(spent_s, alone_s):
+    """Share of the time alone that was not spent; None where nothing is exchanged."""
+    return max(0.0, 1 - spent_s / alone_s) if alone_s else None
+
+
+def percent(share):
+    """A share as a cell of a table."""
+    return "-" if share is None else f"{100 * share:.0f}"
+
+
+def row(bench, facts, strategy, ranks, batch, tokens, time_s, limit_s, **more):
+    """The fields that every row has.
+
+    Parameters
+    ----------
+    facts : dict with model and dtype
+    batch, tokens : sequences or micro-batches, and the tokens of all of them together
+    time_s : measured
+    limit_s : what the machine needs at least, by its own limit measured in the same run
+    more : fields of this bench, among them speedup and exchange_s
+    """
+    return {
+        "bench": bench,
+        **facts,
+        "strategy": strategy,
+        "batch": batch,
+        "context": tokens // batch,
+        "ranks": ranks,
+        "threads": array.threads_per_rank(),
+        "time_s": time_s,
+        "tokens_per_s": tokens / time_s,
+        "limit_tokens_per_s": tokens / limit_s,
+        "share_of_limit": limit_s / time_s,
+        "speedup": 1.0,
+        "exchange_s": 0.0,
+        **more,
+    }
+
+
 def matrix_rates(comm, repeat=5):
     """Floating-point operations per second in float32 matrix products: rank 0 alone, all ranks."""
     a, b = (np.full((_MATRIX, _MATRIX), x, np.float32) for x in (0.5, 0.25))
@@ -83,6 +145,13 @@ def read_rates(comm, repeat=5):
     """Bytes read from memory per second: by rank 0 alone, by all ranks together."""
     x = np.ones(_READ_BYTES // comm.size // 4, np.float32)
     return _rates(comm, lambda: np.dot(x, x), x.nbytes, repeat)
+
+
+def copy_rates(comm, repeat=5):
+    """Bytes copied in memory per second: by rank 0 alone, by all ranks together."""
+    x = np.ones(_READ_BYTES // comm.size // 8, np.float32)
+    y = np.empty_like(x)
+    return _rates(comm, lambda: np.copyto(y, x), x.nbytes, repeat)
 
 
 def _rates(comm, function, amount, repeat):

@@ -1,11 +1,15 @@
-"""Heads and element type of the attention that is measured."""
+"""What is measured: attention of some heads, FFN halves of some widths, work that only sleeps."""
 
+import time
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
 from hpcinfer import array, partition
+from hpcinfer.ops.activation import relu
 from hpcinfer.ops.attention import ragged_attention
+from hpcinfer.ops.linear import linear
 
 _NUMBERS = 1 << 20  # random numbers, repeated where more are needed: making them takes its time
 
@@ -43,16 +47,60 @@ class Shape:
 
     def queries(self, n):
         """Random queries (n, H, K) float32."""
-        return _numbers((n, self.H, self.K), np.float32)
+        return numbers((n, self.H, self.K), np.float32)
 
     def keys(self, n, copies=1):
         """Random keys and values, (copies, n, G, K) each."""
         dtype = array.parse_dtype(self.dtype)
-        return tuple(_numbers((copies, n, self.G, self.K), dtype) for _ in "kv")
+        return tuple(numbers((copies, n, self.G, self.K), dtype) for _ in "kv")
 
     def facts(self):
         """The shape as fields of a row."""
         return {"model": str(self), "dtype": self.dtype}
+
+
+@dataclass(frozen=True)
+class Ffn:
+    """FFN half of a model in float32, with ReLU between its products.
+
+    Attributes
+    ----------
+    D, F : model width, FFN width
+    """
+
+    D: int
+    F: int
+
+    def __str__(self):
+        return f"width {self.D}, FFN {self.F}"
+
+    def weights(self, columns=None):
+        """up (F, D) and down (D, F) of one layer, or some columns of them; random."""
+        F = self.F if columns is None else columns[1] - columns[0]
+        scale = np.float32((self.D * self.F) ** -0.25)
+        return numbers((F, self.D)) * scale, numbers((self.D, F)) * scale
+
+    def tokens(self, n):
+        """Random x (n, D)."""
+        return numbers((n, self.D))
+
+    def products(self, x, up, down):
+        """(T, D) -> (T, D), a partial sum for a part of the columns."""
+        return linear(relu(linear(x, up)), down)
+
+    def flop(self, tokens):
+        """Floating-point operations of the products for some tokens."""
+        return 4 * tokens * self.D * self.F
+
+    def facts(self):
+        """The shape as fields of a row."""
+        return {"model": str(self), "dtype": "float32"}
+
+
+def sleep(seconds, x):
+    """Work that takes its time and no core, so that a schedule shows on any machine; returns x."""
+    time.sleep(seconds)
+    return x
 
 
 def attend_nothing(q, k, v, q_tokens, k_tokens, between=None):
@@ -65,6 +113,11 @@ def tokens_of(sequence, positions):
     return np.stack([np.full_like(positions, sequence), positions], axis=1).astype(np.int32)
 
 
-def _numbers(shape, dtype):
-    numbers = np.random.default_rng(0).standard_normal(_NUMBERS, np.float32)
-    return np.resize(array.narrow(numbers, dtype), shape)
+def numbers(shape, dtype=np.float32):
+    """Random numbers of a normal distribution."""
+    return np.resize(array.narrow(_few(), dtype), shape)
+
+
+@cache
+def _few():
+    return np.random.default_rng(0).standard_normal(_NUMBERS, np.float32)

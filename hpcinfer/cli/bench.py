@@ -18,6 +18,11 @@ def add(commands):
     _add_attention(names)
     _add_decode_attention(names)
     _add_extract(names)
+    _add_sequence(names)
+    _add_zero(names)
+    _add_pipeline(names)
+    _add_expert(names)
+    _add_disagg(names)
     for bench in names.choices.values():
         bench.add_argument("--json", metavar="FILE", help="write the rows as a JSON list too")
         bench.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -112,18 +117,127 @@ def _add_extract(names):
     parser.set_defaults(measure=_extract)
 
 
-def _add_shape(parser):
-    """Options of every attention bench."""
-    for name, default, what in (
-        ("heads", 16, "query heads"),
-        ("kv-heads", 8, "key/value heads"),
-        ("width", 64, "width of a head"),
-        ("repeat", 5, "repetitions; their median counts"),
-    ):
+def _add_sequence(names):
+    parser = names.add_parser(
+        "sequence",
+        help="sequence parallelism beside tensor parallelism",
+        description="FFN halves with norm and residual, by one rank, with tensor parallelism, and "
+        "with tokens cut between the halves: activations held, bytes sent, time.",
+    )
+    _add_numbers(parser, ("tokens", 1024, "tokens of a step"), ("layers", 4, "layers"), *_FFN)
+    parser.set_defaults(measure=_sequence)
+
+
+def _add_zero(names):
+    parser = names.add_parser(
+        "zero",
+        help="parameters kept in parts, gathered or broadcast, ahead or when used",
+        description="FFN halves on tokens of every rank's own, with parameters kept whole and "
+        "in parts: share of the gathering that the computation hides, bytes of parameters held.",
+    )
+    _add_numbers(parser, ("tokens", 512, "tokens of every rank"), ("layers", 8, "layers"), *_FFN)
+    parser.set_defaults(measure=_zero)
+
+
+def _add_pipeline(names):
+    parser = names.add_parser(
+        "pipeline",
+        help="share of the time that the stages of a pipeline wait",
+        description="Micro-batches through stages of equal work, one on each rank: time that the "
+        "ranks wait in receives, beside (P-1)/(m+P-1).",
+    )
+    sizes = ("tokens", 128, "tokens of a micro-batch"), ("layers", 2, "layers of a stage")
+    _add_numbers(parser, *sizes, *_FFN)
+    _add_micro(parser, "1,2,4,8")
+    parser.set_defaults(measure=_pipeline)
+
+
+def _add_expert(names):
+    parser = names.add_parser(
+        "expert",
+        help="dispatch and combine of a mixture of experts, and the balance of the ranks",
+        description="Tokens of every rank to experts on all ranks and back, for even and for "
+        "skewed routing: exchange beside the copy limit of the machine, balance of the ranks.",
+    )
+    _add_numbers(
+        parser,
+        ("tokens", 512, "tokens of every rank"),
+        ("experts", 16, "experts"),
+        ("top", 2, "experts that a token chooses"),
+        ("width", 768, "width of the model"),
+        ("ffn", 512, "columns of an expert"),
+        _REPEAT,
+    )
+    parser.add_argument(
+        "--zipf",
+        type=_exponents,
+        default="0,1",
+        metavar="S,...",
+        help="chance of expert e falls as 1/(e+1)^S, 0 for even routing (default 0,1)",
+    )
+    parser.set_defaults(measure=_expert)
+
+
+def _add_disagg(names):
+    parser = names.add_parser(
+        "disagg",
+        help="attention and FFN on different ranks: share of the time that each side waits",
+        description="Layers on M attention ranks and N FFN ranks, in one or more micro-batches: "
+        "time that the ranks of each side wait in receives. Needs 2 ranks.",
+    )
+    sizes = ("tokens", 512, "tokens of a step"), ("layers", 4, "layers"), ("heads", 12, "heads")
+    _add_numbers(parser, *sizes, *_FFN)
+    parser.add_argument("--split", type=_split, metavar="M:N", help="default: half the ranks")
+    parser.add_argument(
+        "--context",
+        type=common.positive,
+        metavar="N",
+        help="cached tokens (default: as many as make attention take the time of the FFN)",
+    )
+    _add_micro(parser, "1,2,3")
+    parser.set_defaults(measure=_disagg)
+
+
+_REPEAT = ("repeat", 5, "repetitions; their median counts")
+_FFN = ("width", 768, "width of the model"), ("ffn", 3072, "width of the FFN"), _REPEAT
+
+
+def _add_numbers(parser, *options):
+    """Options that are whole numbers of 1 or more: name, default, meaning."""
+    for name, default, what in options:
         parser.add_argument(
             f"--{name}", type=common.positive, default=default, metavar="N",
             help=f"{what} (default {default})",
         )  # fmt: skip
+
+
+def _add_micro(parser, default):
+    """Options of the benches with micro-batches."""
+    parser.add_argument(
+        "--micro",
+        type=_numbers,
+        default=default,
+        metavar="N,...",
+        help=f"numbers of micro-batches (default {default})",
+    )
+    parser.add_argument(
+        "--work",
+        choices=("compute", "sleep"),
+        default="compute",
+        help="sleep shows the schedule where ranks are more than cores, and computing ranks would "
+        "take turns on them (default compute)",
+    )
+
+
+def _add_shape(parser):
+    """Options of every attention bench."""
+    _add_numbers(
+        parser,
+        ("heads", 16, "query heads"),
+        ("kv-heads", 8, "key/value heads"),
+        ("width", 64, "width of a head"),
+        _REPEAT,
+    )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
@@ -164,6 +278,69 @@ def _extract(comm, arguments):
     return rows, extract.table
 
 
+def _sequence(comm, arguments):
+    from hpcinfer.bench import sequence
+
+    rows = sequence.run(comm, _ffn(arguments), arguments.tokens, arguments.layers, arguments.repeat)
+    return rows, sequence.table
+
+
+def _zero(comm, arguments):
+    from hpcinfer.bench import zero
+
+    rows = zero.run(comm, _ffn(arguments), arguments.tokens, arguments.layers, arguments.repeat)
+    return rows, zero.table
+
+
+def _pipeline(comm, arguments):
+    from hpcinfer.bench import pipeline
+
+    rows = pipeline.run(
+        comm, _ffn(arguments), arguments.tokens, arguments.layers, arguments.micro,
+        arguments.work, arguments.repeat,
+    )  # fmt: skip
+    return rows, pipeline.table
+
+
+def _expert(comm, arguments):
+    from hpcinfer.bench import expert
+
+    E, top = arguments.experts, arguments.top
+    if top > E:
+        raise UsageError(f"bench: got --top {top} of --experts {E}, need experts enough")
+    rows = expert.run(
+        comm, _ffn(arguments), arguments.tokens, E, top, arguments.zipf, arguments.repeat
+    )
+    return rows, expert.table
+
+
+def _disagg(comm, arguments):
+    from hpcinfer.bench import disagg
+    from hpcinfer.bench.shape import Shape
+
+    D, H = arguments.width, arguments.heads
+    split = arguments.split or (-(-comm.size // 2), comm.size // 2)
+    if D % H:
+        raise UsageError(f"bench: got --width {D} --heads {H}, need a multiple of the heads")
+    if min(split) < 1 or sum(split) != comm.size:
+        raise UsageError(
+            f"bench: got {split[0]}:{split[1]} attention and FFN ranks of {comm.size}, need all "
+            "ranks on one side or the other, and 1 or more on each"
+        )
+    rows = disagg.run(
+        comm, Shape(H, H, D // H, "float32"), _ffn(arguments), arguments.tokens, arguments.layers,
+        split, arguments.micro, arguments.context, arguments.work, arguments.repeat,
+    )  # fmt: skip
+    return rows, disagg.table
+
+
+def _ffn(arguments):
+    """Widths of the FFN that is measured."""
+    from hpcinfer.bench.shape import Ffn
+
+    return Ffn(arguments.width, arguments.ffn)
+
+
 def _shape(arguments):
     """Shape of the attention; every rank refuses heads that cannot share keys evenly."""
     from hpcinfer.bench.shape import Shape
@@ -189,3 +366,19 @@ def _cuts(text):
 def _numbers(text):
     """Whole numbers of 1 or more, separated by commas."""
     return [common.positive(item.strip()) for item in text.split(",")]
+
+
+def _exponents(text):
+    """Numbers of 0 or more, separated by commas."""
+    values = [float(item) for item in text.split(",")]
+    if not all(0 <= value < 100 for value in values):
+        raise ArgumentTypeError(f"got {text!r}, need numbers from 0 to 100")
+    return values
+
+
+def _split(text):
+    """Ranks of two sides, written M:N."""
+    values = [common.positive(item.strip()) for item in text.split(":")]
+    if len(values) != 2:
+        raise ArgumentTypeError(f"got {text!r}, need M:N")
+    return tuple(values)

@@ -7,13 +7,14 @@ import traceback
 
 from hpcinfer import __version__
 from hpcinfer.cli import bench, convert, extract, generate, inspect, score, verify
-from hpcinfer.errors import DONE, UsageError, exit_code, is_agreed, one_line
+from hpcinfer.errors import DONE, UsageError, exit_code, is_agreed, is_reported, one_line
 from hpcinfer.grid import abort, launcher_rank
 
 COMMANDS = (generate, score, extract, convert, inspect, verify, bench)
 
-# Seconds that other ranks leave the first one to report an error that all may have.
-_GRACE_S = 1.0
+# Seconds that other ranks leave the first one to report an error that all may have, and that a rank
+# waits whose error another one reports, which ends this one meanwhile.
+_GRACE_S, _REPORTED_S = 1.0, 5.0
 
 
 class Parser(argparse.ArgumentParser):
@@ -63,6 +64,8 @@ def _end(error, debug):
         sys.exit(exit_code(error))
     if not alone and launcher_rank() != 0:
         time.sleep(_GRACE_S)
+    if not alone and is_reported(error):
+        time.sleep(_REPORTED_S)
     where = "" if alone or launcher_rank() == 0 else f" (rank {launcher_rank()})"
     start = "\n" if where else ""  # the first rank's progress may stand at the end of a line
     if debug:

@@ -275,7 +275,7 @@ class Engine:
             raise agreed(error) from None
 
     def expert_load(self):
-        """How many tokens chose each expert so far: (N, E) int64; every rank calls this.
+        """How many tokens chose each expert so far: (N, E) int64; every rank must call this.
 
         E is 0 for a model without experts, and a layer that has none is a row of zeros.
         """
@@ -308,10 +308,11 @@ class Engine:
         if grid.replica.size < grid.comm.size:
             for part in grid.comm.allgather(finished if grid.is_leader else {}):
                 finished |= part
-        for outcome in finished.values():
+        outcomes = [finished[index] for index in sorted(finished)]
+        for outcome in outcomes:
             if isinstance(outcome, BadRequest):
                 raise agreed(ValueError(f"item {outcome.index}: {outcome.message}"))
-        return [finished[index] for index in sorted(finished)]
+        return outcomes
 
 
 def _context(arch, context):

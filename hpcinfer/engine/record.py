@@ -77,7 +77,7 @@ class Record:
 
     def report(self, engine):
         """The report's lines, on the root; every rank must call this. None elsewhere."""
-        model, grid = engine.model, self.grid
+        model, grid, scheduler = engine.model, self.grid, engine.scheduler
         mine = {
             "bytes_read": self.bytes_read,
             "load_s": self.load_s,
@@ -93,6 +93,7 @@ class Record:
             "empty_s": self.empty_s,
             "answered": self.answered,
             "written": (self.written_bytes, self.write_s),
+            "cache": (self.most_pages, scheduler.reused_tokens, scheduler.preemptions),
             "tokens": [(p.tokens, p.steps, p.time_s) for p in (self.prefill, self.decode)],
         }
         ranks, load = grid.comm.gather(mine, 0), engine.expert_load()
@@ -106,16 +107,21 @@ class Record:
             + _span([r["bytes_read"] for r in ranks])
             + f"; sum {sum(r['bytes_read'] for r in ranks) / max(1, self.file_bytes):.2f} x the "
             f"weights' {_size(self.file_bytes)}",
-            *_memory_lines(grid, ranks),
             *_speed_lines(ranks),
+            _cache_line(ranks, scheduler.pages.total),
         ]
-        scheduler = engine.scheduler
-        lines.append(
-            f"cache     used at most {self.most_pages} of {scheduler.pages.total} pages; "
-            f"{scheduler.reused_tokens} prompt tokens reused, {scheduler.preemptions} preemptions"
-        )
-        lines += _balance_lines(grid.layout, ranks) + _written_lines(ranks)
+        lines += _memory_lines(grid, ranks) + _balance_lines(grid.layout, ranks)
+        lines += _written_lines(ranks)
         return lines + _expert_lines(load, model.arch) + _ledger_lines()
+
+
+def _cache_line(ranks, total):
+    """Pages that any replica used, and what all replicas together reused and computed again."""
+    pages, reused, preemptions = zip(*(r["cache"] for r in ranks if r["is_leader"]), strict=True)
+    return (
+        f"cache     used at most {max(pages)} of {total} pages; "
+        f"{sum(reused)} prompt tokens reused, {sum(preemptions)} preemptions"
+    )
 
 
 def _memory_lines(grid, ranks):
@@ -191,8 +197,8 @@ def _expert_lines(load, arch):
     shares = load[layers] / load[layers].mean(axis=1, keepdims=True)
     row, expert = np.unravel_index(shares.argmax(), shares.shape)
     return [
-        f"experts   the busiest, {expert} of layer {layers[row]}, has {shares.max():.2f} x the mean "
-        f"of its layer; {np.mean(shares.max(axis=1)):.2f} x in the mean of layers; "
+        f"experts   the busiest, {expert} of layer {layers[row]}, has {shares.max():.2f} x the "
+        f"mean of its layer; {np.mean(shares.max(axis=1)):.2f} x in the mean of layers; "
         f"{int((load[layers] == 0).sum())} of {shares.size} without a token"
     ]
 

@@ -1,8 +1,9 @@
 """One copy of equal weights on a node: ranks that differ along dp and cp only map the same memory.
 
 The first of them reads the weights from the checkpoint and puts them in memory that has no name;
-the others map it for reading. What differs among them, such as experts that are spread over them,
-each keeps for itself. Nothing is left behind when the ranks end, however they end.
+the others map it for reading. What differs among them (with cp the head, and experts that are
+spread over them) each keeps for itself. Nothing is left behind when the ranks end, however they
+end.
 """
 
 from dataclasses import dataclass, fields
@@ -30,7 +31,12 @@ class Place:
 
 def own_keys(grid):
     """Keys of the parameters that ranks of one node do not have alike."""
-    return frozenset(("head",)) | (_EXPERTS if grid.experts is not None else frozenset())
+    own, over_cp = frozenset(), grid.cp.size > 1
+    if over_cp:
+        own |= {"head"}
+    if grid.experts is not None and (over_cp or grid.layout.experts_over_dp):
+        own |= _EXPERTS
+    return own
 
 
 def share(weights, comm, own, tied_rows):
@@ -41,7 +47,7 @@ def share(weights, comm, own, tied_rows):
     weights : Weights, on the first rank whole, elsewhere what it does not share
     comm : ranks of one node with equal weights
     own : keys that are not shared
-    tied_rows : slice of the embedding that is this rank's head; None if the head is not tied
+    tied_rows : slice of the embedding that is this rank's head; None if it has no head that is tied
 
     Returns
     -------
@@ -79,8 +85,9 @@ def _places(weights, own):
 
 
 def _parameters(weights):
-    """(layer, key, array) of every parameter but the head."""
-    yield from ((None, key, x) for key in _OUTSIDE if (x := getattr(weights, key)) is not None)
+    """(layer, key, array) of every parameter; a head that is part of the embedding is none."""
+    outside = _OUTSIDE if weights.tied_rows is not None else (*_OUTSIDE, "head")
+    yield from ((None, key, x) for key in outside if (x := getattr(weights, key)) is not None)
     for n, layer in enumerate(weights.layers):
         for field in fields(Layer):
             if (x := getattr(layer, field.name)) is not None:

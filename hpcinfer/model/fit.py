@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from hpcinfer.errors import UsageError
+from hpcinfer.grid import refuse, senseless
 
 
 def key_sharers(arch, layout):
@@ -19,21 +19,25 @@ def refuse_unfit(arch, layout):
     UsageError
         On every rank, as it follows from the config and the command line alone.
     """
-    nearest = None
+    refuse(layout, lambda other: senseless(other) or _unfit(arch, other))
+
+
+def _unfit(arch, layout):
+    """Why a layout is none for this model, and one that is better; None if it is one."""
+    sharers = key_sharers(arch, layout)
     if layout.ep > 1 and not arch.E and not layout.afd:
         reason = f"ep spreads experts, and {arch.family} has none"
-        nearest = replace(layout, ep=1)
-    elif layout.prefill == "ulysses" and key_sharers(arch, layout) > 1:
+        return reason, replace(layout, ep=1)
+    if layout.prefill == "ulysses" and sharers > 1:
         reason = (
             f"ulysses divides heads, and with tp={layout.tp} ranks already share the {arch.G} "
             "key/value heads"
         )
-        nearest = replace(layout, prefill="ring")
-    elif key_sharers(arch, layout) > arch.H // arch.G:
+        return reason, replace(layout, prefill="ring")
+    if sharers > arch.H // arch.G:
         reason = (
             f"with cp the ranks of tp share the keys of {arch.G} heads, but there are {arch.H} "
             f"query heads for tp={layout.tp}"
         )
-        nearest = replace(layout, cp=1, dp=layout.dp * layout.cp)
-    if nearest is not None:
-        raise UsageError(f"layout: got {layout}, need another: {reason}; try --layout {nearest}")
+        return reason, replace(layout, cp=1, dp=layout.dp * layout.cp)
+    return None

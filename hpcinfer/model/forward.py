@@ -57,7 +57,7 @@ class Model:
             ranges |= {"experts": share.experts, "moe": share.columns}
         self.embed_range, self.head_range = ranges["embed"], ranges["head"]
         zero = grid.layout.zero != "off"
-        pieces = Pieces(arch, grid, self.layers) if zero else None
+        pieces = Pieces(grid, self.layers, device.xp) if zero else None
         self._shares = grid.alike.size > 1 and not zero and device.name == "cpu"
         self._own_keys = own_keys(grid)
         self.ranges = ranges
@@ -98,7 +98,8 @@ class Model:
         """
         if not self._shares:
             return True
-        tied_rows = tables.tied_rows(self.ranges) if self.arch.tied else None
+        tied = self.arch.tied and self.pipeline.is_last
+        tied_rows = tables.tied_rows(self.ranges) if tied else None
         return share(self.weights, self.grid.alike, self._own_keys, tied_rows)
 
     def cut(self, step):

@@ -20,17 +20,17 @@ class Pieces:
 
     Parameters
     ----------
-    arch : Architecture
     grid : Grid
     layers : range, those of this rank's stage
+    xp : array module of the parameters
 
     Attributes
     ----------
     final_norm, final_norm_bias : (D,) float32
     """
 
-    def __init__(self, arch, grid, layers):
-        self._layers, self._tied = layers, arch.tied
+    def __init__(self, grid, layers, xp):
+        self._layers, self._xp = layers, xp
         self._small = np.inf if grid.layout.zero == "broadcast" else zero.SMALL_BYTES
         self._all, self._dp = grid.dp_cp, grid.dp
 
@@ -65,14 +65,16 @@ class Pieces:
         apart = weights.head is not None and weights.tied_rows is None
         head = {"head": weights.head} if apart else {}
         self._head = self._cut(self._dp, head, 0)
-        self._gathered = [zero.Gathered(self._all, self._common)]
+        self._gathered = [zero.Gathered(self._all, self._common, self._xp, around=True)]
         if self._experts_comm is not None:
-            self._gathered.append(zero.Gathered(self._experts_comm, self._experts))
+            self._gathered.append(
+                zero.Gathered(self._experts_comm, self._experts, self._xp, around=True)
+            )
         self._output = None
         return self
 
     def layer(self, n):
-        """Parameters of layer n, whole until the layer after the next is asked for."""
+        """Parameters of layer n, whole until the next layer is asked for."""
         i, whole = n - self._layers.start, {}
         for gathered in self._gathered:
             whole |= gathered.get(i)
@@ -122,4 +124,4 @@ class Pieces:
         return zero.cut(comm, parameters, self._small, owner % comm.size)
 
     def _fetch(self, comm, unit):
-        return zero.Gathered(comm, [unit], ahead=False).get(0)
+        return zero.Gathered(comm, [unit], self._xp, ahead=False).get(0)

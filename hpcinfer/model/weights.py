@@ -424,16 +424,20 @@ def _read_into(parameter, rows, names, checkpoint, ranges):
 
 
 def _tie_head(arch, checkpoint, ranges, weights, dtype, device):
-    """Take for head a part of the embedding, or of what the file holds beside it if it differs."""
+    """Take for head a part of the embedding, or of what the file holds beside it if it differs.
+
+    All rows of the embedding are compared, so that the ranks of cp, which have the same ones, all
+    decide alike.
+    """
     rows = tied_rows(ranges)
     weights.head, weights.tied_rows = weights.embed[rows], rows
     name = _find(arch.names["head"], checkpoint.tensors)
     if name is None or tuple(checkpoint.tensors[name].shape) != (arch.V, arch.D):
         return
-    row = _vocabulary(arch, "head")
+    row = replace(_vocabulary(arch, "head"), cut="embed")
     head = _read([row], {row.name: name}, checkpoint, ranges, dtype)
-    if not np.array_equal(head.view(np.uint8), array.host(weights.head).view(np.uint8)):
-        weights.head, weights.tied_rows = device.put(head), None
+    if not np.array_equal(head.view(np.uint8), array.host(weights.embed).view(np.uint8)):
+        weights.head, weights.tied_rows = device.put(head[rows].copy()), None
 
 
 def _vocabulary(arch, key):

@@ -19,6 +19,8 @@ micro-batches in the same one, so messages need no names; how many tokens come i
 message. A dense FFN is one expert that all tokens choose, its columns cut over the FFN ranks.
 """
 
+from functools import cache
+
 import numpy as np
 
 from hpcinfer import array, collectives, partition
@@ -59,7 +61,7 @@ class Dispatch:
                 f"{weights.shape} for {len(x)} tokens, need a share for each of "
                 f"{comm.remote_size} FFN ranks and a row a token"
             )
-        self._comm, self._purpose = comm, purpose
+        self._comm, self._purpose, self._first = _joined(comm, True), purpose, comm.size
         xp = array.namespace(x)
         self._y = xp.zeros(x.shape, xp.float32)
         self._rows = [
@@ -67,7 +69,7 @@ class Dispatch:
         ]
         records = array.pack_rows(array.narrow(x, dtype), ids.astype(np.int32), weights)
         self._sends = [
-            collectives.Isend(comm, records[rows], rank, purpose=purpose)
+            collectives.Isend(self._comm, records[rows], self._first + rank, purpose=purpose)
             for rank, rows in enumerate(self._rows)
         ]
 
@@ -77,7 +79,8 @@ class Dispatch:
         for rank, rows in enumerate(self._rows):
             if len(rows):
                 part = array.namespace(y).empty((len(rows), y.shape[1]), np.float32)
-                y[rows] += collectives.Recv(self._comm, part, rank, purpose=self._purpose)
+                source = self._first + rank
+                y[rows] += collectives.Recv(self._comm, part, source, purpose=self._purpose)
         for send in self._sends:
             send.wait()
         return y
@@ -100,6 +103,7 @@ def attention_side(comm, layers, xs, attend, add, shares, dtype=np.float32, purp
     -------
     list of the micro-batches' activations after the last layer
     """
+    _joined(comm, True)
     xs, pending, before = list(xs), [None] * len(xs), None
     for n in layers:
         for b, under_way in enumerate(pending):
@@ -133,7 +137,7 @@ def ffn_side(comm, layers, micro_batches, compute, D, k, dtype=np.float32, xp=np
     ValueError
         If the two sides do not agree on D, k or dtype.
     """
-    outgoing = collectives.Outgoing()
+    joined, outgoing = _joined(comm, False), collectives.Outgoing()
     for n in layers:
         like = (
             np.empty((0, D), dtype),
@@ -143,7 +147,7 @@ def ffn_side(comm, layers, micro_batches, compute, D, k, dtype=np.float32, xp=np
         row_bytes = sum(map(array.item_bytes, like))
         for _ in range(micro_batches):
             messages = [
-                collectives.RecvBytes(comm, rank, purpose=purpose)
+                collectives.RecvBytes(joined, rank, purpose=purpose)
                 for rank in range(comm.remote_size)
             ]
             if any(len(message) % row_bytes for message in messages):
@@ -160,6 +164,30 @@ def ffn_side(comm, layers, micro_batches, compute, D, k, dtype=np.float32, xp=np
             for rank, message in enumerate(messages):
                 stop = start + len(message) // row_bytes
                 if stop > start:
-                    outgoing.add(collectives.Isend(comm, y[start:stop], rank, purpose=purpose))
+                    outgoing.add(collectives.Isend(joined, y[start:stop], rank, purpose=purpose))
                 start = stop
     outgoing.wait()
+
+
+def _joined(comm, attends):
+    """Both sides in one communicator, attention ranks first; collective when called first.
+
+    MPICH passes messages between ranks of a node through shared memory only within a communicator:
+    there the receiver fetches them. Those of an intercommunicator take the way of the network, and
+    long ones stand still while their sender computes, so that neither side works while the other
+    does.
+    """
+    joined = comm.Get_attr(_joined_key())
+    if joined is None:
+        joined = comm.Merge(not attends)
+        joined.Set_name(comm.Get_name())
+        comm.Set_attr(_joined_key(), joined)
+    return joined
+
+
+@cache
+def _joined_key():
+    """Key of what is kept with an intercommunicator, and freed with it."""
+    from mpi4py import MPI
+
+    return MPI.Comm.Create_keyval(delete_fn=lambda comm, key, joined: joined.Free())

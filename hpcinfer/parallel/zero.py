@@ -110,14 +110,16 @@ class Gathered:
     units : list of Unit
     xp : array module of the parameters
     ahead : True to fetch the next unit while this one is in use
+    around : True to fetch the first unit while the last is in use, for who goes through the units
+        again and again; `settle` then ends the last round
     """
 
-    def __init__(self, comm, units, xp=np, ahead=True, purpose="zero"):
+    def __init__(self, comm, units, xp=np, ahead=True, purpose="zero", around=False):
         self.comm, self.units, self.purpose = comm, units, purpose
-        self._ahead = ahead
+        self._ahead, self._around = ahead, around
         size = max((unit.whole_bytes for unit in units), default=0)
         self._buffers = [xp.empty(size, np.uint8) for _ in range(1 + ahead)]
-        self._started = {}
+        self._started, self._whole, self._buffer_of = {}, None, {}
 
     @property
     def peak_bytes(self):
@@ -128,15 +130,21 @@ class Gathered:
         """Parameters of unit i, whole: dict name -> array, good until the next `get`.
 
         Every rank must ask in the same order. The order of the units is the fast one; any other is
-        right too.
+        right too. Of a unit that is whole already nothing is fetched.
         """
+        if i == self._whole:
+            return self._views(i)
         if i not in self._started:
             self.settle()
             self._start(i)
         for transfer in self._started.pop(i):
             transfer.wait()
-        if self._ahead and i + 1 < len(self.units):
-            self._start(i + 1)
+        self._whole = i
+
+        # Fetch what follows into the buffer that the unit before has left.
+        after = (i + 1) % len(self.units)
+        if self._ahead and after != i and (after > i or self._around):
+            self._start(after)
         return self._views(i)
 
     def test(self):
@@ -153,6 +161,8 @@ class Gathered:
 
     def _start(self, i):
         unit = self.units[i]
+        busy = self._buffer_of.get(self._whole, -1)
+        self._buffer_of = {self._whole: busy, i: (busy + 1) % len(self._buffers)}
         large, small = self._halves(i)
         transfers = []
         if len(large):
@@ -167,7 +177,7 @@ class Gathered:
 
     def _halves(self, i):
         """Where the cut and the broadcast parameters of unit i stand when they are whole."""
-        unit, buffer = self.units[i], self._buffers[i % len(self._buffers)]
+        unit, buffer = self.units[i], self._buffers[self._buffer_of[i]]
         middle = sum(unit.counts)
         return buffer[:middle], buffer[middle : unit.whole_bytes]
 

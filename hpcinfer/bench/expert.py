@@ -1,0 +1,124 @@
+"""Expert parallelism: the exchange beside the machine's copy limit, and the balance of the ranks.
+
+Tokens choose experts evenly, or by a Zipf distribution, expert e with a chance that falls as
+1/(e+1)^s, so that the first ranks have most of the work. A run that computes nothing tells how long
+dispatch and combine take by themselves.
+"""
+
+from functools import partial
+
+import numpy as np
+
+from hpcinfer import partition
+from hpcinfer.bench import measure
+from hpcinfer.io.rows import text_table
+from hpcinfer.ops.activation import relu
+from hpcinfer.ops.experts import experts_ffn
+from hpcinfer.parallel.expert import experts
+
+
+def run(comm, ffn, tokens, n_experts, top, skews, repeat):
+    """Measure routings.
+
+    Parameters
+    ----------
+    ffn : shape.Ffn, of one expert
+    tokens : of every rank
+    n_experts : over all ranks
+    top : experts that a token chooses
+    skews : list of exponents s, 0 for even routing
+    repeat : repetitions, of which the median counts
+
+    Returns
+    -------
+    list of rows, the same on every rank
+    """
+    _, flop_rate = measure.matrix_rates(comm)
+    _, copy_rate = measure.copy_rates(comm)
+    clock = partial(measure.together_s, comm)
+    shares = partition.experts(n_experts, ffn.F, comm.size)
+    own = shares[comm.rank]
+    weights = [ffn.weights(own.columns) for _ in range(*own.experts)]
+    up, down = (np.stack(w) for w in zip(*weights, strict=True))
+    x, rows = ffn.tokens(tokens), []
+
+    def compute(x, ids, weights):
+        return experts_ffn(x, ids, weights, up, down, own.experts[0], relu)
+
+    for skew in skews:
+        ids = choices(comm.rank, tokens, n_experts, top, skew)
+        weights = np.full(ids.shape, 1 / top, np.float32)
+        half, exchange = (
+            partial(experts, comm, x, ids, weights, shares, function)
+            for function in (compute, lambda x, ids, weights: x)
+        )
+        time_s = measure.call_s(clock, half, repeat)
+        exchange_s = measure.call_s(clock, exchange, repeat)
+        calls, sent_bytes, _, _ = measure.exchanged(comm, exchange)
+        limit_s = ffn.flop(tokens) * top * comm.size / flop_rate
+        rows.append(
+            measure.row(
+                "expert", {"model": f"{n_experts} experts, {ffn}, top {top}", "dtype": "float32"},
+                f"Zipf {skew:g}" if skew else "even", comm.size, comm.size, tokens * comm.size,
+                time_s, limit_s,
+                exchange_s=exchange_s,
+                skew=skew,
+                sent_bytes=sent_bytes,
+                calls=calls,
+                **_balance(comm, ids, shares),
+                limit_flop_per_s=flop_rate,
+                limit_byte_per_s=copy_rate,
+                exchange_share_of_limit=sent_bytes / copy_rate / exchange_s if sent_bytes else None,
+            )
+        )  # fmt: skip
+    return rows
+
+
+def choices(rank, tokens, n_experts, top, skew):
+    """Random choices without repetition: (tokens, top) int32, other ones on every rank."""
+    rng = np.random.default_rng(rank)
+    chance = np.arange(1, n_experts + 1) ** -float(skew)
+
+    # The largest of log(chance) + Gumbel noise are a draw without replacement.
+    noise = rng.gumbel(size=(tokens, n_experts))
+    return (-np.log(chance) - noise).argsort(axis=1)[:, :top].astype(np.int32)
+
+
+def table(rows):
+    """The rows as text."""
+    first = rows[0]
+    head = (
+        f"expert: {first['model']}, {first['dtype']}, {first['context']} tokens on each of "
+        f"{first['ranks']} ranks, threads per rank {first['threads'] or 'not set'}\n"
+        f"limit: exchange beside copying, {first['limit_byte_per_s'] / 1e9:.1f} GB/s; whole beside "
+        f"float32 matrix products, {first['limit_flop_per_s'] / 1e9:.0f} GFLOP/s; all ranks "
+        "together\n"
+    )
+    headings = [
+        "routing", "tokens max/mean", "choices max/mean", "bytes sent", "exchange ms",
+        "of copying %", "whole ms", "of limit %",
+    ]  # fmt: skip
+    return head + text_table(headings, [_cells(row) for row in rows])
+
+
+def _balance(comm, ids, shares):
+    """Most over mean of the tokens that ranks receive, and of the choices that they compute."""
+    arriving = [len(rows) for rows in partition.destinations(ids, shares)]
+    chosen = [((ids >= s.experts[0]) & (ids < s.experts[1])).sum() for s in shares]
+    totals = np.sum(comm.allgather((arriving, chosen)), axis=0)
+    tokens, choices = (totals.max(axis=1) / totals.mean(axis=1)).tolist()
+    return {"tokens_balance": tokens, "choices_balance": choices}
+
+
+def _cells(row):
+    """A row as a line of the table."""
+    return [
+        row["strategy"],
+        f"{row['tokens_balance']:.2f}",
+        f"{row['choices_balance']:.2f}",
+        str(row["sent_bytes"]),
+        f"{1e3 * row['exchange_s']:.2f}",
+        measure.percent(row["exchange_share_of_limit"]),
+        f"{1e3 * row['time_s']:.2f}",
+        measure.percent(row["share_of_limit"]),
+    ]

@@ -1,0 +1,188 @@
+"""Parameters kept in parts: how much of their gathering hides behind the computation.
+
+Every rank takes its own tokens through the layers, whose parameters are kept whole, or in parts
+that are brought together by Allgather or by Bcast, ahead of their use or when they are used. A run
+that computes nothing tells how long the gathering takes by itself. During a run the ledger tells
+how long a rank waited for it, and how long it spent in tests, in which MPI copies what no hardware
+copies for it. The first layer of a run cannot be fetched ahead. All ways take turns in every
+repetition.
+"""
+
+import numpy as np
+
+from hpcinfer.bench import measure
+from hpcinfer.io.rows import text_table
+from hpcinfer.parallel import zero
+
+_TURNS = 8  # parts of a layer's computation, between which MPI may move messages on
+_ALIGN = 64
+_WAYS = {
+    "allgather": (0, False),
+    "allgather, ahead": (0, True),
+    "broadcast": (np.inf, False),
+    "broadcast, ahead": (np.inf, True),
+}
+
+
+def run(comm, ffn, tokens, layers, repeat):
+    """Measure parameters kept whole and in parts.
+
+    Parameters
+    ----------
+    ffn : shape.Ffn
+    tokens : of every rank
+    layers : how many
+    repeat : repetitions, of which the median counts
+
+    Returns
+    -------
+    list of rows, the same on every rank
+    """
+    _, flop_rate = measure.matrix_rates(comm)
+    _, copy_rate = measure.copy_rates(comm)
+    limit_s = ffn.flop(tokens) * comm.size / flop_rate
+    whole = [dict(zip(("up", "down"), ffn.weights(), strict=True)) for _ in range(layers)]
+    x = ffn.tokens(tokens)
+    ways = {"kept whole": _Kept(comm, whole)} | {
+        name: _Parts(comm, whole, *how) for name, how in _WAYS.items()
+    }
+
+    # Let every way take its turn in every repetition, with and without computing.
+    spent = {(name, n): [] for name in ways for n in (0, tokens)}
+    for _ in range(repeat):
+        for name, n in spent:
+            spent[name, n].append(_timed(comm, ffn, ways[name], x[:n], layers))
+
+    rows, kept_s = [], None
+    for name, way in ways.items():
+        _, sent_bytes, *by_itself = np.median(spent[name, 0], axis=0).tolist()
+        time_s, _, waited_s, tested_s = np.median(spent[name, tokens], axis=0).tolist()
+        kept_s, alone_s = kept_s or time_s, sum(by_itself)
+        rows.append(
+            measure.row(
+                "zero", ffn.facts(), name, comm.size, comm.size, tokens * comm.size,
+                time_s / layers, limit_s,
+                layers=layers,
+                speedup=kept_s / time_s,
+                exchange_s=alone_s / layers,
+                waited_s=waited_s / layers,
+                tested_s=tested_s / layers,
+                overlapped_share=measure.saved(waited_s, alone_s),
+                hidden_share=measure.saved(waited_s + tested_s, alone_s),
+                sent_bytes=round(sent_bytes / layers),
+                peak_bytes=max(comm.allgather(way.held_bytes)),
+                formula_bytes=max(comm.allgather(way.formula_bytes)),
+                whole_bytes=sum(w.nbytes for layer in whole for w in layer.values()),
+                limit_flop_per_s=flop_rate,
+                limit_byte_per_s=copy_rate,
+                exchange_share_of_limit=_share(sent_bytes, alone_s, copy_rate),
+            )
+        )  # fmt: skip
+    return rows
+
+
+def table(rows):
+    """The rows as text."""
+    first = rows[0]
+    head = (
+        f"zero: {first['model']}, {first['dtype']}, {first['layers']} layers, {first['context']} "
+        f"tokens on each of {first['ranks']} ranks, threads per rank "
+        f"{first['threads'] or 'not set'}; times and bytes sent are those of one layer\n"
+        f"limit: float32 matrix products, {first['limit_flop_per_s'] / 1e9:.0f} GFLOP/s; gathering "
+        f"beside copying, {first['limit_byte_per_s'] / 1e9:.1f} GB/s; all ranks together\n"
+    )
+    headings = [
+        "parameters", "ms", "speed-up", "gather ms", "of copying %", "waited ms", "tested ms",
+        "overlapped %", "hidden %", "bytes sent", "peak MB", "by formula MB", "whole MB",
+        "of limit %",
+    ]  # fmt: skip
+    return head + text_table(headings, [_cells(row) for row in rows])
+
+
+class _Kept:
+    """Every layer whole on every rank."""
+
+    def __init__(self, comm, whole):
+        self._whole = whole
+        self.held_bytes = self.formula_bytes = sum(w.nbytes for u in whole for w in u.values())
+
+    def get(self, n):
+        """Parameters of layer n."""
+        return self._whole[n]
+
+    def test(self):
+        """Nothing is under way."""
+
+
+class _Parts:
+    """Layers in parts, or each whole on one rank.
+
+    Attributes
+    ----------
+    held_bytes : of parameters on this rank, parts and buffers, as counted when they were made
+    formula_bytes : the same, by the formula
+    """
+
+    def __init__(self, comm, whole, small_bytes, ahead):
+        made = []
+
+        def make():
+            units = [zero.cut(comm, w, small_bytes, n % comm.size) for n, w in enumerate(whole)]
+            made.append(zero.Gathered(comm, units, ahead=ahead))
+
+        _, self.held_bytes = measure.held_bytes(make)
+        (gathered,) = made
+        self.get, self.test = gathered.get, gathered.test
+
+        # n/P of every layer, or the own layers whole, and two layers that are whole, or one.
+        n = sum(-(-w.nbytes // _ALIGN) * _ALIGN for w in whole[0].values())
+        P, rank, layers = comm.size, comm.rank, len(whole)
+        part = n // P + (rank < n % P)
+        own = layers * part if small_bytes == 0 else len(range(rank, layers, P)) * n
+        self.formula_bytes = own + (1 + ahead) * n
+
+
+def _timed(comm, ffn, way, x, layers):
+    """Seconds of the slowest rank, bytes sent by all, waited_s, tested_s, in all layers."""
+    spent = []
+
+    def through():
+        y = x
+        for n in range(layers):
+            weights = way.get(n)
+            y = y + _products(ffn, y, weights, way.test)
+
+    _, *sent = measure.exchanged(comm, lambda: spent.append(measure.together_s(comm, through)))
+    return [*spent, *sent]
+
+
+def _products(ffn, x, weights, between):
+    """The products of all tokens in parts, with `between` called after each."""
+    parts = []
+    for rows in np.array_split(x, _TURNS):
+        parts.append(ffn.products(rows, **weights))
+        between()
+    return np.concatenate(parts)
+
+
+def _share(sent_bytes, alone_s, byte_per_s):
+    """Share of the copy limit that gathering by itself reaches; None where nothing is sent."""
+    return sent_bytes / byte_per_s / alone_s if sent_bytes else None
+
+
+def _cells(row):
+    """A row as a line of the table."""
+    return [
+        row["strategy"],
+        f"{1e3 * row['time_s']:.2f}",
+        f"{row['speedup']:.2f}",
+        f"{1e3 * row['exchange_s']:.2f}",
+        measure.percent(row["exchange_share_of_limit"]),
+        f"{1e3 * row['waited_s']:.2f}",
+        f"{1e3 * row['tested_s']:.2f}",
+        measure.percent(row["overlapped_share"]),
+        measure.percent(row["hidden_share"]),
+        str(row["sent_bytes"]),
+        *(f"{row[name] / 1e6:.1f}" for name in ("peak_bytes", "formula_bytes", "whole_bytes")),
+        measure.percent(row["share_of_limit"]),
+    ]
