@@ -7,7 +7,7 @@
 # HPCINFER_SRUN_MPI            value of srun --mpi= (default: pmi2 with the MPICH wheel, else the
 #                              site's); pmix with most builds of Open MPI; srun --mpi=list names them
 # HPCINFER_LAUNCHER_OPTIONS    more words for the launcher, such as "--cpu-bind=cores"
-# HPCINFER_CROWD               yes: more ranks than cores are meant, say nothing about it
+# HPCINFER_CROWD               yes: more ranks than cores are meant, give no advice about it
 # OMP_NUM_THREADS              threads per rank (default: --cpus-per-task, else cores / ranks of a node)
 #
 # GPUs: rank number i of a node takes GPU number i of those it sees, so --gres=gpu:4 with 4 ranks per
@@ -46,8 +46,6 @@ site_settings() {
 
     # More ranks than cores: accept it (Open MPI 4, 5), and give way while waiting (MPICH, Intel MPI)
     if [ "$ranks" -gt "$cores" ]; then
-        [ -n "${HPCINFER_CROWD:-}" ] || echo "jobs/site.sh: $ranks ranks share $cores cores of a" \
-            "node, and will be slow; start fewer, or ask for one core or more per rank" >&2
         export OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_mpi_yield_when_idle=1
         export PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe
         export MPIR_CVAR_ENABLE_HEAVY_YIELD=1 I_MPI_PIN=0 I_MPI_WAIT_MODE=1

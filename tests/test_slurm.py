@@ -14,6 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import h5py
 import psutil
 import pytest
 from conftest import ROOT, clean_environment, run_job
@@ -36,7 +37,7 @@ OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 OPTIONS = ("--dtype", "float32", "--kv-memory", "32M", "--seed", "5")
 
 # The command on PATH of a job. STEP_S and LOAD_S have each step, or the reading of the model, take
-# longer, so that a signal finds a run under way.
+# longer, so that a signal finds a run under way; until the job has been requeued SLOW_RUNS times.
 COMMAND = f"""#!{sys.executable}
 import os, time
 from hpcinfer.cli.main import main
@@ -50,8 +51,9 @@ def slow(owner, name, delay_s):
         return fast(*arguments, **options)
     setattr(owner, name, slowly)
 
-slow(Model, "forward", float(os.environ.get("STEP_S", 0)))
-slow(api, "open_checkpoint", float(os.environ.get("LOAD_S", 0)))
+if int(os.environ.get("SLURM_RESTART_COUNT", 0)) < int(os.environ.get("SLOW_RUNS", 1)):
+    slow(Model, "forward", float(os.environ.get("STEP_S", 0)))
+    slow(api, "open_checkpoint", float(os.environ.get("LOAD_S", 0)))
 main()
 """
 
@@ -216,6 +218,30 @@ def straight(folder, requests, command="generate"):
     return source, output
 
 
+@pytest.fixture(scope="module")
+def long(tmp_path_factory):
+    """An input of some 60 steps, sampled, and the output of one straight run of it."""
+    folder = tmp_path_factory.mktemp("long")
+    requests = [
+        {"custom_id": f"r{i}", "prompt": f"{STORY} {i}", "max_tokens": 6 + 9 * i, "n": 1 + i % 2}
+        | {"ignore_eos": True, "temperature": 0.8}
+        for i in range(7)
+    ]
+    return straight(folder, requests)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def limited(cluster, long):
+    """A job with a time limit of one minute, and its output; it runs beside the other tests."""
+    source, _ = long
+    output = source.with_name("limited.jsonl")
+    job = cluster.submit(
+        source.with_name("log"), "-n1 -c1 -w n3 --time=1 --signal=B:USR1@45", "preemptible.slurm",
+        SHIPPED, source, output, "generate", *OPTIONS, STEP_S="2",
+    )  # fmt: skip
+    return job, output
+
+
 def answers(path):
     """Custom id and choices of every line of an output."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -261,6 +287,17 @@ def test_score(cluster, short, tmp_path):
     )
     assert job.end() == ("COMPLETED", "0:0"), job.printed()
     assert len(output.read_text().splitlines()) == 5
+
+
+def test_extract(cluster, short, tmp_path):
+    source, _ = short
+    output = tmp_path / "out.h5"
+    job = cluster.submit(
+        tmp_path / "log", "-N2 -n2 -c1", "extract.slurm", SHIPPED, source, output, *OPTIONS
+    )
+    assert job.end() == ("COMPLETED", "0:0"), job.printed()
+    with h5py.File(output) as f:
+        assert len(f["custom_id"]) == 5
 
 
 def test_array(cluster, short, tmp_path):
@@ -354,31 +391,7 @@ def test_exit_codes(cluster, short, tmp_path, environment, words, code, message)
     assert "Traceback" not in job.printed()
 
 
-def test_more_ranks_than_cores(cluster, tmp_path):
-    """It is said in a line, and done all the same."""
-    script = tmp_path / "job.slurm"
-    script.write_text("#!/bin/bash\nsource jobs/environment.sh\nlaunch 3 hostname\n")
-    environment = {"HPCINFER_LAUNCHER": "srun", "HPCINFER_LAUNCHER_OPTIONS": "--overcommit"}
-    job = cluster.submit(tmp_path / "log", "-n1 -c1", script, HPCINFER_CROWD="", **environment)
-    assert job.end() == ("COMPLETED", "0:0"), job.printed()
-    assert job.printed().count("jobs/site.sh: 3 ranks share 1 cores of a node") == 1
-
-
 # --- Stopped, requeued, resumed ------------------------------------------------------------------
-
-SLOW = {"STEP_S": "0.1"}
-
-
-@pytest.fixture(scope="module")
-def long(tmp_path_factory):
-    """An input of some 60 steps, sampled, and the output of one straight run of it."""
-    folder = tmp_path_factory.mktemp("long")
-    requests = [
-        {"custom_id": f"r{i}", "prompt": f"{STORY} {i}", "max_tokens": 6 + 9 * i, "n": 1 + i % 2}
-        | {"ignore_eos": True, "temperature": 0.8}
-        for i in range(7)
-    ]
-    return straight(folder, requests)
 
 
 def lines_in(path):
@@ -417,7 +430,7 @@ def test_a_chain_of_interruptions_gives_the_bytes_of_a_straight_run(cluster, lon
     output = tmp_path / "out.jsonl"
     words = ("preemptible.slurm", SHIPPED, source, output, "generate", *OPTIONS)
     log = tmp_path / "log"
-    job = cluster.submit(log, "-n2 -c1 -w n1", *words, **SLOW)
+    job = cluster.submit(log, "-n2 -c1 -w n1", *words, STEP_S="0.1", SLOW_RUNS="3")
     begun(job, output, 1)
 
     # The signal before the time limit: code 75, and back into the queue, for another node
@@ -452,27 +465,31 @@ def test_a_chain_of_interruptions_gives_the_bytes_of_a_straight_run(cluster, lon
     assert not (tmp_path / "out.jsonl.state").exists()
 
 
-@pytest.mark.parametrize("launcher", ["srun", "mpirun"])
-def test_killed_ranks_end_the_job_and_leave_nothing_in_its_way(cluster, long, tmp_path, launcher):
+def test_killed_ranks_end_the_job_and_leave_nothing_in_its_way(cluster, long, tmp_path):
     """A job whose ranks are killed fails; requeued on the same node it goes on to the end."""
     source, expected = long
-    output = tmp_path / "out.jsonl"
-    job = cluster.submit(
-        tmp_path / "log", "-n2 -c1 -w n4", "preemptible.slurm", SHIPPED, source, output,
-        "generate", *OPTIONS, **SLOW, HPCINFER_LAUNCHER=launcher,
-    )  # fmt: skip
-    begun(job, output, 1)
-    ranks = processes_of(job)
-    assert len(ranks) == 2
-    for process in ranks:
-        process.kill()
-    state, code = job.end()
-    assert state == "FAILED" and code != "0:0"
-    assert 1 <= lines_in(output) < 7
-    cluster.call("scontrol", "requeue", job.number)
-    job.wait_for(lambda facts: facts["JobState"] == "RUNNING" and facts["Restarts"] == "1")
-    assert job.end() == ("COMPLETED", "0:0"), job.printed()
-    assert output.read_bytes() == expected.read_bytes()
+    jobs = {}
+    for launcher, node in (("srun", "n2"), ("mpirun", "n4")):
+        output = tmp_path / f"{launcher}.jsonl"
+        jobs[output] = cluster.submit(
+            tmp_path / f"{launcher}.log", f"-n2 -c1 -w {node}", "preemptible.slurm", SHIPPED,
+            source, output, "generate", *OPTIONS, STEP_S="0.1", HPCINFER_LAUNCHER=launcher,
+        )  # fmt: skip
+    for output, job in jobs.items():
+        begun(job, output, 1)
+        ranks = processes_of(job)
+        assert len(ranks) == 2
+        for process in ranks:
+            process.kill()
+    for output, job in jobs.items():
+        state, code = job.end()
+        assert state == "FAILED" and code != "0:0"
+        assert 1 <= lines_in(output) < 7
+        cluster.call("scontrol", "requeue", job.number)
+    for output, job in jobs.items():
+        job.wait_for(lambda facts: facts["Restarts"] == "1")
+        assert job.end() == ("COMPLETED", "0:0"), job.printed()
+        assert output.read_bytes() == expected.read_bytes()
 
 
 def test_a_job_that_comes_no_further_is_not_requeued(cluster, short, tmp_path):
@@ -490,3 +507,14 @@ def test_a_job_that_comes_no_further_is_not_requeued(cluster, short, tmp_path):
     assert job.end() == ("FAILED", "1:0"), job.printed()
     assert "stopped by SIGUSR1 before the first step" in job.printed()
     assert "jobs/requeue.sh: got no further than the run before" in job.printed()
+
+
+@pytest.mark.timeout(120)
+def test_a_job_at_its_time_limit_goes_on_in_another(limited, long):
+    """SLURM signals a while before the limit, the job is requeued and ends as it would have."""
+    _, expected = long
+    job, output = limited
+    job.wait_for(lambda facts: facts["Restarts"] == "1", 60)
+    assert "hpcinfer: stopped by SIGUSR1 with" in job.printed()
+    assert job.end() == ("COMPLETED", "0:0"), job.printed()
+    assert output.read_bytes() == expected.read_bytes()
