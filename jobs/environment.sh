@@ -5,7 +5,8 @@
 #
 # PYTHON=...             interpreter to build from, 3.11 or later (default: the first on PATH)
 # HPCINFER_VENV=...      folder of the environment (default .venv, with a site's MPI .venv-site);
-#                        "active" takes the activated virtual or conda environment
+#                        "active" takes the activated virtual or conda environment; "none" takes
+#                        python, hpcinfer and mpirun as they are on PATH, and installs nothing
 # HPCINFER_MPI=site      use the MPI on PATH; default "wheel": MPICH from the package index
 # HPCINFER_EXTRAS=...    more extras of setup.py, separated by spaces: cuda12, cuda13, test, parity
 #
@@ -98,6 +99,11 @@ hpcinfer_install() {
 # Say where the environment is, install if its stamp is missing, and put it on PATH.
 hpcinfer_environment() {
     local folder stamp extras=${HPCINFER_EXTRAS:-}
+    if [ "${HPCINFER_VENV:-}" = none ]; then
+        command -v hpcinfer >/dev/null || hpcinfer_fail "Python: got HPCINFER_VENV=none and no" \
+            "hpcinfer on PATH, need it; load its module or container, or unset HPCINFER_VENV"
+        return
+    fi
     case "${HPCINFER_MPI:-wheel}" in
         wheel) extras="mpi $extras" folder=$HPCINFER_ROOT/.venv ;;
         site)

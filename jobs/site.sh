@@ -1,19 +1,28 @@
-# Everything that is particular to a machine: modules, launcher, threads. Edit it for your site.
+# Everything that is particular to a machine: modules, launcher, threads, GPUs. Edit it for your site.
 #
 #   source jobs/site.sh                      defines launch RANKS COMMAND...
 #   bash jobs/site.sh RANKS COMMAND...       the same as one command
 #
-# HPCINFER_LAUNCHER      mpirun (default) or srun (default of jobs/*.slurm)
-# HPCINFER_SRUN_MPI      value of srun --mpi= (default: pmi2 with the MPICH wheel, else the site's)
-# OMP_NUM_THREADS        threads per rank (default: cores of the node / ranks on the node)
+# HPCINFER_LAUNCHER            mpirun (default) or srun (default of jobs/*.slurm)
+# HPCINFER_SRUN_MPI            value of srun --mpi= (default: pmi2 with the MPICH wheel, else the
+#                              site's); pmix with most builds of Open MPI; srun --mpi=list names them
+# HPCINFER_LAUNCHER_OPTIONS    more words for the launcher, such as "--cpu-bind=cores"
+# HPCINFER_CROWD               yes: more ranks than cores are meant, give no advice about it
+# OMP_NUM_THREADS              threads per rank (default: --cpus-per-task, else cores / ranks of a node)
+#
+# GPUs: rank number i of a node takes GPU number i of those it sees, so --gres=gpu:4 with 4 ranks per
+# node needs nothing more. Where a site lets each rank see its own GPU only (--gpus-per-task=1,
+# --gpu-bind=single:1), it takes that one; GPU-aware MPI inside a node may need to see all.
 
 # Load the modules of the site here, for example:
 #   module load openmpi cuda
 
-# Cores that this process may use on this node, control groups included.
+# Cores that this process may use on this node: of the allocation, control groups included.
 site_cores() {
     local cores quota period
     cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)
+    quota=${SLURM_CPUS_ON_NODE:-$cores}
+    cores=$((quota < cores ? quota : cores))
     if read -r quota period 2>/dev/null </sys/fs/cgroup/cpu.max && [ "$quota" != max ]; then
         quota=$(((quota + period - 1) / period))
         cores=$((quota < cores ? quota : cores))
@@ -43,18 +52,37 @@ site_settings() {
     fi
 }
 
+# Remove shared memory that killed ranks have left on the nodes of a job that was started again: MPICH
+# names it by job and step, and new ranks that find it hang. What a process has mapped stays.
+site_clean() {
+    srun --ntasks="${SLURM_JOB_NUM_NODES:-1}" --ntasks-per-node=1 --mpi=none bash -c '
+        left=$(find /dev/shm -maxdepth 1 -user "$(id -un)" -name "mpich_sh*")
+        used=$(cat /proc/[0-9]*/maps 2>/dev/null | grep -o "/dev/shm/mpich_sh[^ ]*" | sort -u)
+        for file in $left; do
+            case $used in *"$file"*) ;; *) rm -f "$file" ;; esac
+        done' || true
+}
+
 # Become a command on $1 ranks.
 launch_here() {
-    local ranks=$1 mpi
+    local ranks=$1 mpi options
     shift
+    read -r -a options <<<"${HPCINFER_LAUNCHER_OPTIONS:-}"
     site_settings "$ranks"
     case "${HPCINFER_LAUNCHER:-mpirun}" in
-        mpirun) exec mpirun -n "$ranks" "$@" ;;
+        mpirun) exec mpirun -n "$ranks" "${options[@]}" "$@" ;;
         srun)
             mpi=${HPCINFER_SRUN_MPI:-}
             [ -n "$mpi" ] || [ "${HPCINFER_MPI:-wheel}" = site ] || mpi=pmi2
-            exec srun --ntasks="$ranks" --kill-on-bad-exit=1 ${mpi:+--mpi="$mpi"} \
-                ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} "$@"
+
+            # SLURM's pmi2 cuts lines at 1 KiB, which MPICH over UCX exceeds at random; OFI's are short
+            [ "$mpi" != pmi2 ] || export MPIR_CVAR_CH4_NETMOD=${MPIR_CVAR_CH4_NETMOD:-ofi}
+            [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || site_clean
+
+            # Ranks that end with a code of their own may do so; 30 s after the first, all are ended
+            exec srun --ntasks="$ranks" --kill-on-bad-exit=0 --wait=30 ${mpi:+--mpi="$mpi"} \
+                ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
+                "${options[@]}" "$@"
             ;;
         *)
             echo "hpcinfer: launcher: got $HPCINFER_LAUNCHER, need mpirun or srun" >&2

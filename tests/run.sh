@@ -14,7 +14,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export HPCINFER_EXTRAS="test ${HPCINFER_EXTRAS:-}"
 source jobs/environment.sh
-export PYTHONUNBUFFERED=1
+export PYTHONUNBUFFERED=1 HPCINFER_CROWD=yes
 
 start=$(date +%s.%N)
 reports=$PWD/results/tests

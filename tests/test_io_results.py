@@ -407,7 +407,8 @@ def test_kill(tmp_path, name, delay_s):
             assert 1 <= n <= len(indices) and f["token_ids"][:].tolist() == list(range(n))
         open_results(path, "generate", {}, dict, resume=True).close()
         with h5py.File(path) as f:
-            assert f["token_ids"][:].tolist() == indices and f.attrs["complete"]
+            # The last line counts only if its entry in the index was written too
+            assert f["token_ids"][:].tolist() in (indices, indices[:-1]) and f.attrs["complete"]
 
 
 FULL_DISK = """

@@ -189,7 +189,7 @@ def test_a_long_prefill_is_left_in_time(tmp_path):
     prefill = TOKENS.format(step_s=0, token_s=0.02)
     with Started(tmp_path, 2, prefill, *options(tmp_path, "tp=2")) as job:
         job.wait_for((tmp_path / "out.jsonl.state").exists)
-        time.sleep(2)
+        time.sleep(1)
         code, lines, seconds = job.end(signal.SIGTERM)
     assert code == REQUEUE and seconds < 6
     assert lines == [
@@ -206,7 +206,7 @@ def test_a_step_without_end_does_not_keep_the_job(tmp_path):
     )
     with Started(tmp_path, 2, hangs, *options(tmp_path, "tp=2", every_s=100)) as job:
         job.wait_for((tmp_path / "out.jsonl.state").exists)
-        time.sleep(1.5)
+        time.sleep(1)
         code, lines, seconds = job.end(signal.SIGUSR1)
     assert code == REQUEUE and seconds < 5
     assert lines == [f"hpcinfer: stopped by SIGUSR1 in a long step{GO_ON}"]
@@ -231,7 +231,7 @@ def test_a_signal_while_the_model_is_read(tmp_path, target):
 def test_a_signal_while_the_output_is_put_in_order(tmp_path):
     """There is nothing left to stop: the run finishes."""
     write_input(tmp_path, 2, max_tokens=3)
-    ordering = 'slow(JsonlWriter, "close", lambda final=True: 1.5)'
+    ordering = 'slow(JsonlWriter, "close", lambda final=True: 0.6)'
     with Started(tmp_path, 1, ordering, *options(tmp_path, "tp=1")) as job:
         path = Path(f"{tmp_path / 'out.jsonl'}.index")
         job.wait_for(lambda: path.exists() and len(path.read_bytes().splitlines()) == 2)
