@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import h5py
@@ -163,7 +164,7 @@ class Job:
 @pytest.fixture(scope="module")
 def cluster():
     """A SLURM of four nodes with 4 CPUs and 2 GPUs each, none of them with anything behind."""
-    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+    folder, start_s = Path(tempfile.mkdtemp(prefix="slurm-")), time.time()
     script = ["bash", str(ROOT / "tests" / "slurm" / "cluster.sh"), "hold", str(folder / "c")]
     holder = subprocess.Popen(
         script,
@@ -194,7 +195,21 @@ def cluster():
     finally:
         holder.stdin.close()
         holder.wait(30)
+        remove_shared_memory(start_s)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_shared_memory(since_s):
+    """Remove what killed ranks have left in shared memory: new, our own, and mapped by nobody."""
+    left = [path for path in Path("/dev/shm").glob("mpich_sh*") if path.stat().st_ctime >= since_s]
+    mapped = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with suppress(OSError):
+            mapped |= {line.split()[-1] for line in maps.read_text().splitlines() if line}
+    for path in left:
+        if str(path) not in mapped:
+            with suppress(OSError):
+                path.unlink()
 
 
 @pytest.fixture(scope="module")
