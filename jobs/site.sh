@@ -79,8 +79,8 @@ launch_here() {
             [ "$mpi" != pmi2 ] || export MPIR_CVAR_CH4_NETMOD=${MPIR_CVAR_CH4_NETMOD:-ofi}
             [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || site_clean
 
-            # Ranks that end with a code of their own may do so; 30 s after the first, all are ended
-            exec srun --ntasks="$ranks" --kill-on-bad-exit=0 --wait=30 ${mpi:+--mpi="$mpi"} \
+            # Ranks that end with a code of their own may do so; 15 s after the first, all are ended
+            exec srun --ntasks="$ranks" --kill-on-bad-exit=0 --wait=15 ${mpi:+--mpi="$mpi"} \
                 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
                 "${options[@]}" "$@"
             ;;

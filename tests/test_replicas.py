@@ -148,11 +148,12 @@ def test_the_report_is_that_of_all_replicas(comm, shared_path, layout):
     engine = load(comm, shared_path, CASE, layout)
     engine.generate([models.tokens(CASE, 70)] * 12, max_tokens=3, temperature=0, ignore_eos=True)
     record, scheduler, grid = engine.record, engine.scheduler, engine.grid
-    own = (scheduler.reused_tokens, record.prefill.tokens) if grid.is_leader else (0, 0)
-    reused, computed = map(sum, zip(*comm.allgather(own), strict=True))
+    own = scheduler.reused_tokens, record.prefill.tokens, record.decode.tokens
+    own = own if grid.is_leader else (0, 0, 0)
+    reused, computed, decoded = map(sum, zip(*comm.allgather(own), strict=True))
     pages = max(comm.allgather(record.most_pages))
     lines = comm.bcast(record.report(engine))
-    assert reused + computed == 12 * 70 and reused > 0
+    assert reused + computed + decoded == 12 * (70 + 2) and reused > 0
     (cache,) = [line for line in lines if line.startswith("cache")]
     assert f"used at most {pages} of {scheduler.pages.total} pages" in cache
     assert f"; {reused} prompt tokens reused, 0 preemptions" in cache
