@@ -186,6 +186,32 @@ def test_without_the_option_nothing_is_written(comm, engines, shared_path):
     on_root(comm, lambda: _assert_without(shared_path))
 
 
+@pytest.mark.single
+def test_restart_keeps_them_under_another_name(comm, engines, shared_path):
+    write(comm, shared_path, ANSWERS)
+    assert run(engines[0], shared_path, stop_at=4)[0]
+    outputs = [str(shared_path / "out.jsonl")]
+    with RunState(comm, outputs, restart=True, keeps_kv=True) as state:
+        assert f"{folder_of(shared_path)}.old-1" in state.kept and not state.resumes
+
+
+@pytest.mark.single
+def test_a_full_disk_for_them_does_not_end_the_run(engines, comm, shared_path, monkeypatch, capsys):
+    write(comm, shared_path, ANSWERS)
+    run(engines[0], shared_path, name="straight", keeps_kv=False)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(io_kv.os, "makedirs", full)
+        run(engines[0], shared_path, every_s=1e-9, stop_at=6)
+    assert "no space left on the device" in capsys.readouterr().err
+    assert not list(folder_of(shared_path).glob("*"))
+    run(engines[0], shared_path)
+    assert_same(comm, shared_path)
+
+
 def _assert_without(folder):
     assert not folder_of(folder).exists()
     assert "kv" not in read_state(str(folder / "out.jsonl.state"))
