@@ -197,6 +197,33 @@ def test_a_long_prefill_is_left_in_time(tmp_path):
     ]
 
 
+def test_a_long_prefill_gets_ahead_from_job_to_job(tmp_path):
+    """A long prompt goes on where it was, after a signal and after all ranks were killed."""
+    write_input(tmp_path, 1, prompt=STORY * 60, max_tokens=3)
+    prefill = TOKENS.format(step_s=0, token_s=0.01)
+    command = (*options(tmp_path, "tp=2"), "--checkpoint-kv", "--step-tokens", 64)
+    out, reached = tmp_path / "out.jsonl", 0
+
+    def computed():
+        state = read_state(f"{out}.state") or {}
+        kept = [f["sequences"].values() for f in state.get("kv", {}).values()]
+        return max((sample[0] for samples in kept for s in samples for sample in s), default=0)
+
+    for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGTERM):
+        with Started(tmp_path, 2, prefill, *command) as job:
+            job.wait_for(lambda before=reached: computed() > before)
+            targets = [*job.ranks(), job.job] if number == signal.SIGKILL else []
+            _, _, seconds = job.end(number, *targets)
+        assert computed() > reached and seconds < 6
+        reached = computed()
+    for name in ("out", "straight"):
+        again = [*options(tmp_path, "tp=2", name), *["--checkpoint-kv"] * (name == "out")]
+        done = run_job(2, sys.executable, "-m", "hpcinfer", *again)
+        assert done.returncode == 0, done.stderr
+    assert out.read_bytes() == (tmp_path / "straight.jsonl").read_bytes()
+    assert not list(tmp_path.glob("*.kv"))
+
+
 def test_a_step_without_end_does_not_keep_the_job(tmp_path):
     """What the last step found is saved, and the job ends with the same code."""
     write_input(tmp_path, 2)

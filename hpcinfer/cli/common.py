@@ -106,6 +106,16 @@ def add_model_options(parser):
     )
 
 
+def add_kv_option(parser):
+    """Option of the commands whose sequences go on from their keys and values."""
+    parser.add_argument(
+        "--checkpoint-kv",
+        action="store_true",
+        help="keep keys and values beside OUTPUT.state too, so that a start in the same layout "
+        "computes no prompt again; they take the bytes of the cache in use, twice while written",
+    )
+
+
 def add_watch_options(parser):
     """Options of every command that runs on several ranks."""
     parser.add_argument(
@@ -135,7 +145,9 @@ def _run_batch(kind, arguments, sampling, selection, stop):
     comm, outputs = world(), arguments.output
     with Watchdog(comm, arguments.hang_timeout, lambda: stop.last_resort and stop.last_resort()):
         n_lines = batch.check_files(comm, arguments.input, outputs)
-        with RunState(comm, outputs, arguments.checkpoint_every, arguments.restart) as state:
+        keeps_kv = getattr(arguments, "checkpoint_kv", False)
+        every_s, restart = arguments.checkpoint_every, arguments.restart
+        with RunState(comm, outputs, every_s, restart, keeps_kv) as state:
             _run_on(comm, kind, arguments, sampling, selection, n_lines, state, stop)
 
 

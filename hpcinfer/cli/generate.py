@@ -28,6 +28,7 @@ def add(commands):
         "say otherwise; what neither says comes from the model's generation_config.json.",
     )
     common.add_model_options(parser)
+    common.add_kv_option(parser)
     group = parser.add_argument_group("sampling")
     for name, kind, text in _SAMPLING:
         group.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text, metavar="X")

@@ -11,6 +11,7 @@ def add(commands):
         description="Log-probability of every token of every text, given the tokens before it.",
     )
     common.add_model_options(parser)
+    common.add_kv_option(parser)
     return parser
 
 

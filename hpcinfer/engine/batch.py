@@ -4,10 +4,12 @@ import os
 import sys
 import time
 from contextlib import ExitStack
+from itertools import islice
 
 import numpy as np
 from tqdm import tqdm
 
+from hpcinfer import collectives
 from hpcinfer.engine.extract import Extract
 from hpcinfer.engine.feed import Feed
 from hpcinfer.engine.formats import (
@@ -18,7 +20,9 @@ from hpcinfer.engine.formats import (
     score_record,
 )
 from hpcinfer.engine.generate import Generate
+from hpcinfer.engine.kv import KvState
 from hpcinfer.engine.loop import run as run_loop
+from hpcinfer.engine.loop import sequences_of
 from hpcinfer.engine.outbox import Outbox
 from hpcinfer.engine.request import BadRequest
 from hpcinfer.engine.score import Score
@@ -84,8 +88,7 @@ def run(engine, kind, source, n_lines, sampling, facts, state, stop, show=False,
     lines = None
     defaults = engine.defaults(sampling)
     if grid.is_leader:
-        reader = engine.reader(sampling, source.lower().endswith(".txt"), kind != "generate")
-        lines = reader.read(read_lines(source))
+        lines = _entries(engine, kind, source, sampling)
     agree_all(comm, lambda: grid.is_leader and next(read_lines(source)))
     state.refuse_changed(
         lambda: (
@@ -103,9 +106,13 @@ def run(engine, kind, source, n_lines, sampling, facts, state, stop, show=False,
         if grid.is_root:
             stop.last_resort = lambda: state.rescue(0, under_way(engine.scheduler))
 
-        # Every replica leaves out what is finished.
+        # Every replica leaves out what is finished, and what has its keys and values in one.
+        kv = KvState(engine, state) if state.keeps_kv else None
+        kept = {} if kv is None else kv.sequences
         if grid.is_leader:
-            lines = unfinished(lines, *grid.dp.bcast(out.left if grid.is_root else None))
+            done, left = grid.dp.bcast(out.left if grid.is_root else None)
+            rest = {index: samples for index, samples in left.items() if index not in kept}
+            lines = unfinished(lines, done | kept.keys(), rest)
 
         def deliver(outcome):
             engine.record.answered += 1
@@ -114,15 +121,32 @@ def run(engine, kind, source, n_lines, sampling, facts, state, stop, show=False,
                 outbox.put("record", record_of(outcome))
 
         def tell(last=False):
+            of_cache = kv.save() if kv is not None and grid.side != "ffn" else None
             if grid.is_leader:
-                outbox.put("under way", grid.dp.rank, under_way(engine.scheduler), last)
+                outbox.put("under way", grid.dp.rank, under_way(engine.scheduler), last, of_cache)
 
         def between():
             outbox.poll()
-            if state.due():
+            due = state.due()
+            if kv is not None:
+                due = collectives.Bcast(grid.replica, np.array([due]), purpose="kv")[0]
+            if due:
                 tell()
 
-        with Feed(grid, lines, n_lines - before) as feed:
+        def kept_here():
+            """Requests that this replica has kept, from a reading of the input of its own."""
+            mine = {index for index, (replica, _) in kept.items() if replica == grid.dp.rank}
+            entries = unfinished(_entries(engine, kind, source, sampling), done, left)
+            return list(islice((e for e in entries if e.index in mine), len(mine)))
+
+        def take_up(found):
+            kv.take_up([s for entry in found for s in sequences_of(engine, entry, deliver, work)])
+
+        if kept:
+            found = agree_all(comm, lambda: kept_here() if grid.is_leader else [])
+            found = grid.replica.bcast(found)
+            agree_all(comm, lambda: take_up(found))
+        with Feed(grid, lines, n_lines - before - len(kept)) as feed:
             run_loop(engine, feed, deliver, work, between, stop)
             tell(last=True)
             outbox.close()
@@ -147,6 +171,12 @@ def run(engine, kind, source, n_lines, sampling, facts, state, stop, show=False,
             )
         )
     return finished, refused, before
+
+
+def _entries(engine, kind, source, sampling):
+    """Entries of the input, read anew."""
+    reader = engine.reader(sampling, source.lower().endswith(".txt"), kind != "generate")
+    return reader.read(read_lines(source))
 
 
 class _Output:

@@ -119,12 +119,17 @@ def _admit(engine, feed, deliver, work):
     scheduler = engine.scheduler
     while feed.wants(len(scheduler.waiting), scheduler.held, engine.limits.sequences):
         for request in feed.take(scheduler.held):
-            refusal = _refusal(engine, request, work.tokens_of)
-            if refusal is not None:
-                deliver(refusal)
-                continue
-            for sequence in work.sequences_of(request, deliver):
+            for sequence in sequences_of(engine, request, deliver, work):
                 scheduler.add(sequence)
+
+
+def sequences_of(engine, request, deliver, work):
+    """Sequences to compute for a request; none if it is refused, or finished at once."""
+    refusal = _refusal(engine, request, work.tokens_of)
+    if refusal is not None:
+        deliver(refusal)
+        return []
+    return work.sequences_of(request, deliver)
 
 
 def _anyone(engine, planned):

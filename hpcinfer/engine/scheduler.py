@@ -128,6 +128,14 @@ class Scheduler:
         sequence.number, self._added = self._added, self._added + 1
         self.waiting.append(sequence)
 
+    def take_up(self, sequence, computed, pages):
+        """Let a sequence run whose first `computed` tokens are in `pages`, which it holds."""
+        sequence.number, self._added = self._added, self._added + 1
+        sequence.computed, sequence.pages = computed, pages
+        self.running.append(sequence)
+        for page, digest in zip(pages, self._digests(sequence, computed), strict=False):
+            self.pages.name(page, digest)
+
     def next_step(self):
         """Sequences of the next step with the number of tokens to compute of each.
 

@@ -3,8 +3,8 @@
 Finished requests stand in the outputs. ``OUTPUT.state`` beside the first one says what the run is
 (model, input, kind, sampling) and what was under way: of every request the tokens of its samples so
 far, with their log-probabilities. Nothing else is needed: random numbers depend on the seed, the
-request, the sample and the position alone, and keys and values are computed again. So it does not
-matter on how many ranks, and in which layout, a run goes on.
+request, the sample and the position alone, and keys and values are computed again, unless they are
+kept too (`kv.py`). So it does not matter on how many ranks, and in which layout, a run goes on.
 """
 
 import os
@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 
 from hpcinfer import __version__
 from hpcinfer.grid import agree
+from hpcinfer.io.kv import remove_kv, remove_kv_before
 from hpcinfer.io.lines import digest
 from hpcinfer.io.state import (
     STATE_SUFFIX,
@@ -39,14 +40,17 @@ class RunState:
     outputs : paths of the results
     every_s : seconds from one snapshot to the next
     restart : True to keep what an earlier run has left under other names, and to begin anew
+    keeps_kv : True to keep the keys and values of what is under way too
 
     Attributes
     ----------
     kept : new names of files of an earlier run, on the root
+    kv : dict of replica -> what the state says of its keys and values; see `KvState`
     """
 
-    def __init__(self, comm, outputs, every_s=EVERY_S, restart=False):
+    def __init__(self, comm, outputs, every_s=EVERY_S, restart=False, keeps_kv=False):
         self.comm, self.outputs, self.every_s, self.restart = comm, outputs, every_s, restart
+        self.keeps_kv, self.kv, self._first_kv = keeps_kv, {}, 0
         self.path, self.kept = f"{outputs[0]}{STATE_SUFFIX}", []
         self._stack, self._saved, self._identity = ExitStack(), None, {}
         self._writers, self._before, self._under_way = {}, {}, {}
@@ -128,9 +132,28 @@ class RunState:
         if self.resumes:
             left = {int(i): samples for i, samples in self._saved["under way"].items()}
             self._before = {i: s for i, s in left.items() if i not in done}
+            self.kv = self._left_kv(done) if self.keeps_kv else {}
         self.save()
         self._taken_s = time.monotonic()
         return done, self._before
+
+    def begin_kv(self, usable, generation):
+        """Keep of the keys and values what is usable, until replicas send theirs; on the root.
+
+        Parameters
+        ----------
+        usable : dict as `kv`
+        generation : number of the first ones that this run keeps
+        """
+        self.kv, self._first_kv = usable, generation
+
+    def _left_kv(self, done):
+        """Keys and values that an earlier run has left of unfinished requests."""
+        return {
+            replica: facts
+            | {"sequences": {i: s for i, s in facts["sequences"].items() if int(i) not in done}}
+            for replica, facts in self._saved.get("kv", {}).items()
+        }
 
     def due(self):
         """True when the next snapshot is due on this rank, which then counts as taken."""
@@ -139,8 +162,10 @@ class RunState:
         self._taken_s = time.monotonic()
         return True
 
-    def take(self, replica, under_way, last=False):
+    def take(self, replica, under_way, last=False, kv=None):
         """Take a replica's snapshot, and write the state when all replicas have sent theirs."""
+        if kv is not None:
+            self.kv[replica] = kv
         self._under_way[replica] = under_way
         self._fresh.add(replica)
         if last:
@@ -174,14 +199,25 @@ class RunState:
                     "identity": self._identity,
                     "records": records,
                     "under way": self._unfinished(),
-                },
+                }
+                | ({"kv": self.kv} if self.kv else {}),
             )
+            self._clear_kv()
         finally:
             self._saving.release()
 
     def finish(self):
         """Forget the state, on the root, when the outputs are complete."""
         remove_state(self.path)
+        remove_kv(self.outputs[0])
+
+    def _clear_kv(self):
+        """Remove the keys and values that the state on the disk does not name."""
+        if self.kv or self.keeps_kv:
+            generations = {int(replica): facts["generation"] for replica, facts in self.kv.items()}
+            remove_kv_before(self.outputs[0], generations, self._first_kv)
+        else:
+            remove_kv(self.outputs[0])
 
     @property
     def n_under_way(self):

@@ -16,6 +16,7 @@ import zlib
 
 from hpcinfer.io.atomic import replacing, writing
 from hpcinfer.io.jsonl import INDEX_SUFFIX
+from hpcinfer.io.kv import kv_folder
 from hpcinfer.io.parts import parts_folder
 from hpcinfer.io.results import JOURNAL_SUFFIX
 
@@ -118,7 +119,7 @@ def set_aside(paths):
     """
     suffixes = ("", STATE_SUFFIX, INDEX_SUFFIX, JOURNAL_SUFFIX, JOURNAL_SUFFIX + INDEX_SUFFIX)
     names = [f"{path}{suffix}" for path in paths for suffix in suffixes]
-    names += [parts_folder(path) for path in paths]
+    names += [folder(path) for path in paths for folder in (parts_folder, kv_folder)]
     number = 1
     while any(os.path.lexists(f"{name}{KEPT_SUFFIX}{number}") for name in names):
         number += 1

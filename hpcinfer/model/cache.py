@@ -23,6 +23,11 @@ class Cache:
         self.k = {n: device.empty((*shape, width), dtype) for n in layers}
         self.v = {n: device.empty((*shape, value_width), dtype) for n in layers}
 
+    def arrays(self):
+        """(name, (pages, G, PAGE, columns)) of every layer's keys and values that have columns."""
+        named = [(f"{word}/{n}", x[n]) for word, x in (("k", self.k), ("v", self.v)) for n in x]
+        return [(name, x) for name, x in named if x.shape[-1]]
+
     def write(self, layer, slots, k, v):
         """Store the keys and values of one step.
 
