@@ -8,7 +8,7 @@
 #
 # HPCINFER_TEST_RANKS="1 2 3 4"        rank counts
 # HPCINFER_TEST_LIMIT=60               seconds that one test may take
-# HPCINFER_TEST_SESSION_LIMIT=540      seconds that the tests on one rank count may take
+# HPCINFER_TEST_SESSION_LIMIT=720      seconds that the tests on one rank count may take
 # jobs/environment.sh lists the settings of the environment.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -47,7 +47,7 @@ on_rank='
 suite() {
     local ranks=$1 log status=0
     shift
-    timeout --foreground --kill-after=10 "${HPCINFER_TEST_SESSION_LIMIT:-540}" \
+    timeout --foreground --kill-after=10 "${HPCINFER_TEST_SESSION_LIMIT:-720}" \
         bash jobs/site.sh "$ranks" sh -c "$on_rank" sh "$reports/ranks-$ranks" \
         --timeout="${HPCINFER_TEST_LIMIT:-60}" "$@" || status=$?
     if [ "$status" != 0 ] && [ "$status" != 5 ]; then

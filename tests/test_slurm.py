@@ -291,7 +291,7 @@ def test_several_nodes(cluster, short, tmp_path, launcher):
     assert job.end() == ("COMPLETED", "0:0"), job.printed()
     assert output.read_bytes() == expected.read_bytes()
     assert job.facts()["NumNodes"] == "2"
-    assert "tp=4 on cpu, float32, threads per rank 1" in job.printed()
+    assert "pp=2,cp=1,tp=2 on cpu, float32, threads per rank 1" in job.printed()
 
 
 def test_score(cluster, short, tmp_path):
