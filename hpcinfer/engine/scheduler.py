@@ -114,11 +114,11 @@ class Scheduler:
 
     Attributes
     ----------
-    room : tokens that the next step may have
+    room : tokens that the next step may have, within the limits; None for as many as these allow
     """
 
     def __init__(self, pages, limits, rope=None):
-        self.pages, self.limits, self.room = pages, limits, limits.tokens
+        self.pages, self.limits, self.room = pages, limits, None
         self.rope = rope if rope is not None and rope.depends_on_length else None
         self.waiting, self.running = deque(), []
         self.preemptions = self.reused_tokens = self.tokens_under_way = self._added = 0
@@ -190,7 +190,9 @@ class Scheduler:
 
     def _share(self):
         """Sequences and tokens of the next step at most."""
-        limits, room = self.limits, self.room
+        limits, room = self.limits, self.limits.tokens
+        if self.room is not None:
+            room = min(room, self.room)
         if limits.parts == limits.chunks == 1:
             return limits.sequences, room
         most = -(-min(self.held, limits.sequences) // limits.parts)
