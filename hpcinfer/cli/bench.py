@@ -106,7 +106,7 @@ def _add_extract(names):
         ("width", 1024, "columns of a dataset"),
         ("layers", 8, "datasets"),
         ("tokens", 512, "rows of a step"),
-        ("steps", 16, "steps"),
+        ("steps", 64, "steps"),
         ("repeat", 5, "repetitions; their median counts"),
     ):
         parser.add_argument(
