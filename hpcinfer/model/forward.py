@@ -15,7 +15,7 @@ from hpcinfer.model.moe import choices_to_send
 from hpcinfer.model.pieces import Pieces
 from hpcinfer.model.sides import expert_shares, ffn_shares
 from hpcinfer.model.stages import layers_of_stage
-from hpcinfer.model.step import in_parts
+from hpcinfer.model.step import holders, in_parts
 from hpcinfer.ops.linear import linear
 from hpcinfer.ops.rope import angles
 from hpcinfer.parallel import disagg, vocabulary
@@ -187,7 +187,7 @@ class Model:
                 x = layer(self, n, x, step, cut, rotation)
             return self._normed(x, step) if self.pipeline.is_last else x
 
-        return self.pipeline.forward(self._begin(step), compute)
+        return self.pipeline.forward(self._begin(step, cut), compute)
 
     def _beside_ffn(self, steps):
         """All micro-batches through the attention halves, the FFN halves on the other side."""
@@ -209,16 +209,15 @@ class Model:
             self.show("ffn", n, y, steps[b], "home")
             return x + y
 
-        xs = [self._begin(step) for step in steps]
+        xs = [self._begin(step, cut) for step, cut in zip(steps, cuts, strict=True)]
         xs = disagg.attention_side(
             self.grid.inter, self.layers, xs, attend, add, shares, self.dtype
         )
         return [self._normed(x, step) for x, step in zip(xs, steps, strict=True)]
 
-    def _begin(self, step):
+    def _begin(self, step, cut):
         """The embedding on the first stage; room for what arrives on the others: (T/P, D)."""
-        arch, mine = self.arch, step.mine
-        counts = step.counts_at_home(self.grid.tp.size)
+        arch, mine, counts = self.arch, step.mine, cut.counts
         n = len(mine) if counts is None else counts[self.grid.tp.rank]
         if not self.pipeline.is_first:
             return self.device.empty((n, arch.D), np.float32)
@@ -255,23 +254,14 @@ class Model:
     def _wanted(self, x, step):
         """Hidden states of the wanted tokens on every rank: (T/P, D) -> (R, D)."""
         xp = array.namespace(x)
-        if step.columns:
+        comm, held, owner = holders(step, "home", self.grid)
+        if comm is None:
             return x[xp.asarray(step.rows)]
-        part, home, cp, tp = step.part[step.rows], step.home[step.rows], self.grid.cp, self.grid.tp
-        if self.grid.layout.sp == "off":
-            own = np.searchsorted(step.mine, step.rows[part == cp.rank])
-            counts = np.bincount(part, minlength=step.parts).tolist()
-            rows = collectives.Allgather(cp, x[xp.asarray(own)], counts, purpose="wanted")
-            return rows[xp.asarray(in_parts(part))]
-
-        # Each token comes from the rank that keeps it; from the first where all ranks of tp do.
-        keeper = np.maximum(home, 0) * cp.size + part
-        counts = np.bincount(keeper, minlength=self.grid.tp_cp.size).tolist()
-        at_home = step.home[step.mine]
-        kept = step.mine[(at_home == tp.rank) | (at_home < 0)]
-        own = np.searchsorted(kept, step.rows[keeper == self.grid.tp_cp.rank])
-        rows = collectives.Allgather(self.grid.tp_cp, x[xp.asarray(own)], counts, purpose="wanted")
-        return rows[xp.asarray(in_parts(keeper))]
+        owner = owner[step.rows]
+        own = np.searchsorted(held, step.rows[owner == comm.rank])
+        counts = np.bincount(owner, minlength=comm.size).tolist()
+        rows = collectives.Allgather(comm, x[xp.asarray(own)], counts, purpose="wanted")
+        return rows[xp.asarray(in_parts(owner))]
 
     def _keeps(self, row):
         """True if a row of the table belongs to this rank's stage, and to its side."""
