@@ -1,11 +1,13 @@
 """Matrix products of activations with weights stored (out, in)."""
 
 from hpcinfer import array
+from hpcinfer.ops.fastest import fastest
 
 # Rows of a 16-bit weight that are widened at a time, in bytes of float32.
 _BLOCK_BYTES = 8 << 20
 
 
+@fastest
 def linear(x, weight, bias=None):
     """x · weightᵀ + bias, accumulated in float32.
 

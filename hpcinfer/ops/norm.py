@@ -1,8 +1,10 @@
 """Normalisation over the last axis, in float32."""
 
 from hpcinfer import array
+from hpcinfer.ops.fastest import fastest
 
 
+@fastest
 def rms_norm(x, weight, eps):
     """x / sqrt(mean(x²) + eps) · weight over the last axis (Zhang 2019, arXiv:1910.07467).
 
@@ -21,6 +23,7 @@ def rms_norm(x, weight, eps):
     return x / xp.sqrt(mean_square + xp.float32(eps)) * weight
 
 
+@fastest
 def layer_norm(x, weight, bias, eps):
     """(x - mean) / sqrt(variance + eps) · weight + bias, last axis (Ba 2016, arXiv:1607.06450).
 
