@@ -2,8 +2,9 @@
 
 from hpcinfer import array
 from hpcinfer.ops.fastest import fastest
+from hpcinfer.ops.quantize import Quantized, dequantize
 
-# Rows of a 16-bit weight that are widened at a time, in bytes of float32.
+# Rows of a 16-bit or quantised weight that are widened at a time, in bytes of float32.
 _BLOCK_BYTES = 8 << 20
 
 
@@ -12,33 +13,35 @@ def linear(x, weight, bias=None):
     """x · weightᵀ + bias, accumulated in float32.
 
     A 16-bit weight meets an x rounded to the same type, as matrix units compute it, and every
-    product is summed in float32.
+    product is summed in float32. A quantised weight says which type x is rounded to.
 
     Parameters
     ----------
     x : (T, I) float32
-    weight : (O, I) float32, float16 or bfloat16
+    weight : (O, I) float32, float16, bfloat16 or Quantized
     bias : (O,) float32, or None
 
     Returns
     -------
     (T, O) float32
     """
-    if weight.dtype == x.dtype:
+    quantized = isinstance(weight, Quantized)
+    if weight.dtype == x.dtype and not quantized:
         y = x @ weight.T
     else:
-        y = _widened(array.widen(array.narrow(x, weight.dtype)), weight)
+        wide = dequantize if quantized else array.widen
+        y = _widened(array.widen(array.narrow(x, weight.dtype)), weight, wide)
     if bias is not None:
         y += bias
     return y
 
 
-def _widened(x, weight):
-    """x · weightᵀ with the weight widened in blocks of rows that stay in cache."""
+def _widened(x, weight, wide):
+    """x · weightᵀ with the weight made float32 by `wide`, in blocks of rows that stay in cache."""
     xp = array.namespace(x)
     n_out, n_in = weight.shape
     y = xp.empty((x.shape[0], n_out), xp.float32)
     rows = max(1, _BLOCK_BYTES // (4 * max(1, n_in)))
     for start in range(0, n_out, rows):
-        y[:, start : start + rows] = x @ array.widen(weight[start : start + rows]).T
+        y[:, start : start + rows] = x @ wide(weight[start : start + rows]).T
     return y
