@@ -47,6 +47,7 @@ setup(
             "import-linter>=2.1",
             "safetensors>=0.4.3",
         ],
+        "plot": ["matplotlib>=3.8"],
         "parity": ["torch>=2.4", "transformers>=4.51", "safetensors>=0.4.3"],
     },
     entry_points={"console_scripts": ["hpcinfer = hpcinfer.cli.main:main"]},

@@ -2,7 +2,7 @@
 
 from argparse import ArgumentTypeError
 
-from hpcinfer.cli import common
+from hpcinfer.cli import bench_model, common
 from hpcinfer.errors import UsageError
 
 
@@ -23,8 +23,15 @@ def add(commands):
     _add_pipeline(names)
     _add_expert(names)
     _add_disagg(names)
+    bench_model.add(names)
     for bench in names.choices.values():
         bench.add_argument("--json", metavar="FILE", help="write the rows as a JSON list too")
+        bench.add_argument(
+            "--plot",
+            type=_picture,
+            metavar="FILE",
+            help="draw the rows too, as .png, .svg or .pdf; needs the extra plot",
+        )
         bench.add_argument("--debug", action="store_true", help="show the traceback of an error")
         common.add_watch_options(bench)
     return parser
@@ -37,12 +44,18 @@ def run(arguments):
     from hpcinfer.io.rows import write_json
 
     comm = world()
+    if arguments.plot:
+        from hpcinfer.bench.plot import draw, refuse_missing
+
+        refuse_missing()
     with Watchdog(comm, arguments.hang_timeout):
         rows, table = arguments.measure(comm, arguments)
     if comm.rank == 0:
         print(table(rows))
     if arguments.json:
         agree(comm, write_json, arguments.json, rows)
+    if arguments.plot:
+        agree(comm, draw, arguments.plot, rows)
 
 
 def _add_attention(names):
@@ -76,14 +89,14 @@ def _add_decode_attention(names):
     )
     parser.add_argument(
         "--cached",
-        type=_numbers,
+        type=bench_model.numbers,
         default="32768,131072",
         metavar="N,...",
         help="tokens in the cache of all sequences (default 32768,131072)",
     )
     parser.add_argument(
         "--queries",
-        type=_numbers,
+        type=bench_model.numbers,
         default="1,8",
         metavar="N,...",
         help="sequences that share the cache, with a query each (default 1,8)",
@@ -215,7 +228,7 @@ def _add_micro(parser, default):
     """Options of the benches with micro-batches."""
     parser.add_argument(
         "--micro",
-        type=_numbers,
+        type=bench_model.numbers,
         default=default,
         metavar="N,...",
         help=f"numbers of micro-batches (default {default})",
@@ -363,17 +376,19 @@ def _cuts(text):
     return names
 
 
-def _numbers(text):
-    """Whole numbers of 1 or more, separated by commas."""
-    return [common.positive(item.strip()) for item in text.split(",")]
-
-
 def _exponents(text):
     """Numbers of 0 or more, separated by commas."""
     values = [float(item) for item in text.split(",")]
     if not all(0 <= value < 100 for value in values):
         raise ArgumentTypeError(f"got {text!r}, need numbers from 0 to 100")
     return values
+
+
+def _picture(text):
+    """Name of a picture, of a kind that can be drawn."""
+    if not text.endswith((".png", ".svg", ".pdf")):
+        raise ArgumentTypeError(f"got {text!r}, need a name that ends in .png, .svg or .pdf")
+    return text
 
 
 def _split(text):

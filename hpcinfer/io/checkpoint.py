@@ -55,7 +55,7 @@ def open_checkpoint(path):
 
     Parameters
     ----------
-    path : Hugging Face directory or converted .h5
+    path : Hugging Face directory or converted .h5, or a Checkpoint, which is returned as it is
 
     Returns
     -------
@@ -66,6 +66,8 @@ def open_checkpoint(path):
     ValueError
         If it is neither, or is damaged: one line that says what was found.
     """
+    if isinstance(path, Checkpoint):
+        return path
     path = os.fspath(path)
     if os.path.isdir(path):
         from hpcinfer.io.safetensors import open_directory

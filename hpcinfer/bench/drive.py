@@ -1,0 +1,249 @@
+"""A loaded model, driven by the engine's own loop, with the time of every step kept.
+
+Prompts are random token ids. For decoding, the cache is filled with random keys and values in the
+place of those of a prompt, so that a long context costs no prefill: a step takes the same time,
+whatever it reads.
+"""
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+
+from hpcinfer import array, partition
+from hpcinfer.bench import work
+from hpcinfer.bench.limits import measured
+from hpcinfer.bench.random_checkpoint import RandomCheckpoint, has_weights
+from hpcinfer.bench.shape import numbers
+from hpcinfer.engine import api
+from hpcinfer.engine.feed import Feed
+from hpcinfer.engine.generate import Generate
+from hpcinfer.engine.loop import run as run_loop
+from hpcinfer.engine.loop import sequences_of
+from hpcinfer.engine.pages import Pages, pages_for
+from hpcinfer.engine.record import ExpertLoad, Record
+from hpcinfer.engine.request import BadRequest
+from hpcinfer.engine.scheduler import Scheduler
+from hpcinfer.errors import agreed
+from hpcinfer.grid import agree_all
+from hpcinfer.ops import fastest
+
+_BLOCK = 1 << 20  # numbers of the cache that are written at a time
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a model is loaded.
+
+    Attributes
+    ----------
+    model : Hugging Face directory, converted .h5, or config.json for random weights
+    layout, dtype, device, step_tokens : as `hpcinfer.load` takes them
+    kernels : choice of `hpcinfer.ops.fastest`
+    """
+
+    model: str
+    layout: str | None = None
+    dtype: str = "bfloat16"
+    device: str = "cpu"
+    step_tokens: int = 2048
+    kernels: str = "auto"
+
+    @property
+    def name(self):
+        """The model's name in a table: the last part of its path that says something."""
+        path = os.path.abspath(self.model).removesuffix("/config.json")
+        return os.path.basename(path).removesuffix(".json")
+
+    def source(self):
+        """What `hpcinfer.load` reads: the path, or a checkpoint of random weights."""
+        if has_weights(self.model):
+            return self.model
+        return RandomCheckpoint(self.model, array.parse_dtype(self.dtype))
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Steps of one run on this rank.
+
+    Attributes
+    ----------
+    steps : list of (tokens, prompt tokens among them, seconds)
+    sequences : of this replica
+    """
+
+    steps: list
+    sequences: int
+
+    def turns_s(self):
+        """Seconds in which every sequence got one more token, prompts being over, one by one."""
+        turns, tokens, time_s = [], 0, 0.0
+        for n, n_prompt, step_s in self.steps:
+            if n_prompt == 0:
+                tokens, time_s = tokens + n, time_s + step_s
+                if tokens >= self.sequences:
+                    turns.append(time_s)
+                    tokens, time_s = tokens - self.sequences, 0.0
+        return turns
+
+    def prompts_s(self):
+        """Seconds of the steps with prompts."""
+        return sum(step_s for _, n_prompt, step_s in self.steps if n_prompt)
+
+
+class Bench:
+    """A model that is loaded to be measured.
+
+    Parameters
+    ----------
+    comm : communicator of the ranks
+    setting : Setting
+    sequences, context : most sequences, and most tokens of one, that a run will have
+
+    Attributes
+    ----------
+    engine : Engine
+    most_pages : pages of a rank's cache that fit
+    """
+
+    def __init__(self, comm, setting, sequences, context):
+        fastest.use(setting.kernels)
+        self.comm, self.setting = comm, setting
+        source = agree_all(comm, setting.source)
+        self.engine = engine = api.load(
+            source, comm, setting.layout, setting.dtype, setting.device,
+            step_tokens=setting.step_tokens, sequences=sequences, context=context,
+        )  # fmt: skip
+        engine.record = _Steps(engine.grid, 0, 0)
+        self.arch, self.model, self.grid = engine.model.arch, engine.model, engine.grid
+        self.most_pages = engine.scheduler.pages.n
+        self.allocate(min(1, self.most_pages))
+
+    def pages(self, batch, tokens):
+        """Pages of a rank that sequences of so many tokens need."""
+        own = max(partition.counts(partition.block(batch, self.grid.layout.dp)))
+        pools = max(self.comm.allgather(self.model.pools))
+        return own * -(-pages_for(tokens) // pools) + (own if pools > 1 else 0)
+
+    def allocate(self, pages):
+        """Give the cache a number of pages, with random numbers in them."""
+        self._pages = pages
+        self.model.allocate_cache(pages)
+        cache = getattr(self.model, "cache", None)
+        for _, x in cache.arrays() if cache is not None else ():
+            flat, few = x.reshape(-1), self.model.device.put(numbers((_BLOCK,), self.model.dtype))
+            for start in range(0, len(flat), _BLOCK):
+                flat[start : start + _BLOCK] = few[: len(flat) - start]
+
+    def prefill(self, batch, context):
+        """Compute the prompts of some sequences; returns Spent."""
+        return self._run(batch, context, 1, cached=False)
+
+    def decode(self, batch, context, new):
+        """Generate `new` tokens for each of some sequences that have their context in the cache.
+
+        Returns
+        -------
+        Spent, with the step of each context's last token, which counts as one with a prompt
+        """
+        return self._run(batch, context, new + 1, cached=True)
+
+    def touched(self, tokens, measure):
+        """Result of `measure()`, and the share of the experts that a step of it touched."""
+        self.model.expert_load = ExpertLoad(self.arch)
+        result = measure()
+        return result, work.touched_share(self.arch, self.engine.expert_load(), tokens)
+
+    def limits(self):
+        """The limits of the machine, measured now."""
+        return measured(
+            self.comm, self.model.device, self.model.dtype, self.arch.D, self.setting.kernels
+        )
+
+    def read_bytes(self, batch, length, touched=1.0):
+        """Bytes that a step of one token of every sequence reads, on all ranks together."""
+        own, nbytes = self.own(batch), 0.0
+        if own or self.grid.side == "ffn":
+            nbytes = work.weight_bytes(self.model, touched)
+            nbytes += own * work.cache_bytes(self.model, length)
+        return sum(self.comm.allgather(nbytes))
+
+    def replicas(self, value):
+        """The values of all replicas, from their leaders; every rank calls this."""
+        return [v for v, leads in self.comm.allgather((value, self.grid.is_leader)) if leads]
+
+    def facts(self):
+        """What the rows of this model have in common; every rank calls this."""
+        model, most = self.model, lambda n: max(self.comm.allgather(n))
+        shapes = [x.nbytes for _, x in model.cache.arrays()] if self.grid.side != "ffn" else []
+        return {
+            "model": self.setting.name,
+            "dtype": str(model.dtype),
+            "layout": str(self.grid.layout),
+            "device": model.device.name,
+            "kernels": self.setting.kernels,
+            "ranks": self.comm.size,
+            "threads": array.threads_per_rank(),
+            "weight_bytes": most(model.weights.nbytes),
+            "cache_bytes": most(sum(shapes)),
+            "peak_bytes": most(array.peak_memory_bytes()),
+        }
+
+    def own(self, batch):
+        """Sequences of this replica among those of a batch."""
+        return partition.counts(partition.block(batch, self.grid.layout.dp))[self.grid.dp.rank]
+
+    def _run(self, batch, context, max_tokens, cached):
+        engine, own = self.engine, self.own(batch)
+        engine.record.steps = []
+        engine.scheduler = Scheduler(
+            Pages(self._pages, self.model.pools), engine.limits, self.arch.rope
+        )
+        todo = Generate(engine)
+        for sequence in self._sequences(todo, own, context, max_tokens):
+            if cached:
+                self._take_up(sequence, context - 1)
+            else:
+                engine.scheduler.add(sequence)
+        with Feed(self.grid, iter(()), 0) as feed:
+            run_loop(engine, feed, _refuse, todo)
+        return Spent(engine.record.steps, own)
+
+    def _sequences(self, todo, n, context, max_tokens):
+        """Sequences of random prompts, each with its own."""
+        rng, V = np.random.default_rng(self.grid.dp.rank), self.arch.V
+        prompts = rng.integers(0, V, (n, context)) if self.grid.side != "ffn" else []
+        reader = self.engine.reader(
+            {
+                "max_tokens": max_tokens, "temperature": 0.0, "ignore_eos": True,
+                "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0,
+                "presence_penalty": 0.0, "frequency_penalty": 0.0,
+            }
+        )  # fmt: skip
+        items = ({"prompt_token_ids": prompt.tolist()} for prompt in prompts)
+        for request in reader.read_items(items):
+            yield from sequences_of(self.engine, request, _refuse, todo)
+
+    def _take_up(self, sequence, computed):
+        """Let a sequence run as if its first tokens were computed."""
+        pages = self.engine.scheduler.pages
+        first = pages.emptiest
+        owners = [(first + i) % pages.ranks for i in range(pages_for(computed))]
+        self.engine.scheduler.take_up(sequence, computed, pages.take(owners))
+
+
+class _Steps(Record):
+    """A record that keeps every step."""
+
+    steps = ()
+
+    def step(self, step, n_prompt, time_s, pages_held):
+        super().step(step, n_prompt, time_s, pages_held)
+        if step.n_tokens:
+            self.steps.append((step.n_tokens, n_prompt, time_s))
+
+
+def _refuse(outcome):
+    """Take a finished request, and refuse one that cannot run."""
+    if isinstance(outcome, BadRequest):
+        raise agreed(ValueError(outcome.message))

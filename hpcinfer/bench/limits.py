@@ -1,0 +1,137 @@
+"""The limits of the machine: reading memory, matrix products, and the latency of a small Allreduce.
+
+All ranks measure at the same time, as they work at the same time. A limit is the best of several
+runs: other load only takes from it.
+"""
+
+import importlib
+import mmap
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from statistics import median
+
+import numpy as np
+from mpi4py import MPI
+
+from hpcinfer import array, collectives
+from hpcinfer.bench import measure
+from hpcinfer.bench.shape import numbers
+from hpcinfer.ops import fastest
+from hpcinfer.ops.linear import linear
+
+_READ_BYTES = 1 << 30  # over all ranks, so that a large last-level cache does not flatter
+_PRODUCT = 1024, 2048, 8192  # rows, inputs, outputs
+_RUNS = 5
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the ranks can do at most, all together.
+
+    Attributes
+    ----------
+    read_byte_per_s : bytes read from memory
+    flop_per_s : floating-point operations of matrix products with weights of a type
+    reduce_s : seconds of an Allreduce of a token's hidden state
+    """
+
+    read_byte_per_s: float
+    flop_per_s: float
+    reduce_s: float
+
+    def least_s(self, nbytes, flop):
+        """Seconds that reading so much and computing so much takes, one behind the other."""
+        return max(nbytes / self.read_byte_per_s, flop / self.flop_per_s)
+
+    def facts(self):
+        """The limits as fields of a row."""
+        return {f"limit_{name}": value for name, value in asdict(self).items()}
+
+    def __str__(self):
+        return (
+            f"reading {self.read_byte_per_s / 1e9:.1f} GB/s, matrix products "
+            f"{self.flop_per_s / 1e9:.0f} GFLOP/s, all ranks together; "
+            f"Allreduce of a token {1e6 * self.reduce_s:.0f} us"
+        )
+
+
+def measured(comm, device, dtype, width, kernels="auto"):
+    """Limits of the ranks of a communicator, each with its device.
+
+    Parameters
+    ----------
+    dtype : element type of weights
+    width : D, of the Allreduce
+    kernels : choice of `hpcinfer.ops.fastest` to go back to: the limit is that of the fast forms
+    """
+    fastest.use("auto")
+    try:
+        read, flop = read_rate(comm, device), matrix_rate(comm, device, dtype)
+    finally:
+        fastest.use(kernels)
+    return Limits(read, flop, reduce_s(comm, width))
+
+
+def read_rate(comm, device):
+    """Bytes that all ranks together read from memory in a second."""
+    nbytes = max(64, _READ_BYTES // comm.size // 64 * 64)
+    if device.name == "cuda":
+        x = device.xp.ones(nbytes // 4, np.float32)
+        return comm.size * x.nbytes / _best_s(comm, lambda: array.synchronize(x.dot(x)))
+    x, threads = _memory(nbytes), _threads(comm)
+    with ThreadPoolExecutor(threads) as pool:
+        parts = np.array_split(x, threads)
+        return comm.size * nbytes / _best_s(comm, lambda: list(pool.map(_reader(), parts)))
+
+
+def matrix_rate(comm, device, dtype):
+    """Floating-point operations per second of all ranks: in `dtype`, or in float32 if faster."""
+    T, inputs, outputs = _PRODUCT
+    x, best_s = device.put(numbers((T, inputs))), np.inf
+    for of_type in {np.dtype(dtype), np.dtype(np.float32)}:
+        weight = device.put(numbers((outputs, inputs), of_type))
+        best_s = min(best_s, _best_s(comm, lambda w=weight: array.synchronize(linear(x, w))))
+    return comm.size * 2 * T * inputs * outputs / best_s
+
+
+def reduce_s(comm, width):
+    """Seconds of an Allreduce of `width` float32 numbers: the median of many calls."""
+    x = np.zeros(width, np.float32)
+    calls = [
+        measure.together_s(comm, lambda: collectives.Allreduce(comm, x, purpose="bench"))
+        for _ in range(20 * _RUNS)
+    ]
+    return median(calls)
+
+
+def _best_s(comm, function):
+    """Seconds of the slowest rank in the best of some runs, after one that does not count."""
+    function()
+    return min(measure.together_s(comm, function) for _ in range(_RUNS))
+
+
+def _memory(nbytes):
+    """Words in memory of large pages, all touched: (nbytes / 8,) uint64."""
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    x = np.frombuffer(memory, np.uint64, nbytes // 8)
+    x[:] = 1
+    return x
+
+
+def _reader():
+    """Function that reads an array of words once."""
+    package = fastest.backend("numpy")
+    if package is None:
+        return lambda x: np.dot(x.view(np.float32), x.view(np.float32))
+    return importlib.import_module(f"{package.__name__}.limits").read
+
+
+def _threads(comm):
+    """Threads of a rank: as the environment says, else its share of the node's cores."""
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    ranks = node.size
+    node.Free()
+    cores = min(len(array.cores()), array.core_quota() or len(array.cores()))
+    return array.threads_per_rank() or max(1, cores // ranks)
