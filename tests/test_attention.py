@@ -10,6 +10,7 @@ from hpcinfer import partition
 from hpcinfer.model.cache import PAGE, Cache, page_bytes
 from hpcinfer.model.step import Books
 from hpcinfer.ops.attention import attention, merge, paged_attention
+from hpcinfer.ops.store import store
 
 pytestmark = pytest.mark.single
 
@@ -209,7 +210,8 @@ def paged(sequences, G, K, dtype, pools):
             pool, own = (first[b] + i) % pools, slice(i * PAGE, (i + 1) * PAGE)
             places[b, i] = free[pool].pop()
             slots = places[b, i] * PAGE + np.arange(len(k[own]))
-            caches[pool].write(0, slots, k[own], v[own])
+            for x, into in ((k[own], caches[pool].k[0]), (v[own], caches[pool].v[0])):
+                store(x, np.arange(len(x)), into, slots)
         whole.append((k.astype(dtype), v.astype(dtype)))
     lengths = np.array(sequences)
     books = [Books(places, first, pool, pools, lengths) for pool in range(pools)]

@@ -28,7 +28,7 @@ def compute(x, ids, weights, gate, up, down, experts, columns):
     (first, last), (start, stop) = experts, columns
     both = np.concatenate([gate[first:last, start:stop], up[first:last, start:stop]], axis=1)
     down = down[first:last, :, start:stop]
-    return experts_ffn(x, ids, weights, both, down, first, lambda h: gated(silu, h, [stop - start]))
+    return experts_ffn(x, ids, weights, both, down, first, lambda h: gated(h, silu, [stop - start]))
 
 
 def loop(x, ids, weights, gate, up, down, experts, columns):

@@ -99,7 +99,7 @@ def test_gate_stands_first_in_every_block(widths):
         gate, up = np.split(gate_up[:, start : start + 2 * width], 2, axis=1)
         expected.append(activation.silu(gate) * up)
         start += 2 * width
-    result = activation.gated(activation.silu, gate_up, widths)
+    result = activation.gated(gate_up, activation.silu, widths)
     np.testing.assert_array_equal(result, np.concatenate(expected, axis=1))
 
 

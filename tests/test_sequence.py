@@ -75,7 +75,7 @@ def test_gated_ffn_equals_one_rank(comm, T):
         x[tokens],
         counts_of(comm, T),
         np.concatenate([gate[columns], up[columns]]),
-        lambda z: activation.gated(activation.silu, z, [width]),
+        lambda z: activation.gated(z, activation.silu, [width]),
         down[:, columns],
     )
     close(y, whole[tokens])

@@ -68,7 +68,7 @@ def test_gated_ffn_equals_one_rank(comm, F):
     column = np.concatenate([gate[mine], up[mine]])
     width = mine.stop - mine.start
     y = tensor.half_layer(
-        comm, x, column, lambda z: activation.gated(activation.silu, z, [width]), down[:, mine]
+        comm, x, column, lambda z: activation.gated(z, activation.silu, [width]), down[:, mine]
     )
     close(y, whole)
 

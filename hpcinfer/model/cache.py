@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from hpcinfer import array
+from hpcinfer.ops.store import store
 
 # Tokens per page: prefixes are shared, and sequences cut, in whole pages.
 PAGE = 32
@@ -28,18 +28,16 @@ class Cache:
         named = [(f"{word}/{n}", x[n]) for word, x in (("k", self.k), ("v", self.v)) for n in x]
         return [(name, x) for name, x in named if x.shape[-1]]
 
-    def write(self, layer, slots, k, v):
-        """Store the keys and values of one step.
+    def write(self, layer, step, k, v):
+        """Store the keys and values of one step, as far as they belong to this rank.
 
         Parameters
         ----------
-        slots : (T,) int64, page · PAGE + offset
-        k, v : (T, G, K) float32, rounded to the cache's type; v (T, G, 0) if it is in k
+        k, v : (T/P, G, K) float32, of the tokens step.mine; rounded to the cache's type. v is
+            (T/P, G, 0) if it is in k
         """
-        xp = array.namespace(k)
-        pages, offsets = (xp.asarray(a) for a in np.divmod(slots, PAGE))
-        self.k[layer][pages, :, offsets] = array.narrow(k, self.k[layer].dtype)
-        self.v[layer][pages, :, offsets] = array.narrow(v, self.v[layer].dtype)
+        store(k, step.stored, self.k[layer], step.slots)
+        store(v, step.stored, self.v[layer], step.slots)
 
 
 def page_bytes(layers, n_kv, width, dtype, value_width=None):

@@ -113,8 +113,7 @@ def _attention(model, n, cut, w, step, rotation):
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         for point, heads_of_point in (("q", q), ("k", k), ("v", v)):
             model.show(point, n, heads_of_point, step, "mine")
-        stored = array.namespace(k).asarray(step.stored)
-        model.cache.write(n, step.slots, k[stored], v[stored])
+        model.cache.write(n, step, k, v)
         o = model.context.attend(n, q, step)
         return o.reshape(T, o.shape[1] * arch.K)
 

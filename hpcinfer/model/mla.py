@@ -38,8 +38,7 @@ def latent_attention(model, n, w, step, rotation):
         k_rotated = _rotated(mla, kv_latent[:, None, mla.kv_rank :], rotation)
         k = xp.concatenate([latent[:, None], k_rotated], axis=-1)
         model.show("k", n, k, step, "mine")
-        k = k[xp.asarray(step.stored)]
-        model.cache.write(n, step.slots, k, k[..., :0])
+        model.cache.write(n, step, k, k[..., :0])
 
         # Bring the queries to where the latents are.
         source = rms_norm(q_latent, w.q_norm, mla.eps) if mla.q_rank else x

@@ -28,7 +28,7 @@ class Books:
     lengths: np.ndarray
 
     def __post_init__(self):
-        self._pages = {}
+        self._pages, self._tables = {}, {}
 
     def pages(self, b, start=0):
         """This rank's pages of sequence b from token `start` on; every layer asks again.
@@ -44,6 +44,19 @@ class Books:
             self._pages[key] = self.places[b, numbers], numbers
         return self._pages[key]
 
+    def table(self, tokens, window=None):
+        """This rank's pages of the sequences of some queries; every layer asks again.
+
+        Parameters
+        ----------
+        tokens : (T, 2) int, sequence and position of every query, sequences ascending
+        window : positions that a query looks back, its own included; None for all
+        """
+        key = tokens.ctypes.data, len(tokens), window
+        if key not in self._tables:
+            self._tables[key] = Table.of(self, tokens, window)
+        return self._tables[key]
+
     def keys(self, b, start=0):
         """Number of cached keys of sequence b, from the page of token `start` on, in every pool."""
         counts = PAGE * np.array([len(self._dealt(b, start, pool)) for pool in range(self.pools)])
@@ -57,6 +70,53 @@ class Books:
         """Numbers of the pages of sequence b that a pool has, from token `start` on."""
         last = -(-int(self.lengths[b]) // PAGE)
         return partition.dealt(start // PAGE, last, self.pools, int(self.first[b]), pool)
+
+
+@dataclass
+class Table:
+    """The pages that each of some queries meets on this rank, as arrays.
+
+    Attributes
+    ----------
+    tokens : what it was made for; held, as `Books.table` knows it by its address
+    positions : (T,) int64, of the queries
+    bounds : (T+1,) int64, where each query's pages begin in `places`, `numbers`
+    places, numbers : (n,) int64, in this rank's pool, and in the sequence
+    most_queries : of one sequence
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    bounds: np.ndarray
+    places: np.ndarray
+    numbers: np.ndarray
+    most_queries: int
+
+    @classmethod
+    def of(cls, books, tokens, window):
+        """The table of some queries: of a sequence's, each meets the pages that the first one does.
+
+        Parameters
+        ----------
+        books : Books
+        tokens, window : as for `Books.table`
+        """
+        positions = tokens[:, 1].astype(np.int64)
+        numbers_of, firsts = np.unique(tokens[:, 0], return_index=True)
+        queries = np.diff(firsts, append=len(tokens))
+        pages = []
+        for b, first, n in zip(numbers_of, firsts, queries, strict=True):
+            least = int(positions[first : first + n].min())
+            start = 0 if window is None else max(0, least - window + 1)
+            pages += [books.pages(int(b), start)] * n
+        bounds = np.cumsum([0] + [len(places) for places, _ in pages])
+        places, numbers = (
+            np.concatenate([page[i] for page in pages]).astype(np.int64)
+            if pages
+            else np.empty(0, np.int64)
+            for i in (0, 1)
+        )
+        return cls(tokens, positions, bounds, places, numbers, int(queries.max(initial=0)))
 
 
 @dataclass

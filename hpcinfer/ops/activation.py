@@ -3,6 +3,7 @@
 import math
 
 from hpcinfer import array
+from hpcinfer.ops.fastest import fastest
 
 
 def sigmoid(x):
@@ -73,7 +74,8 @@ def activation(name):
         raise ValueError(f"activation: got {name!r}, need one of {known}") from None
 
 
-def gated(function, gate_up, widths):
+@fastest
+def gated(gate_up, function, widths):
     """function(gate) · up (Shazeer 2020, arXiv:2002.05202).
 
     Parameters

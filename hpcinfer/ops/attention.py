@@ -8,6 +8,7 @@ that any subset of the keys, in any order, may be at hand.
 import numpy as np
 
 from hpcinfer import array
+from hpcinfer.ops.fastest import fastest
 
 # Rows (queries times heads of a group) and keys of one block: 1 MB of scores stays in an L2 cache
 # of 2 MB beside its keys and values. Fewer rows meet more keys at a time.
@@ -15,6 +16,7 @@ _ROWS, _KEYS, _MOST_KEYS = 512, 512, 1024
 _LOWEST = np.finfo(np.float32).min
 
 
+@fastest
 def attention(
     q, k, v, q_pos, k_pos, *, scale, groups, window=None, softcap=None, between=None, v_columns=None
 ):
@@ -43,7 +45,7 @@ def attention(
     running = [_Running(xp, S, stop - start, width) for start, stop in groups]
     factor = xp.float32(scale if softcap is None else scale / softcap)
     q_scaled = [q[:, start:stop] * factor for start, stop in groups]
-    for columns, seen in _blocks(q_pos, k_pos, window, H / max(1, len(groups))):
+    for columns, seen in blocks(q_pos, k_pos, window, H / max(1, len(groups))):
         seen = [(rows, None if hidden is None else xp.asarray(hidden)) for rows, hidden in seen]
         for g, state in enumerate(running):
             k_block = array.widen(k[columns, g])
@@ -110,12 +112,13 @@ class _Running:
         return self.o, self.xp.where(empty, -self.xp.inf, self.m + self.xp.log(divisor))
 
 
-def _blocks(q_pos, k_pos, window, n):
+def blocks(q_pos, k_pos, window, n, size=(_ROWS, _KEYS, _MOST_KEYS)):
     """Blocks of keys, and for each the blocks of queries that see any of it.
 
     Parameters
     ----------
     n : query heads per key/value head, on average
+    size : rows of a block, its keys, and most keys of one with fewer rows
 
     Yields
     ------
@@ -125,8 +128,9 @@ def _blocks(q_pos, k_pos, window, n):
     """
     if not (n and len(q_pos) and len(k_pos)):
         return
-    s = max(1, int(_ROWS / n))
-    keys = min(_MOST_KEYS, max(_KEYS, int(_ROWS * _KEYS / (n * min(s, len(q_pos))))))
+    most_rows, most, limit = size
+    s = max(1, int(most_rows / n))
+    keys = min(limit, max(most, int(most_rows * most / (n * min(s, len(q_pos))))))
     q_ranges, k_ranges = _position_ranges(q_pos, s), _position_ranges(k_pos, keys)
     for columns, k_first, k_last in k_ranges:
         seen = []
@@ -319,6 +323,7 @@ def _order(tokens):
     return order, np.argsort(order)
 
 
+@fastest
 def paged_attention(
     q, q_tokens, k_pages, v_pages, books, *, scale, groups, window=None, v_columns=None
 ):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hpcinfer import array
+from hpcinfer.ops.fastest import fastest
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ def angles(rope, positions, length_classes=None):
     return np.cos(angle) * factor, np.sin(angle) * factor
 
 
+@fastest
 def rotate(x, cos, sin):
     """Rotate the first columns of every head; the pairs are columns i and i + dim/2.
 

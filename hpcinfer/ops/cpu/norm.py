@@ -1,0 +1,57 @@
+"""Norms in two passes over each row."""
+
+import numpy as np
+
+from hpcinfer.ops.cpu import parts
+from hpcinfer.ops.cpu.compile import compiled
+
+
+def rms_norm(x, weight, eps):
+    """As `ops.norm.rms_norm`, for weights of one row's length."""
+    if x.dtype != np.float32 or weight.shape != x.shape[-1:]:
+        return NotImplemented
+    y = np.empty(x.shape, np.float32)
+    rows = x if x.ndim == 3 else x.reshape(-1, 1, x.shape[-1])
+    out = y.reshape(rows.shape)
+    parts.over_rows(_rms, len(rows), rows, weight, np.float32(eps), out, work_bytes=x.nbytes)
+    return y
+
+
+def layer_norm(x, weight, bias, eps):
+    """As `ops.norm.layer_norm`."""
+    if x.dtype != np.float32 or bias is None:
+        return NotImplemented
+    y = np.empty(x.shape, np.float32)
+    rows, out = (a.reshape(-1, x.shape[-1]) for a in (x, y))
+    parts.over_rows(
+        _layer, len(rows), rows, weight, bias, np.float32(eps), out, work_bytes=x.nbytes
+    )
+    return y
+
+
+@compiled
+def _rms(start, stop, x, weight, eps, y):
+    n = x.shape[2]
+    for row in range(start, stop):
+        for h in range(x.shape[1]):
+            total = np.float32(0)
+            for i in range(n):
+                total += x[row, h, i] * x[row, h, i]
+            factor = np.float32(1) / np.sqrt(total / np.float32(n) + eps)
+            for i in range(n):
+                y[row, h, i] = x[row, h, i] * factor * weight[i]
+
+
+@compiled
+def _layer(start, stop, x, weight, bias, eps, y):
+    n = x.shape[1]
+    for row in range(start, stop):
+        total = np.float32(0)
+        for i in range(n):
+            total += x[row, i]
+        mean, squares = total / np.float32(n), np.float32(0)
+        for i in range(n):
+            squares += (x[row, i] - mean) * (x[row, i] - mean)
+        factor = np.float32(1) / np.sqrt(squares / np.float32(n) + eps)
+        for i in range(n):
+            y[row, i] = (x[row, i] - mean) * factor * weight[i] + bias[i]

@@ -1,0 +1,28 @@
+"""Rotation of queries and keys in one pass."""
+
+import numpy as np
+
+from hpcinfer.ops.cpu import parts
+from hpcinfer.ops.cpu.compile import compiled
+
+
+def rotate(x, cos, sin):
+    """As `ops.rope.rotate`."""
+    if x.dtype != np.float32 or x.ndim != 3:
+        return NotImplemented
+    y = np.empty(x.shape, np.float32)
+    parts.over_rows(_rotate, len(x), x, cos, sin, y, work_bytes=x.nbytes)
+    return y
+
+
+@compiled
+def _rotate(start, stop, x, cos, sin, y):
+    half = cos.shape[1]
+    for t in range(start, stop):
+        for h in range(x.shape[1]):
+            for i in range(half):
+                first, second = x[t, h, i], x[t, h, half + i]
+                y[t, h, i] = first * cos[t, i] - second * sin[t, i]
+                y[t, h, half + i] = second * cos[t, i] + first * sin[t, i]
+            for i in range(2 * half, x.shape[2]):
+                y[t, h, i] = x[t, h, i]

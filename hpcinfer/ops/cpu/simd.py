@@ -1,0 +1,522 @@
+"""Vector code for Numba: dot products of a few rows of x with a few rows of a weight at a time.
+
+`tile` makes an intrinsic for one size of tile. Its body is a loop over the inner axis that keeps
+all rows x columns sums in registers, so that each weight is loaded once for all rows of x, and each
+x once for all rows of the weight. What a processor lacks, LLVM replaces; `dot_bfloat16` alone is an
+instruction that must be there (AVX-512 BF16).
+"""
+
+import functools
+import itertools
+import math
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from hpcinfer.ops.cpu import machine
+
+FLOAT, I16, I32, I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+LANES = 16  # float32 numbers of a vector of 512 bits
+VECTOR = ir.VectorType(FLOAT, LANES)
+
+
+class _Bfloat(ir.Type):
+    """LLVM's bfloat, which llvmlite has no name for."""
+
+    intrinsic_name = "bf16"
+
+    def _to_string(self):
+        return "bfloat"
+
+    def __eq__(self, other):
+        return isinstance(other, _Bfloat)
+
+    def __hash__(self):
+        return hash("bfloat")
+
+
+PAIRS = ir.VectorType(_Bfloat(), 2 * LANES)
+
+
+class Bfloat16Pairs:
+    """x and w bfloat16; two products are summed into each lane by one instruction (vdpbf16ps)."""
+
+    step, x_bytes, w_bytes = 2 * LANES, 2, 2
+
+    @staticmethod
+    def load_x(builder, address, mask):
+        return builder.bitcast(_load(builder, address, I16, 2 * LANES, mask), PAIRS)
+
+    load_w = load_x
+
+    @staticmethod
+    def add_product(builder, total, x, w):
+        kind = ir.FunctionType(VECTOR, (VECTOR, PAIRS, PAIRS))
+        name = "llvm.x86.avx512bf16.dpbf16ps.512"
+        function = cgutils.get_or_insert_function(builder.module, kind, name)
+        return builder.call(function, (total, w, x))
+
+
+class _Widened:
+    """x float32; w widened to float32 in registers."""
+
+    step, x_bytes = LANES, 4
+
+    @staticmethod
+    def load_x(builder, address, mask):
+        return _load(builder, address, FLOAT, LANES, mask)
+
+    @staticmethod
+    def add_product(builder, total, x, w):
+        return fma(builder, x, w, total)
+
+
+class Bfloat16(_Widened):
+    """w bfloat16: the upper half of a float32."""
+
+    w_bytes = 2
+
+    @staticmethod
+    def load_w(builder, address, mask):
+        return widen_bfloat16(builder, _load(builder, address, I16, LANES, mask))
+
+
+class Float16(_Widened):
+    """w float16."""
+
+    w_bytes = 2
+
+    @staticmethod
+    def load_w(builder, address, mask):
+        half = builder.bitcast(
+            _load(builder, address, I16, LANES, mask), ir.VectorType(ir.HalfType(), LANES)
+        )
+        return builder.fpext(half, VECTOR)
+
+
+class Float32(_Widened):
+    """w float32."""
+
+    w_bytes = 4
+    load_w = _Widened.load_x
+
+
+def kind_of(dtype):
+    """How weights of a Numba type are multiplied: uint16 bfloat16's bits, int16 float16's."""
+    if dtype == types.uint16:
+        return Bfloat16Pairs if machine.has("avx512_bf16") else Bfloat16
+    return Float16 if dtype == types.int16 else Float32
+
+
+def tile(rows, columns, unroll=1, ahead=0):
+    """Intrinsic (w, x, x_stride, row, w_stride, n, y, y_stride, bias): part of y = x · wᵀ + bias.
+
+    w is an array, for its type alone: how it is multiplied is `kind_of` its items. x, row, y and
+    bias are addresses, bias 0 for none; strides are bytes; y is float32, rows of x by rows of w.
+
+    Parameters
+    ----------
+    rows : rows of w
+    columns : rows of x
+    unroll : vectors of the inner axis in a turn of the loop, each with sums of its own
+    ahead : rows of w further on, the same columns of which are fetched into the cache meanwhile;
+        what the processor fetches by itself follows a row to its end and no further
+    """
+
+    @intrinsic
+    def tile_of(typing, w, x, x_stride, row, w_stride, n, y, y_stride, bias):
+        kind = kind_of(w.dtype)
+
+        def generate(context, builder, signature, arguments):
+            _tile(builder, arguments[1:], kind, rows, columns, unroll, ahead)
+            return context.get_dummy_value()
+
+        return types.void(w, *[types.int64] * 8), generate
+
+    return tile_of
+
+
+def _tile(builder, arguments, kind, rows, columns, unroll, ahead):
+    x, x_stride, w, w_stride, n, y, y_stride, bias = arguments
+    sums = [
+        [[cgutils.alloca_once_value(builder, ir.Constant(VECTOR, None)) for _ in range(unroll)]
+         for _ in range(columns)]
+        for _ in range(rows)
+    ]  # fmt: skip
+    for of_row in sums:
+        for of_column in of_row:
+            for total in of_column:
+                builder.store(ir.Constant(VECTOR, None), total)
+    w_rows = [builder.add(w, builder.mul(w_stride, I64(r))) for r in range(rows)]
+    x_rows = [builder.add(x, builder.mul(x_stride, I64(c))) for c in range(columns)]
+
+    def turn(k, count, mask):
+        for u in range(count):
+            at = builder.add(k, I64(u * kind.step))
+            xs = [_at(kind.load_x, builder, a, at, kind.x_bytes, mask) for a in x_rows]
+            for r in range(rows):
+                if ahead:
+                    further = builder.add(w_rows[r], builder.mul(w_stride, I64(ahead)))
+                    _at(_prefetch, builder, further, at, kind.w_bytes, None)
+                w_vector = _at(kind.load_w, builder, w_rows[r], at, kind.w_bytes, mask)
+                for c in range(columns):
+                    total = sums[r][c][u]
+                    builder.store(
+                        kind.add_product(builder, builder.load(total), xs[c], w_vector), total
+                    )
+
+    # Whole turns, then single vectors, then what is left behind a mask.
+    step = kind.step
+    whole = builder.mul(builder.udiv(n, I64(step * unroll)), I64(step * unroll))
+    single = builder.mul(builder.udiv(n, I64(step)), I64(step))
+    with cgutils.for_range_slice(builder, I64(0), whole, I64(step * unroll), I64) as (k, _):
+        turn(k, unroll, None)
+    if unroll > 1:
+        with cgutils.for_range_slice(builder, whole, single, I64(step), I64) as (k, _):
+            turn(k, 1, None)
+    left = builder.sub(n, single)
+    with builder.if_then(builder.icmp_signed(">", left, I64(0)), likely=False):
+        turn(single, 1, lane_mask(builder, left, step))
+
+    # Sum the lanes: of one row after the other, or of several rows together.
+    for c in range(columns):
+        totals = [functools.reduce(builder.fadd, map(builder.load, of_row[c])) for of_row in sums]
+        start = builder.add(y, builder.mul(y_stride, I64(c)))
+        if rows >= 4:
+            _store(builder, sums_of_lanes(builder, totals), start)
+            continue
+        for r, total in enumerate(totals):
+            place = builder.add(start, I64(4 * r))
+            _store(builder, horizontal_sum(builder, total), place)
+    with builder.if_then(builder.icmp_signed("!=", bias, I64(0)), likely=False):
+        for r, c in itertools.product(range(rows), range(columns)):
+            b = _number_at(builder, builder.add(bias, I64(4 * r)))
+            place = builder.add(builder.add(y, builder.mul(y_stride, I64(c))), I64(4 * r))
+            _store(builder, builder.fadd(_number_at(builder, place), b), place)
+
+
+def weigh(columns, vectors):
+    """Intrinsic (v, p, p_stride, n, row, v_stride, o, o_stride): a tile of o += p · v.
+
+    As for `tile`, v is an array for its type alone. p is (columns, n), o (columns, 16 · vectors),
+    both float32; `row` is the address of the first of n rows of v.
+    """
+
+    @intrinsic
+    def weigh_of(typing, v, p, p_stride, n, row, v_stride, o, o_stride):
+        kind = widened_kind_of(v.dtype)
+
+        def generate(context, builder, signature, arguments):
+            _weigh(builder, arguments[1:], kind, columns, vectors)
+            return context.get_dummy_value()
+
+        return types.void(v, *[types.int64] * 7), generate
+
+    return weigh_of
+
+
+def widened_kind_of(dtype):
+    """As `kind_of`, but of what is widened in registers."""
+    kind = kind_of(dtype)
+    return Bfloat16 if kind is Bfloat16Pairs else kind
+
+
+def _weigh(builder, arguments, kind, columns, vectors):
+    p, p_stride, n, row, v_stride, o, o_stride = arguments
+    places = [
+        [builder.add(builder.add(o, builder.mul(o_stride, I64(c))), I64(64 * u))
+         for u in range(vectors)]
+        for c in range(columns)
+    ]  # fmt: skip
+    sums = [[cgutils.alloca_once(builder, VECTOR) for _ in range(vectors)] for _ in range(columns)]
+    for c, u in itertools.product(range(columns), range(vectors)):
+        builder.store(_load(builder, places[c][u], FLOAT, LANES), sums[c][u])
+    with cgutils.for_range_slice(builder, I64(0), n, I64(1), I64) as (j, _):
+        start = builder.add(row, builder.mul(v_stride, j))
+        of_key = [
+            kind.load_w(builder, builder.add(start, I64(LANES * kind.w_bytes * u)), None)
+            for u in range(vectors)
+        ]
+        for c in range(columns):
+            place = builder.add(
+                builder.add(p, builder.mul(p_stride, I64(c))), builder.mul(j, I64(4))
+            )
+            weight = splat(builder, _number_at(builder, place), LANES)
+            for u in range(vectors):
+                total = fma(builder, weight, of_key[u], builder.load(sums[c][u]))
+                builder.store(total, sums[c][u])
+    for c, u in itertools.product(range(columns), range(vectors)):
+        _store(builder, builder.load(sums[c][u]), places[c][u])
+
+
+def _number_at(builder, address):
+    return builder.load(builder.inttoptr(address, FLOAT.as_pointer()), align=4)
+
+
+def _store(builder, value, address):
+    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=4)
+
+
+def _at(load, builder, start, k, item_bytes, mask):
+    return load(builder, builder.add(start, builder.mul(k, I64(item_bytes))), mask)
+
+
+def _load(builder, address, item, lanes, mask=None):
+    """A vector from an address, unaligned; zeros where the mask is off."""
+    kind = ir.VectorType(item, lanes)
+    if mask is None:
+        return builder.load(builder.inttoptr(address, kind.as_pointer()), align=1)
+    pointer = builder.inttoptr(address, kind.as_pointer())
+    name = f"llvm.masked.load.v{lanes}{'f' if item == FLOAT else 'i'}{_bits(item)}.p0"
+    bits = ir.VectorType(ir.IntType(1), lanes)
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(kind, (kind.as_pointer(), I32, bits, kind)), name
+    )
+    return builder.call(function, (pointer, I32(1), mask, ir.Constant(kind, None)))
+
+
+def _prefetch(builder, address, mask):
+    pointer = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), (pointer, I32, I32, I32))
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, (builder.inttoptr(address, pointer), I32(0), I32(3), I32(1)))
+
+
+def lane_mask(builder, n, lanes):
+    """Mask of the first n lanes."""
+    kind = ir.VectorType(I32, lanes)
+    numbers = ir.Constant(kind, list(range(lanes)))
+    return builder.icmp_unsigned("<", numbers, splat(builder, builder.trunc(n, I32), lanes))
+
+
+def splat(builder, value, lanes):
+    """A vector of one value."""
+    kind = ir.VectorType(value.type, lanes)
+    one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, I32(0))
+    return builder.shuffle_vector(
+        one, ir.Constant(kind, ir.Undefined), ir.Constant(ir.VectorType(I32, lanes), None)
+    )
+
+
+def fma(builder, a, b, c):
+    """a · b + c, rounded once."""
+    kind = ir.FunctionType(a.type, (a.type,) * 3)
+    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{a.type.count}f32")
+    return builder.call(function, (a, b, c))
+
+
+def widen_bfloat16(builder, bits):
+    """bfloat16 (as i16) to float32."""
+    lanes = bits.type.count
+    wide = builder.zext(bits, ir.VectorType(I32, lanes))
+    return builder.bitcast(
+        builder.shl(wide, ir.Constant(wide.type, [16] * lanes)), ir.VectorType(FLOAT, lanes)
+    )
+
+
+def horizontal_sum(builder, vector):
+    """Sum of the lanes, by halves."""
+    lanes = vector.type.count
+    while lanes > 1:
+        lanes //= 2
+        undefined = ir.Constant(vector.type, ir.Undefined)
+        low, high = (
+            builder.shuffle_vector(
+                vector, undefined,
+                ir.Constant(ir.VectorType(I32, lanes), list(range(start, start + lanes))),
+            )
+            for start in (0, lanes)
+        )  # fmt: skip
+        vector = builder.fadd(low, high)
+    return builder.extract_element(vector, I32(0))
+
+
+def sums_of_lanes(builder, vectors):
+    """The sum of each of 2, 4, 8 or 16 vectors, as one vector; halves are added, two at a time."""
+    lanes, width = LANES, LANES
+    while len(vectors) > 1:
+        pairs = zip(vectors[::2], vectors[1::2], strict=True)
+        vectors, width = [_folded(builder, a, b, lanes, width) for a, b in pairs], width // 2
+    total = vectors[0]
+    while width > 1:
+        undefined = ir.Constant(total.type, ir.Undefined)
+        total = _folded(builder, total, undefined, lanes, width, lanes // 2)
+        lanes, width = lanes // 2, width // 2
+    return total
+
+
+def _folded(builder, a, b, lanes, width, n=None):
+    """Of each run of `width` lanes of a, then of b, its halves added; the first `n` lanes of it."""
+    first = [run + i for run in range(0, 2 * lanes, width) for i in range(width // 2)][:n]
+    kind = ir.VectorType(I32, len(first))
+    low, high = (
+        builder.shuffle_vector(a, b, ir.Constant(kind, [i + shift for i in first]))
+        for shift in (0, width // 2)
+    )
+    return builder.fadd(low, high)
+
+
+def _bits(item):
+    return 32 if item == FLOAT else item.width
+
+
+# ---- scalars, which LLVM turns into vectors where a loop allows it ----
+
+
+@intrinsic
+def bits_of(typing, x):
+    """The bits of a float32 as uint32."""
+    return types.uint32(types.float32), lambda c, b, s, a: b.bitcast(a[0], I32)
+
+
+@intrinsic
+def float_of(typing, bits):
+    """The float32 of 32 bits."""
+    return types.float32(types.uint32), lambda c, b, s, a: b.bitcast(a[0], FLOAT)
+
+
+@intrinsic
+def exp(typing, x):
+    """e^x as `_exponential` has it."""
+    return types.float32(types.float32), lambda c, b, s, a: _exponential(b, a[0])
+
+
+def _exponential(builder, x):
+    """e^x to 2 units of the last place, float32; 0 below -87, and no more than e^88.
+
+    x = n ln 2 + r with |r| <= ln 2 / 2; e^r by its Taylor series to the seventh power, 2^n by
+    the exponent's bits.
+    """
+    lanes = x.type.count if isinstance(x.type, ir.VectorType) else 0
+    suffix = f"v{lanes}f32" if lanes else "f32"
+    whole = ir.VectorType(I32, lanes) if lanes else I32
+
+    def call(name, *operands):
+        kind = ir.FunctionType(x.type, (x.type,) * len(operands))
+        function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}.{suffix}")
+        return builder.call(function, operands)
+
+    def number(value):
+        value = float(np.float32(value))
+        return ir.Constant(x.type, [value] * lanes if lanes else value)
+
+    n = call("rint", builder.fmul(call("minnum", x, number(88)), number(1 / math.log(2))))
+    r = call("fma", n, number(-0.693359375), call("minnum", x, number(88)))
+    r = call("fma", n, number(2.12194440e-4), r)
+    series = number(1 / math.factorial(7))
+    for power in range(6, -1, -1):
+        series = call("fma", series, r, number(1 / math.factorial(power)))
+    shift = ir.Constant(whole, [23] * lanes if lanes else 23)
+    exponent = builder.shl(builder.fptosi(call("maxnum", n, number(-127)), whole), shift)
+    value = builder.bitcast(builder.add(builder.bitcast(series, whole), exponent), x.type)
+    value = builder.select(builder.fcmp_ordered("<", x, number(-87)), number(0), value)
+    return builder.select(builder.fcmp_unordered("uno", x, x), x, value)
+
+
+# ---- passes over a row of scores ----
+
+
+@intrinsic
+def largest_of(typing, row, n):
+    """The largest of n float32 numbers from an address on; -inf if there is none, NaN passed by."""
+
+    def generate(context, builder, signature, arguments):
+        row, n = arguments
+        lowest = ir.Constant(VECTOR, [float("-inf")] * LANES)
+        largest = cgutils.alloca_once(builder, VECTOR)
+        builder.store(lowest, largest)
+
+        def turn(address, mask):
+            values = _load(builder, address, FLOAT, LANES, mask)
+            if mask is not None:
+                values = builder.select(mask, values, lowest)
+            held = builder.load(largest)
+            builder.store(
+                builder.select(builder.fcmp_ordered(">", values, held), values, held), largest
+            )
+
+        _over_vectors(builder, row, n, turn)
+        kind = ir.FunctionType(FLOAT, (VECTOR,))
+        function = cgutils.get_or_insert_function(
+            builder.module, kind, f"llvm.vector.reduce.fmax.v{LANES}f32"
+        )
+        return builder.call(function, (builder.load(largest),))
+
+    return types.float32(types.int64, types.int64), generate
+
+
+def exponentials(half):
+    """Intrinsic (row, n, scale, largest, out): out = e^(row · scale - largest), and their sum.
+
+    row and out are addresses of n numbers, float32; out bfloat16 if `half`.
+    """
+
+    @intrinsic
+    def exponentials_of(typing, row, n, scale, largest, out):
+        def generate(context, builder, signature, arguments):
+            row, n, scale, largest, out = arguments
+            factor, below = splat(builder, scale, LANES), splat(builder, largest, LANES)
+            total = cgutils.alloca_once(builder, VECTOR)
+            builder.store(ir.Constant(VECTOR, None), total)
+
+            def turn(address, mask):
+                scores = _load(builder, address, FLOAT, LANES, mask)
+                weights = _exponential(builder, builder.fsub(builder.fmul(scores, factor), below))
+                if mask is not None:
+                    weights = builder.select(mask, weights, ir.Constant(VECTOR, None))
+                builder.store(builder.fadd(builder.load(total), weights), total)
+                offset = builder.sub(address, row)
+                if half:
+                    offset = builder.lshr(offset, I64(1))
+                    weights = _as_bfloat16(builder, weights)
+                _store_lanes(builder, weights, builder.add(out, offset), mask)
+
+            _over_vectors(builder, row, n, turn)
+            return horizontal_sum(builder, builder.load(total))
+
+        numbers = types.int64, types.int64, types.float32, types.float32, types.int64
+        return types.float32(*numbers), generate
+
+    return exponentials_of
+
+
+def _over_vectors(builder, row, n, turn):
+    """turn(address, mask) for every vector of a row of n float32, the last one behind a mask."""
+    whole = builder.mul(builder.udiv(n, I64(LANES)), I64(LANES))
+    with cgutils.for_range_slice(builder, I64(0), whole, I64(LANES), I64) as (i, _):
+        turn(builder.add(row, builder.mul(i, I64(4))), None)
+    left = builder.sub(n, whole)
+    with builder.if_then(builder.icmp_signed(">", left, I64(0)), likely=False):
+        turn(builder.add(row, builder.mul(whole, I64(4))), lane_mask(builder, left, LANES))
+
+
+def _as_bfloat16(builder, x):
+    """Numbers that are not NaN rounded to bfloat16, nearest even, as i16."""
+    kind = ir.VectorType(I32, x.type.count)
+
+    def number(value):
+        return ir.Constant(kind, [value] * x.type.count)
+
+    bits = builder.bitcast(x, kind)
+    odd = builder.and_(builder.lshr(bits, number(16)), number(1))
+    bits = builder.add(builder.add(bits, number(0x7FFF)), odd)
+    return builder.trunc(builder.lshr(bits, number(16)), ir.VectorType(I16, x.type.count))
+
+
+def _store_lanes(builder, value, address, mask):
+    kind, lanes = value.type, value.type.count
+    pointer = builder.inttoptr(address, kind.as_pointer())
+    if mask is None:
+        builder.store(value, pointer, align=1)
+        return
+    item = "f32" if kind.element == FLOAT else f"i{kind.element.width}"
+    bits = ir.VectorType(ir.IntType(1), lanes)
+    function = cgutils.get_or_insert_function(
+        builder.module,
+        ir.FunctionType(ir.VoidType(), (kind, kind.as_pointer(), I32, bits)),
+        f"llvm.masked.store.v{lanes}{item}.p0",
+    )
+    builder.call(function, (value, pointer, I32(1), mask))
