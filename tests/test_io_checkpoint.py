@@ -416,7 +416,7 @@ def _attribute(name, value):
     (_attribute("format", "other"), "'other'"),
     (_attribute("format", 5), "format"),
     (_attribute("format", ["hpcinfer-model"] * 2), "format"),
-    (_attribute("format_version", 2), "format version 2"),
+    (_attribute("format_version", 3), "format version 3"),
     (_attribute("format_version", "1"), "format version"),
     (_attribute("config", "{"), "attribute config"),
     (_attribute("config", "[]"), "attribute config"),

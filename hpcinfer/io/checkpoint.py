@@ -24,6 +24,38 @@ BLOCK_BYTES = 16 << 20
 SAMPLE_ITEMS = 512
 MAX_AXES = 32
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+SCALES = ".scales"  # behind the name of a quantised tensor, that of its scales
+
+
+@dataclass(frozen=True)
+class Coding:
+    """How the values of a quantised tensor are stored: as codes, rows of `columns` of them.
+
+    Attributes
+    ----------
+    bits : 8 for int8, 4 for two codes in a byte, of which the lower bits hold the first
+    group : neighbours of a row that share a scale
+    columns : codes of a row
+    """
+
+    bits: int
+    group: int
+    columns: int
+
+    @property
+    def dtype(self):
+        """Element type of the stored codes."""
+        return np.dtype(np.int8 if self.bits == 8 else np.uint8)
+
+    @property
+    def row_bytes(self):
+        """Bytes of a row of codes."""
+        return -(-self.columns * self.bits // 8)
+
+    @property
+    def row_scales(self):
+        """Scales of a row."""
+        return -(-self.columns // self.group)
 
 
 @dataclass(frozen=True)
@@ -39,6 +71,8 @@ class TensorInfo:
     file : str, path of the file that holds it
     offset : int, byte of that file at which it begins
     crc32 : int or None, stored checksum of its bytes
+    coding : Coding, if the values are codes, whose scales are the tensor `name` + ".scales"; None
+        if they are the tensor's own
     """
 
     name: str
@@ -48,6 +82,14 @@ class TensorInfo:
     file: str
     offset: int
     crc32: int | None = None
+    coding: Coding | None = None
+
+    @property
+    def n_values(self):
+        """Numbers that the tensor stands for."""
+        if self.coding is not None:
+            return self.shape[0] * self.coding.columns
+        return math.prod(self.shape)
 
 
 def open_checkpoint(path):
@@ -295,7 +337,7 @@ def is_floating(dtype):
     return dtype == BFLOAT16 or np.issubdtype(dtype, np.floating)
 
 
-def table_entry(name, shape, dtype, nbytes, file, offset, crc32=None):
+def table_entry(name, shape, dtype, nbytes, file, offset, crc32=None, coding=None):
     """TensorInfo of what a header declares, once its numbers agree with each other.
 
     Raises
@@ -313,7 +355,7 @@ def table_entry(name, shape, dtype, nbytes, file, offset, crc32=None):
             f"checkpoint: got {nbytes} bytes for {name!r} in {file}, need "
             f"{math.prod(shape) * dtype.itemsize} for shape {list(shape)} of {dtype.name}"
         )
-    return TensorInfo(name, tuple(shape), dtype, nbytes, file, offset, crc32)
+    return TensorInfo(name, tuple(shape), dtype, nbytes, file, offset, crc32, coding)
 
 
 def _check_pieces(info, axis, pieces):

@@ -3,10 +3,22 @@
 import os
 import shutil
 import time
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
+import numpy as np
+
+from hpcinfer import array
 from hpcinfer.io.atomic import refuse_directory, writing
-from hpcinfer.io.checkpoint import BLOCK_BYTES, open_checkpoint
+from hpcinfer.io.checkpoint import (
+    BLOCK_BYTES,
+    SCALES,
+    Coding,
+    open_checkpoint,
+    raw,
+    table_entry,
+)
 from hpcinfer.io.hdf5 import ALIGN_BYTES, MODEL_OPTIONS, ModelWriter, replacing_h5
 
 SPARE_BYTES = 1 << 20
@@ -21,10 +33,47 @@ class Summary:
     time_s: float
 
 
-def convert(source, target, progress=None, overwrite=True, block_bytes=BLOCK_BYTES):
+@dataclass(frozen=True)
+class Quantised:
+    """A tensor of the new file that is codes and scales.
+
+    Attributes
+    ----------
+    source : name in the source
+    transposed : True if the source stores it (in, out)
+    """
+
+    source: str
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class Recoding:
+    """What a new file holds otherwise than its source.
+
+    Attributes
+    ----------
+    quantised : dict new name -> Quantised
+    copied : dict new name -> name in the source, of tensors that are needed once more
+    config : dict, what the config says otherwise
+    bits, group : as in `Coding`
+    encode : function of (n, I) float32 that returns codes as they are stored, and scales; raises
+        ValueError for what cannot be quantised
+    """
+
+    quantised: dict
+    copied: dict
+    config: dict
+    bits: int
+    group: int
+    encode: Callable
+
+
+def convert(source, target, progress=None, overwrite=True, block_bytes=BLOCK_BYTES, recode=None):
     """Write the model `source` as one file `target`.
 
-    Tensors are moved in blocks of at most `block_bytes`, so that no tensor is ever held whole.
+    Tensors are moved in blocks of about `block_bytes`, so that no tensor is ever held whole; of a
+    quantised one its scales are.
     The file is built under a temporary name in the folder of `target` and renamed at the end.
 
     Parameters
@@ -34,6 +83,7 @@ def convert(source, target, progress=None, overwrite=True, block_bytes=BLOCK_BYT
     progress : callable (done_bytes, total_bytes) or None, called after every block
     overwrite : bool, replace an existing file
     block_bytes : int
+    recode : function of the open Checkpoint that returns its Recoding; None to change nothing
 
     Returns
     -------
@@ -42,7 +92,7 @@ def convert(source, target, progress=None, overwrite=True, block_bytes=BLOCK_BYT
     Raises
     ------
     ValueError
-        If `source` is damaged, or `target` exists and may not be replaced.
+        If `source` is damaged or cannot be recoded, or `target` exists and may not be replaced.
     RuntimeError
         If `target` is a folder, may not be written, or there is too little space.
     """
@@ -52,34 +102,126 @@ def convert(source, target, progress=None, overwrite=True, block_bytes=BLOCK_BYT
         raise ValueError(f"convert: got {target} which exists, need a new name; or overwrite it")
     with open_checkpoint(source) as model:
         model.block_bytes = block_bytes
-        _require_space(target, model)
+        outputs = _Outputs(model, None if recode is None else recode(model), progress)
+        _require_space(target, outputs)
 
         # Stream tensor by tensor
         with replacing_h5(target, **MODEL_OPTIONS) as (file, disk):
-            writer = ModelWriter(file, disk, model.metadata)
-            for info in model.tensors.values():
-                crc32 = writer.add(info, _reported(model, info.name, progress))
-                if info.crc32 not in (None, crc32):
-                    raise ValueError(
-                        f"convert: got checksum {crc32:08x} of {info.name!r} in {source}, need the "
-                        f"stored {info.crc32:08x}; the file is damaged, fetch it again"
-                    )
-        return Summary(len(model.tensors), model.file_bytes, time.perf_counter() - began)
+            writer = ModelWriter(file, disk, outputs.metadata)
+            for info, stream in outputs:
+                crc32 = writer.add(info, stream)
+                _compare(source, info, crc32)
+        return Summary(outputs.n_tensors, outputs.bytes, time.perf_counter() - began)
 
 
-def _reported(model, name, progress):
-    """The blocks of a tensor, telling `progress` once each is done."""
-    for start, block in model.stream(name):
-        yield start, block
-        if progress:
-            progress(model.bytes_read, model.file_bytes)
+class _Outputs:
+    """The tensors of the new file, one after the other: pairs (TensorInfo, stream of blocks).
+
+    Attributes
+    ----------
+    metadata : Metadata of the new file
+    n_tensors, bytes : of all of them
+    """
+
+    def __init__(self, model, recoding, progress):
+        self._model, self._recoding, self._progress = model, recoding, progress
+        self.metadata, tensors = model.metadata, model.tensors
+        self._coded, kept = {}, dict(zip(tensors, tensors, strict=True))
+        if recoding is not None:
+            config = model.config | recoding.config
+            self.metadata = replace(model.metadata, config=config)
+            self._coded = recoding.quantised
+            kept = {n: s for n, s in (kept | recoding.copied).items() if n not in self._coded}
+        self._kept = kept
+        codes_and_scales = [info for name in self._coded for info in self._stored(name)]
+        infos = [tensors[name] for name in kept.values()] + codes_and_scales
+        self.n_tensors, self.bytes = len(infos), sum(info.nbytes for info in infos)
+        sources = [*kept.values(), *(tensor.source for tensor in self._coded.values())]
+        self._total_bytes = sum(tensors[name].nbytes for name in sources)
+        self._done_bytes = 0
+
+    def __iter__(self):
+        for name, source in self._kept.items():
+            info = self._model.tensors[source]
+            yield replace(info, name=name), self._reported(self._model.stream(source))
+        for name in self._coded:
+            (codes, scales), found = self._stored(name), []
+            yield codes, self._reported(self._encoded(name, found))
+            yield scales, [((0, 0), np.concatenate(found))]
+
+    def _reported(self, blocks):
+        """The blocks of a tensor, telling `progress` once each is done."""
+        before = self._model.bytes_read
+        for start, block in blocks:
+            yield start, block
+            self._done_bytes += self._model.bytes_read - before
+            before = self._model.bytes_read
+            if self._progress:
+                self._progress(self._done_bytes, self._total_bytes)
+
+    def _encoded(self, name, scales):
+        """Codes of a tensor in blocks of rows; their scales are appended to `scales`."""
+        tensor, model = self._coded[name], self._model
+        info = model.tensors[tensor.source]
+        _check_source(model, info)
+        n_out, n_in = _out_in(info, tensor.transposed)
+        step = max(1, model.block_bytes // (4 * n_in))
+        for start in range(0, n_out, step):
+            rows = [(start, min(n_out, start + step))]
+            block = model.read(info.name, int(tensor.transposed), rows)
+            block = array.widen(block.T if tensor.transposed else block)
+            try:
+                codes, of_codes = self._recoding.encode(np.ascontiguousarray(block))
+            except ValueError as error:
+                raise ValueError(
+                    f"convert: got {info.name} that cannot be quantised ({error}); fetch the model "
+                    "again, or convert it without --quantize"
+                ) from None
+            scales.append(of_codes)
+            yield (start, 0), codes
+
+    def _stored(self, name):
+        """TensorInfo of a quantised tensor's codes, and of its scales."""
+        tensor, (bits, group) = self._coded[name], (self._recoding.bits, self._recoding.group)
+        n_out, n_in = _out_in(self._model.tensors[tensor.source], tensor.transposed)
+        coding = Coding(bits, group, n_in)
+        codes = _new(name, (n_out, coding.row_bytes), coding.dtype)
+        scales = _new(name + SCALES, (n_out, coding.row_scales), np.dtype(np.float16))
+        return replace(codes, coding=coding), scales
 
 
-def _require_space(target, model):
+def _new(name, shape, dtype):
+    return table_entry(name, shape, dtype, int(np.prod(shape)) * dtype.itemsize, "", 0)
+
+
+def _out_in(info, transposed):
+    """Outputs and inputs of a matrix."""
+    return info.shape[::-1] if transposed else info.shape
+
+
+def _check_source(model, info):
+    """Compare a tensor that is not written as it is with its stored checksum, if it has one."""
+    if info.crc32 is not None:
+        crc32, before = 0, model.bytes_read
+        for _, block in model.stream(info.name):
+            crc32 = zlib.crc32(raw(block), crc32)
+        model.bytes_read = before
+        _compare(model.path, info, crc32)
+
+
+def _compare(source, info, crc32):
+    if info.crc32 not in (None, crc32):
+        raise ValueError(
+            f"convert: got checksum {crc32:08x} of {info.name!r} in {source}, need the stored "
+            f"{info.crc32:08x}; the file is damaged, fetch it again"
+        )
+
+
+def _require_space(target, outputs):
     with writing(target):
         refuse_directory(target)
         free = shutil.disk_usage(os.path.dirname(os.path.abspath(target))).free
-    need = model.file_bytes + len(model.tensors) * ALIGN_BYTES + SPARE_BYTES
+    need = outputs.bytes + outputs.n_tensors * ALIGN_BYTES + SPARE_BYTES
     if free < need:
         raise RuntimeError(
             f"convert: got {free} bytes of free space for {target}, need {need}; free space or "

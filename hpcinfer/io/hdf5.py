@@ -1,8 +1,8 @@
 """Converted models: one .h5 that holds weights, config, tokenizer and chat template.
 
-Layout, format version 1::
+Layout, format version 1, or 2 where weights are quantised::
 
-    /                   attributes: format = "hpcinfer-model", format_version = 1,
+    /                   attributes: format = "hpcinfer-model", format_version = 1 or 2,
                         hpcinfer_version, and as JSON text: config, generation_config,
                         tokenizer_config, special_tokens_map; metadata_crc32: zlib.crc32 of these
                         texts and those of /tokenizer (the first files had none)
@@ -10,6 +10,12 @@ Layout, format version 1::
     /tokenizer/chat_template    text of the Jinja template       (absent if the model has none)
     /weights/<tensor name>      one contiguous dataset per tensor, dots kept in the name;
                                 attribute crc32: zlib.crc32 of its bytes
+
+A quantised tensor (O, I) is two datasets: under its name the codes, int8 (O, I) or, of 4 bits,
+uint8 (O, I / 2) with the even input in the lower bits, with attributes bits, group and columns =
+I; and its scales, float16 (O, I / group), under the name with ".scales" behind it. All are rounded
+up. Input i of row o is code[o, i] · scale[o, i // group]. It is stored (out, in), also where the
+family stores its matrices (in, out).
 
 bfloat16 is a 16-bit float type of its own (8 exponent bits, 7 mantissa bits), so any HDF5 tool
 reads it as float32. Datasets are neither chunked nor compressed nor external: each is one run of
@@ -22,6 +28,7 @@ import io
 import json
 import os
 import zlib
+from dataclasses import asdict
 
 import h5py
 import numpy as np
@@ -29,7 +36,14 @@ import numpy as np
 from hpcinfer import __version__
 from hpcinfer.array import BFLOAT16
 from hpcinfer.io.atomic import replacing
-from hpcinfer.io.checkpoint import HDF5_SIGNATURE, Checkpoint, raw, table_entry
+from hpcinfer.io.checkpoint import (
+    HDF5_SIGNATURE,
+    SCALES,
+    Checkpoint,
+    Coding,
+    raw,
+    table_entry,
+)
 from hpcinfer.io.metadata import (
     MAX_JSON_BYTES,
     MAX_TOKENIZER_BYTES,
@@ -38,7 +52,7 @@ from hpcinfer.io.metadata import (
     parse_object,
 )
 
-FORMAT, FORMAT_VERSION = "hpcinfer-model", 1
+FORMAT, FORMAT_VERSIONS = "hpcinfer-model", {"plain": 1, "quantised": 2}
 OBJECTS = ("config", "generation_config", "tokenizer_config", "special_tokens_map")
 TEXTS = ("tokenizer_json", "chat_template")
 
@@ -213,8 +227,8 @@ class ModelWriter:
     """
 
     def __init__(self, file, disk, metadata):
-        self._disk = disk
-        file.attrs["format"], file.attrs["format_version"] = FORMAT, FORMAT_VERSION
+        self._file, self._disk = file, disk
+        file.attrs["format"], file.attrs["format_version"] = FORMAT, FORMAT_VERSIONS["plain"]
         file.attrs["hpcinfer_version"] = __version__
         for name in OBJECTS:
             file.attrs[name] = json.dumps(getattr(metadata, name))
@@ -257,7 +271,12 @@ class ModelWriter:
                 space.select_hyperslab(start, block.shape)
             data.write(_space(block.shape), space, bits, mtype=type_id)
             self._disk.check()
-        h5py.Dataset(data).attrs["crc32"] = np.uint32(crc)
+        attributes = h5py.Dataset(data).attrs
+        attributes["crc32"] = np.uint32(crc)
+        if info.coding is not None:
+            self._file.attrs["format_version"] = FORMAT_VERSIONS["quantised"]
+            for name, value in asdict(info.coding).items():
+                attributes[name] = value
         return crc
 
 
@@ -268,10 +287,11 @@ def _check_format(path, file):
             f"checkpoint: got {path} of format {found!r}, need {FORMAT!r}; make one with "
             "`hpcinfer convert`"
         )
-    if version != FORMAT_VERSION:
+    if version not in FORMAT_VERSIONS.values():
+        known = " or ".join(map(str, FORMAT_VERSIONS.values()))
         raise ValueError(
-            f"checkpoint: got {path} of format version {version}, need {FORMAT_VERSION}; convert "
-            "the model again with this version of hpcinfer"
+            f"checkpoint: got {path} of format version {version}, need {known}; convert the model "
+            "again with this version of hpcinfer"
         )
 
 
@@ -353,7 +373,10 @@ def _read_table(path, file):
     weights, size = _own(file, "weights"), os.path.getsize(path)
     if not isinstance(weights, h5py.Group):
         raise ValueError(f"checkpoint: got {path} without group /weights, need one")
-    return {name: _table_entry(path, weights, name, size) for name in weights}
+    tensors = {name: _table_entry(path, weights, name, size) for name in weights}
+    for info in tensors.values():
+        _check_scales(path, info, tensors.get(info.name + SCALES))
+    return tensors
 
 
 def _table_entry(path, weights, name, file_size):
@@ -378,7 +401,37 @@ def _table_entry(path, weights, name, file_size):
             f"checkpoint: got /weights/{name} in {path} up to byte {offset + nbytes}, need at most "
             f"the file's {file_size}; convert the model again"
         )
-    return table_entry(name, data.shape, dtype, nbytes, path, offset, _attribute(data, "crc32"))
+    crc32, coding = _attribute(data, "crc32"), _coding(path, name, data, dtype)
+    return table_entry(name, data.shape, dtype, nbytes, path, offset, crc32, coding)
+
+
+def _coding(path, name, data, dtype):
+    """Coding of a dataset that says of how many bits its codes are; None if it says nothing."""
+    if "bits" not in data.attrs:
+        return None
+    bits, group, columns = (_attribute(data, key) for key in ("bits", "group", "columns"))
+    numbers = all(isinstance(n, int) and 0 < n < 2**62 for n in (bits, group, columns))
+    coding = Coding(bits, group, columns) if numbers and bits in (4, 8) else None
+    if coding is None or dtype != coding.dtype or data.shape[1:] != (coding.row_bytes,):
+        raise ValueError(
+            f"checkpoint: got /weights/{name} in {path} of shape {data.shape} of {dtype.name} with "
+            f"bits = {bits}, group = {group}, columns = {columns}, need 4 or 8 bits and what they "
+            "make; convert the model again"
+        )
+    return coding
+
+
+def _check_scales(path, info, scales):
+    """Refuse codes without the scales that belong to them."""
+    if info.coding is None:
+        return
+    need = (info.shape[0], info.coding.row_scales)
+    if scales is None or scales.shape != need or scales.dtype != np.float16:
+        found = "none" if scales is None else f"{scales.dtype.name} {list(scales.shape)}"
+        raise ValueError(
+            f"checkpoint: got {found} as scales of the quantised {info.name} in {path}, need "
+            f"float16 {list(need)}; convert the model again"
+        )
 
 
 def _space(shape):

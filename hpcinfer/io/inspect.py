@@ -5,7 +5,7 @@ import re
 from functools import partial
 
 from hpcinfer.io import soundness
-from hpcinfer.io.checkpoint import has_hdf5_signature, open_checkpoint
+from hpcinfer.io.checkpoint import SCALES, has_hdf5_signature, open_checkpoint
 
 # Words for the numbers of a config, each with the names that families give it
 CONFIG_NAMES = {
@@ -107,12 +107,14 @@ def _describe_model(model, checked):
     tensors = model.tensors.values()
     by_type = {}
     for info in tensors:
-        by_type[info.dtype.name] = by_type.get(info.dtype.name, 0) + info.nbytes
+        by_type[_type_text(info)] = by_type.get(_type_text(info), 0) + info.nbytes
+    is_scales = {info.name + SCALES for info in tensors if info.coding is not None}
+    n_values = sum(info.n_values for info in tensors if info.name not in is_scales)
     n_checked = sum(info.crc32 is not None for info in tensors)
     facts = {
         "kind": KINDS[model.kind],
         **_config_facts(model.config),
-        "parameters": f"{sum(info.nbytes // info.dtype.itemsize for info in tensors):,}",
+        "parameters": f"{n_values:,}",
         "bytes": ", ".join(f"{name} {size_text(n)}" for name, n in by_type.items()),
         "files": len({info.file for info in tensors}),
         "tokenizer": "yes" if model.tokenizer_json is not None else "no",
@@ -120,9 +122,28 @@ def _describe_model(model, checked):
         "checksums": f"{n_checked} of {len(tensors)} tensors" if n_checked else "no",
         "identity": model.checksum,
     }
+    if is_scales:
+        facts["quantised"] = ", ".join(_coding_lines(model.tensors))
     if checked is not None:
         facts["checked"] = checked
     return [model.path, *_fact_lines(facts), *_tensor_lines(model.tensors)]
+
+
+def _type_text(info):
+    """Element type of a tensor, int4 or int8 where its values are codes."""
+    return info.dtype.name if info.coding is None else f"int{info.coding.bits}"
+
+
+def _coding_lines(tensors):
+    """Of every coding in use its bits, group, tensors, and the bits of a number with its scale."""
+    alike = {}
+    for info in tensors.values():
+        if info.coding is not None:
+            alike.setdefault((info.coding.bits, info.coding.group), []).append(info)
+    for (bits, group), infos in alike.items():
+        stored = sum(info.nbytes + tensors[info.name + SCALES].nbytes for info in infos)
+        each = 8 * stored / max(1, sum(info.n_values for info in infos))
+        yield f"int{bits} in groups of {group}, {len(infos)} tensors, {each:.2f} bits a number"
 
 
 def _config_facts(config):
@@ -139,7 +160,10 @@ def _tensor_lines(tensors):
     """Table of the tensors; those that differ only in numbers of their names share a row."""
     alike = {}
     for info in tensors.values():
-        alike.setdefault((info.shape, info.dtype.name), []).append(info.name)
+        shape = info.shape
+        if info.coding is not None:
+            shape = (info.shape[0], info.coding.columns)
+        alike.setdefault((shape, _type_text(info)), []).append(info.name)
     rows = []
     for (shape, dtype), names in alike.items():
         for pattern, members in collapse(names).items():
