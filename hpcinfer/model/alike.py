@@ -12,6 +12,7 @@ import numpy as np
 
 from hpcinfer import array
 from hpcinfer.model.weights import Layer
+from hpcinfer.ops.quantize import Form, arrays_of, form_of, joined
 
 _ALIGN = 64
 _OUTSIDE = ("embed", "positions", "final_norm", "final_norm_bias")
@@ -20,13 +21,19 @@ _EXPERTS = frozenset(("experts_up", "experts_down"))
 
 @dataclass(frozen=True)
 class Place:
-    """Where one parameter lies in the common memory."""
+    """Where one parameter lies in the common memory.
+
+    Attributes
+    ----------
+    layer, key : which parameter it is
+    form : Form if it is quantised, else None
+    arrays : (start, shape, dtype) of the arrays that it is made of
+    """
 
     layer: int | None
     key: str
-    start: int
-    shape: tuple
-    dtype: np.dtype
+    form: Form | None
+    arrays: tuple
 
 
 def own_keys(grid):
@@ -79,8 +86,11 @@ def _places(weights, own):
     places, size = [], 0
     for layer, key, x in _parameters(weights):
         if key not in own:
-            places.append(Place(layer, key, size, x.shape, x.dtype))
-            size += -(-x.nbytes // _ALIGN) * _ALIGN
+            arrays = []
+            for part in arrays_of(x):
+                arrays.append((size, part.shape, part.dtype))
+                size += -(-part.nbytes // _ALIGN) * _ALIGN
+            places.append(Place(layer, key, form_of(x), tuple(arrays)))
     return places, size
 
 
@@ -98,8 +108,11 @@ def _take(weights, places, memory, fill=False):
     """Have the parameters in the common memory; if `fill`, put them there first, one at a time."""
     for place in places:
         target = weights if place.layer is None else weights.layers[place.layer]
-        stop = place.start + int(np.prod(place.shape)) * place.dtype.itemsize
-        view = memory[place.start : stop].view(place.dtype).reshape(place.shape)
+        views = []
+        for start, shape, dtype in place.arrays:
+            stop = start + int(np.prod(shape)) * dtype.itemsize
+            views.append(memory[start:stop].view(dtype).reshape(shape))
         if fill:
-            view[...] = getattr(target, place.key)
-        setattr(target, place.key, view)
+            for view, x in zip(views, arrays_of(getattr(target, place.key)), strict=True):
+                view[...] = x
+        setattr(target, place.key, joined(place.form, views))

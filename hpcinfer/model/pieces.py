@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 import numpy as np
 
 from hpcinfer.model.weights import Layer
+from hpcinfer.ops.quantize import arrays_of, form_of, joined
 from hpcinfer.parallel import zero
 
 _EXPERTS = ("experts_up", "experts_down")
@@ -77,7 +78,7 @@ class Pieces:
         """Parameters of layer n, whole until the next layer is asked for."""
         i, whole = n - self._layers.start, {}
         for gathered in self._gathered:
-            whole |= gathered.get(i)
+            whole |= _parameters(gathered.get(i))
         return replace(self._rest[i], **whole)
 
     def embedding(self):
@@ -121,7 +122,24 @@ class Pieces:
         return resident + layers + outside
 
     def _cut(self, comm, parameters, owner):
-        return zero.cut(comm, parameters, self._small, owner % comm.size)
+        return zero.cut(comm, _arrays(parameters), self._small, owner % comm.size)
 
     def _fetch(self, comm, unit):
-        return zero.Gathered(comm, [unit], self._xp, ahead=False).get(0)
+        return _parameters(zero.Gathered(comm, [unit], self._xp, ahead=False).get(0))
+
+
+def _arrays(parameters):
+    """The arrays that some parameters are made of, under (name, form, number) each."""
+    return {
+        (name, form_of(x), i): part
+        for name, x in parameters.items()
+        for i, part in enumerate(arrays_of(x))
+    }
+
+
+def _parameters(arrays):
+    """dict name -> parameter, from what `_arrays` returned."""
+    parts = {}
+    for (name, form, _), part in arrays.items():
+        parts.setdefault((name, form), []).append(part)
+    return {name: joined(form, of_name) for (name, form), of_name in parts.items()}

@@ -12,6 +12,9 @@ from itertools import chain, groupby
 import numpy as np
 
 from hpcinfer import array, partition
+from hpcinfer.io.checkpoint import SCALES
+from hpcinfer.ops import quantize
+from hpcinfer.ops.quantize import LANES, Form, Quantized, arrays_of, form_of, joined
 from hpcinfer.where import here
 
 # Cuts of which the parts of cp are cut once more, and parameters that are float32 like vectors.
@@ -24,6 +27,13 @@ FFN_KEYS = frozenset(
     + ("experts_up", "experts_down", "shared_up", "shared_down")
 )
 _FULL = ("router", "shared_gate")
+
+# Parameters that a file may hold quantised. `kv` of latent attention is none, as it is multiplied
+# from both sides.
+QUANTISED = frozenset(
+    ("qkv", "o", "up", "down", "latents", "q")
+    + ("experts_up", "experts_down", "shared_up", "shared_down", "head")
+)
 
 # Tensors that checkpoints carry and inference does not read: masks and tables that are computed
 # here.
@@ -86,6 +96,8 @@ class Row:
 @dataclass
 class Layer:
     """This rank's parameters of one layer; absent ones are None. C is (H + 2 G) K, U is F or 2 F.
+
+    Those of QUANTISED are all arrays or all Quantized, the others are arrays.
 
     Attributes
     ----------
@@ -277,10 +289,10 @@ def check(arch, tensors):
     """
     _check_experts(arch, tensors)
     rows = table(arch)
-    names = {row.name: _find(row.name, tensors) for row in rows}
+    names = {row.name: find(row.name, tensors) for row in rows}
     missing = [row.name for row in rows if names[row.name] is None]
-    if missing == [arch.names["embed"]] and _find(arch.names["head"], tensors):
-        names[arch.names["embed"]] = _find(arch.names["head"], tensors)
+    if missing == [arch.names["embed"]] and find(arch.names["head"], tensors):
+        names[arch.names["embed"]] = find(arch.names["head"], tensors)
         missing = []
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -289,19 +301,20 @@ def check(arch, tensors):
             f"{arch.N} layers needs; check that the checkpoint is complete"
         )
     for row in rows:
-        info = tensors[names[row.name]]
-        if tuple(info.shape) != row.shape:
-            raise ValueError(
-                f"weights: got {row.name} of shape {tuple(info.shape)}, need {row.shape} as the "
-                "config says"
-            )
-        if np.dtype(info.dtype) not in array.DTYPES.values():
-            raise ValueError(
-                f"weights: got {row.name} of type {info.dtype}, need float32, float16 or bfloat16"
-            )
+        _check_tensor(row, tensors[names[row.name]])
+    head = tensors.get(find(arch.names["head"], tensors))
+    if arch.tied and _coding(head) is not None:
+        raise ValueError(
+            "weights: got a quantised head, need a config that does not tie it to the embedding; "
+            "convert the model again"
+        )
+    for of_parameter in _by_target(rows):
+        _check_alike([(names[row.name], tensors[names[row.name]]) for row in of_parameter])
+    known = {*names.values(), find(arch.names["head"], tensors)}
+    scales = {name + SCALES for name in known if name in tensors and _coding(tensors[name])}
     unknown = sorted(
         name
-        for name in set(tensors) - set(names.values()) - {_find(arch.names["head"], tensors)}
+        for name in set(tensors) - known - scales
         if not _IGNORED.search(name) and not _behind(arch, name)
     )
     if unknown:
@@ -315,7 +328,8 @@ def check(arch, tensors):
 def load(arch, checkpoint, ranges, dtype, device, cp=1, keep=None, pieces=None):
     """Read this rank's shard, and nothing else, from a checkpoint.
 
-    Matrices take `dtype`; vectors (norms, biases) are kept in float32.
+    Matrices take `dtype`, or stay quantised if they are in the checkpoint; vectors (norms, biases)
+    are kept in float32.
 
     Parameters
     ----------
@@ -337,7 +351,7 @@ def load(arch, checkpoint, ranges, dtype, device, cp=1, keep=None, pieces=None):
         for of_parameter in _by_target(of_layer):
             read = _read if of_parameter[0].expert is None else _read_experts
             parameter = read(of_parameter, names, checkpoint, ranges, dtype)
-            setattr(target, of_parameter[0].key, device.put(parameter))
+            setattr(target, of_parameter[0].key, _put(device, parameter))
         if layer is not None and pieces is not None:
             pieces.keep_layer(layer, target)
             weights.layers[layer] = None
@@ -384,7 +398,8 @@ def _read(rows, names, checkpoint, ranges, dtype):
     """One parameter of this rank, from the rows of the table that make it up."""
     shape = _stacked(rows, ranges)
     full = len(shape) == 1 or rows[0].key in _FULL
-    parameter = np.empty(shape, np.float32 if full else dtype)
+    coding = _coding(checkpoint.tensors[names[rows[0].name]])
+    parameter = _empty(shape, np.float32 if full else dtype, coding, _first_input(rows[0], ranges))
     _read_into(parameter, rows, names, checkpoint, ranges)
     return parameter
 
@@ -395,10 +410,38 @@ def _read_experts(rows, names, checkpoint, ranges, dtype):
     of_expert = {}
     for row in rows:
         of_expert.setdefault(row.expert, []).append(row)
-    parameter = np.empty((last - first, *_stacked(of_expert[0], ranges)), dtype)
+    row = rows[0]
+    coding = _coding(checkpoint.tensors[names[row.name]])
+    shape = (last - first, *_stacked(of_expert[row.expert], ranges))
+    parameter = _empty(shape, dtype, coding, _first_input(row, ranges))
     for e in range(first, last):
         _read_into(parameter[e - first], of_expert[e], names, checkpoint, ranges)
     return parameter
+
+
+def _empty(shape, dtype, coding, first):
+    """Room for a parameter, quantised if there is a coding, whose inputs begin with `first`."""
+    if coding is None:
+        return array.large_empty(shape, dtype)
+    form = Form(coding.bits, coding.group, shape[-1], first % coding.group, np.dtype(dtype))
+    words = array.large_empty((*shape[:-1], form.blocks * LANES), np.uint16)
+    return Quantized(form, words, np.zeros((*shape[:-1], form.groups), np.float16))
+
+
+def _first_input(row, ranges):
+    """Number of the first input of a matrix that this rank owns."""
+    pieces = row.pieces(ranges) if _cuts_inputs(row) else None
+    return pieces[0][0] if pieces else 0
+
+
+def _cuts_inputs(row):
+    """True for a matrix whose inputs are cut, False where outputs are, or nothing."""
+    return row.cut is not None and len(row.shape) == 2 and row.axis != int(row.transposed)
+
+
+def _put(device, parameter):
+    """A parameter in the device's memory."""
+    return joined(form_of(parameter), [device.put(x) for x in arrays_of(parameter)])
 
 
 def _stacked(rows, ranges):
@@ -415,12 +458,54 @@ def _read_into(parameter, rows, names, checkpoint, ranges):
         part = parameter[start : start + shape[0]]
         start += shape[0]
         pieces = None if row.cut is None else row.pieces(ranges)
-        if part.size == 0:
+        if 0 in part.shape:
             continue
-        if row.transposed:
+        if isinstance(part, Quantized):
+            _read_codes(part, row, checkpoint.tensors[names[row.name]], checkpoint, ranges)
+        elif row.transposed:
             part[...] = checkpoint.read(names[row.name], row.axis, pieces).T
         else:
             checkpoint.read(names[row.name], row.axis, pieces, out=part)
+
+
+def _read_codes(part, row, info, checkpoint, ranges):
+    """Read the own part of a quantised tensor, which is stored (out, in), and pack it."""
+    coding, form = info.coding, part.form
+    pieces = [(0, len(part))] if row.cut is None else row.pieces(ranges)
+
+    # Outputs: their whole rows, some at a time.
+    if not _cuts_inputs(row):
+        step, at = max(1, checkpoint.block_bytes // coding.columns), 0
+        for start, stop in chain.from_iterable(_steps(*piece, step) for piece in pieces):
+            codes, scales = (
+                checkpoint.read(name, 0, [(start, stop)])
+                for name in (info.name, info.name + SCALES)
+            )
+            _pack_into(part[at : at + stop - start], codes, scales, 0)
+            at += stop - start
+        return
+
+    # Inputs: from the byte and the group in which they begin.
+    start, stop = pieces[0][0], pieces[-1][1]
+    a_byte, group = 8 // form.bits, form.group
+    of_codes = [(start // a_byte, -(-stop // a_byte))]
+    of_scales = [(start // group, -(-stop // group))]
+    codes = checkpoint.read(info.name, 1, of_codes)
+    scales = checkpoint.read(info.name + SCALES, 1, of_scales)
+    for first, last in _steps(0, len(part), max(1, checkpoint.block_bytes // form.width)):
+        _pack_into(part[first:last], codes[first:last], scales[first:last], start % a_byte)
+
+
+def _steps(start, stop, step):
+    """A range in steps: pairs (start, stop)."""
+    return ((at, min(at + step, stop)) for at in range(start, stop, step))
+
+
+def _pack_into(part, stored, scales, first):
+    """Pack the codes of some rows, from number `first` of those that are stored on."""
+    codes = quantize.from_bytes(stored, part.form.bits, first, part.form.inputs)
+    part.words[...] = quantize.pack(codes, part.form.bits, part.form.offset)
+    part.scales[:, : scales.shape[1]] = scales
 
 
 def _tie_head(arch, checkpoint, ranges, weights, dtype, device):
@@ -431,7 +516,7 @@ def _tie_head(arch, checkpoint, ranges, weights, dtype, device):
     """
     rows = tied_rows(ranges)
     weights.head, weights.tied_rows = weights.embed[rows], rows
-    name = _find(arch.names["head"], checkpoint.tensors)
+    name = find(arch.names["head"], checkpoint.tensors)
     if name is None or tuple(checkpoint.tensors[name].shape) != (arch.V, arch.D):
         return
     row = replace(_vocabulary(arch, "head"), cut="embed")
@@ -567,6 +652,45 @@ def _by_target(rows):
     return groups.values()
 
 
+def _check_tensor(row, info):
+    """Refuse a tensor of another shape or type than a row of the table says."""
+    shape, coding = tuple(info.shape), _coding(info)
+    if coding is not None:
+        shape = (shape[0], coding.columns)[:: -1 if row.transposed else 1]
+    if shape != row.shape:
+        raise ValueError(
+            f"weights: got {row.name} of shape {shape}, need {row.shape} as the config says"
+        )
+    if coding is None and np.dtype(info.dtype) not in array.DTYPES.values():
+        raise ValueError(
+            f"weights: got {row.name} of type {info.dtype}, need float32, float16 or bfloat16"
+        )
+    if coding is not None and row.key not in QUANTISED:
+        raise ValueError(
+            f"weights: got {row.name} quantised, need float32, float16 or bfloat16 there"
+        )
+    if coding is not None and coding.group not in quantize.GROUPS:
+        raise ValueError(
+            f"weights: got {row.name} in groups of {coding.group}, need one of "
+            f"{', '.join(map(str, quantize.GROUPS))}"
+        )
+
+
+def _check_alike(infos):
+    """Refuse tensors of one parameter of which only some are quantised, or in another way."""
+    kinds = {c and (c.bits, c.group): name for name, info in infos for c in [_coding(info)]}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"weights: got {' and '.join(list(kinds.values())[:2])} quantised in different ways, "
+            "need one, as they are multiplied together; convert the model again"
+        )
+
+
+def _coding(info):
+    """Coding of a tensor of a checkpoint, None if it is not quantised."""
+    return getattr(info, "coding", None)
+
+
 def _check_experts(arch, tensors):
     """Refuse a config with more experts than tensors, before they are listed one by one."""
     n_experts = arch.E * sum(arch.sparse)
@@ -583,7 +707,7 @@ def _behind(arch, name):
     return number is not None and 0 <= int(number[1]) - arch.N < arch.unread_layers
 
 
-def _find(name, tensors):
+def find(name, tensors):
     """A tensor's name in the checkpoint: with the family's prefix, or saved without it."""
     if name in tensors:
         return name

@@ -97,6 +97,11 @@ class Quantized:
         return self.form.dtype
 
     @property
+    def itemsize(self):
+        """Bytes of a code, 0.5 or 1."""
+        return self.form.bits / 8
+
+    @property
     def nbytes(self):
         return self.words.nbytes + self.scales.nbytes
 
@@ -199,6 +204,21 @@ def dequantize(weight):
     codes = unpack(weight.words, form.bits)[..., inputs].astype(xp.float32)
     codes *= xp.repeat(array.widen(weight.scales), form.group, axis=-1)[..., inputs]
     return codes
+
+
+def arrays_of(weight):
+    """The arrays that a parameter is made of: words and scales, or itself."""
+    return (weight.words, weight.scales) if isinstance(weight, Quantized) else (weight,)
+
+
+def form_of(weight):
+    """Form of a parameter, None if it is an array."""
+    return weight.form if isinstance(weight, Quantized) else None
+
+
+def joined(form, arrays):
+    """The parameter that is made of these arrays."""
+    return arrays[0] if form is None else Quantized(form, *arrays)
 
 
 def place(x, form):
