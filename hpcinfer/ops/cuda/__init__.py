@@ -1,8 +1,16 @@
-"""Fast forms for NVIDIA GPUs: CUDA kernels through CuPy."""
+"""Fast forms for NVIDIA GPUs: CUDA kernels, and cuBLAS for what is large, both through CuPy.
 
-FILES = ()
+Each file has its kernels in a CUDA source of the same name, compiled when first launched; they
+include no header, and call no library.
+"""
+
+import importlib.util
+
+FILES = ("activation", "attention", "linear", "norm", "rope", "store")
 
 
 def missing():
     """Why nothing here can run: a line that says what is needed; None if it can."""
+    if importlib.util.find_spec("cupy") is None:
+        return "CuPy is not installed; pip install hpcinfer[cuda12] or hpcinfer[cuda13]"
     return None

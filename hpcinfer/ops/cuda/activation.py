@@ -1,0 +1,35 @@
+"""The gate of an FFN in one pass."""
+
+import numpy as np
+
+from hpcinfer import array
+from hpcinfer.ops.cuda.launch import aligned, launch
+
+_FUNCTIONS = ("silu", "gelu_tanh")
+
+OPTIONS = ((),)
+KERNELS = tuple(f"gated_{function}_{width}" for function in _FUNCTIONS for width in (1, 4))
+
+_THREADS = 256
+
+
+def gated(gate_up, function, widths):
+    """As `ops.activation.gated`, for silu and gelu_tanh."""
+    if function.__name__ not in _FUNCTIONS or gate_up.dtype != np.float32:
+        return NotImplemented
+    if not (gate_up.size and gate_up.flags.c_contiguous):
+        return NotImplemented
+    T, n_columns = gate_up.shape
+    y = array.namespace(gate_up).empty((T, sum(widths)), np.float32)
+    fours = n_columns % 8 == 0 and all(n % 4 == 0 for n in widths) and aligned(gate_up)
+    width, start = 4 if fours else 1, 0
+    for n in widths:
+        gate, up = gate_up[:, 2 * start :], gate_up[:, 2 * start + n :]
+        if n:
+            launch(
+                "activation", f"gated_{function.__name__}_{width}",
+                (-(-T * n // (width * _THREADS)),), _THREADS,
+                gate, up, y[:, start:], T, n, np.int64(n_columns), y.shape[1],
+            )  # fmt: skip
+        start += n
+    return y

@@ -1,0 +1,169 @@
+// Attention of single queries to the keys in pages, in the manner of flash decoding: the pages of a
+// query are split over blocks, and the blocks' partial results are merged. HELD is the type of the
+// cache, LANES the lanes that share a key, eight columns each.
+//
+// The table, in int32:
+//   a row for every query      token, where its pages begin, how many, first and last position seen
+//   an entry for every N heads key/value head, first query head, how many
+//   places                     of every page in the pool
+//   numbers                    which page of its sequence each one is
+
+constexpr float LOWEST = -3.402823466e38f, LOG2_E = 1.44269504f, LN_2 = 0.69314718f;
+constexpr int THREADS = 128, STREAMS = THREADS / LANES;
+
+// Groups of LANES lanes go over keys of their own, BATCH of them at a time, each with a softmax
+// under way for all N heads. Scores are in units of log 2, for the sake of exp2.
+template <int N>
+__device__ void decode(const float* q, const HELD* k_pages, const HELD* v_pages, const int* table,
+                       float* o, float* lse, int entries_at, int places_at, int numbers_at, int H,
+                       int G, int K, int page_bits, int pages_per_split, float scale) {
+    constexpr int BATCH = sizeof(HELD) == 2 && N <= 4 ? 4 : 2;
+    __shared__ float all_m[STREAMS][N], all_total[STREAMS][N], all_o[STREAMS][N][LANES * 8];
+    const int *row = table + 5 * blockIdx.z, *entry = table + entries_at + 3 * blockIdx.y;
+    int kv_head = entry[0], head = entry[1], n = entry[2], pages = row[2];
+    int first = row[3], last = row[4], splits = (int)gridDim.x, split = (int)blockIdx.x;
+    int stream = (int)threadIdx.x / LANES, column = (int)threadIdx.x % LANES * 8;
+    const int *places = table + places_at + row[1], *numbers = table + numbers_at + row[1];
+
+    // Take up the queries.
+    float query[N][8], sums[N][8], m[N], total[N];
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        bool mine = i < n && column < K;
+        const float* from = q + ((long long)row[0] * H + head + i) * K + column;
+        unpack(mine ? load8(from) : zero8<float>(), query[i]);
+        m[i] = LOWEST, total[i] = 0;
+#pragma unroll
+        for (int c = 0; c < 8; c++) query[i][c] *= scale * LOG2_E, sums[i][c] = 0;
+    }
+
+    // Every block has the same loop for all its threads, which sum over lanes in it.
+    int begin = (split * pages_per_split) << page_bits;
+    int end = min((split + 1) * pages_per_split, pages) << page_bits;
+    for (int base = begin; base < end; base += STREAMS * BATCH) {
+        // Read all keys and values of the batch before any is used.
+        Eight<HELD> k[BATCH], v[BATCH];
+        bool seen[BATCH];
+#pragma unroll
+        for (int b = 0; b < BATCH; b++) {
+            int key = base + b * STREAMS + stream;
+            k[b] = v[b] = zero8<HELD>();
+            seen[b] = false;
+            if (key < end) {
+                int page = key >> page_bits, offset = key & ((1 << page_bits) - 1);
+                int position = (numbers[page] << page_bits) + offset;
+                seen[b] = first <= position && position <= last;
+                if (seen[b] && column < K) {
+                    long long block = (long long)places[page] * G + kv_head;
+                    long long from = ((block << page_bits) + offset) * K + column;
+                    k[b] = load8(k_pages + from);
+                    v[b] = load8(v_pages + from);
+                }
+            }
+        }
+
+        // Score.
+        float scores[BATCH][N];
+#pragma unroll
+        for (int b = 0; b < BATCH; b++) {
+            float key[8];
+            unpack(k[b], key);
+#pragma unroll
+            for (int i = 0; i < N; i++) {
+                float score = 0;
+#pragma unroll
+                for (int c = 0; c < 8; c++) score += query[i][c] * key[c];
+                score = lanes_sum<LANES>(score);
+                scores[b][i] = seen[b] ? score : minus_infinity();
+            }
+        }
+
+        // Correct the sums so far to the new largest score.
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            float largest = m[i];
+#pragma unroll
+            for (int b = 0; b < BATCH; b++) largest = fmaxf(largest, scores[b][i]);
+            float correction = exp2f(m[i] - largest);
+            m[i] = largest, total[i] *= correction;
+#pragma unroll
+            for (int c = 0; c < 8; c++) sums[i][c] *= correction;
+        }
+
+        // Add the batch's values.
+#pragma unroll
+        for (int b = 0; b < BATCH; b++) {
+            float value[8];
+            unpack(v[b], value);
+#pragma unroll
+            for (int i = 0; i < N; i++) {
+                float weight = exp2f(scores[b][i] - m[i]);
+                total[i] += weight;
+#pragma unroll
+                for (int c = 0; c < 8; c++) sums[i][c] += weight * value[c];
+            }
+        }
+    }
+
+    // Merge the streams.
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        if (column == 0) all_m[stream][i] = m[i], all_total[stream][i] = total[i];
+#pragma unroll
+        for (int c = 0; c < 8; c++) all_o[stream][i][column + c] = sums[i][c];
+    }
+    __syncthreads();
+    long long out = ((long long)(splits == 1 ? row[0] : (int)blockIdx.z) * H + head) * splits + split;
+    for (int item = (int)threadIdx.x; item < n * K; item += THREADS) {
+        int i = item / K, c = item % K;
+        float largest = LOWEST, weight = 0, sum = 0;
+        for (int s = 0; s < STREAMS; s++) largest = fmaxf(largest, all_m[s][i]);
+        for (int s = 0; s < STREAMS; s++) {
+            float correction = exp2f(all_m[s][i] - largest);
+            weight += correction * all_total[s][i];
+            sum += correction * all_o[s][i][c];
+        }
+        o[(out + (long long)i * splits) * K + c] = weight > 0 ? sum / weight : 0.0f;
+        if (c == 0) {
+            float known = (largest + log2f(weight)) * LN_2;
+            lse[out + (long long)i * splits] = weight > 0 ? known : minus_infinity();
+        }
+    }
+}
+
+#define DECODE(N)                                                                               \
+    extern "C" __global__ void __launch_bounds__(128) decode_##N(                               \
+        const float* q, const HELD* k_pages, const HELD* v_pages, const int* table, float* o,   \
+        float* lse, int entries_at, int places_at, int numbers_at, int H, int G, int K,         \
+        int page_bits, int pages_per_split, float scale) {                                      \
+        decode<N>(q, k_pages, v_pages, table, o, lse, entries_at, places_at, numbers_at, H, G,  \
+                  K, page_bits, pages_per_split, scale);                                        \
+    }
+
+DECODE(1)
+DECODE(2)
+DECODE(4)
+DECODE(8)
+
+// The rule of `hpcinfer.ops.attention.merge` over the splits of one head of one query:
+// o_parts (rows, H, splits, K), lse_parts (rows, H, splits).
+extern "C" __global__ void merge_splits(const float* o_parts, const float* lse_parts,
+                                        const int* table, float* o, float* lse, int splits,
+                                        int K) {
+    int H = (int)gridDim.x, head = (int)blockIdx.x;
+    long long from = ((long long)blockIdx.y * H + head) * splits;
+    long long to = (long long)table[5 * blockIdx.y] * H + head;
+    float m = minus_infinity();
+    for (int s = 0; s < splits; s++) m = fmaxf(m, lse_parts[from + s]);
+    bool empty = m == minus_infinity();
+    for (int c = (int)threadIdx.x; c < K; c += (int)blockDim.x) {
+        float total = 0, sum = 0;
+        for (int s = 0; s < splits && !empty; s++) {
+            float weight = expf(lse_parts[from + s] - m);
+            total += weight;
+            sum += weight * o_parts[(from + s) * K + c];
+        }
+        o[to * K + c] = empty ? 0.0f : sum / total;
+        if (c == 0) lse[to] = empty ? m : m + logf(total);
+    }
+}

@@ -1,0 +1,168 @@
+"""Attention of decoding: queries over their pages, split over the device and merged."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from hpcinfer import array
+from hpcinfer.ops import attention as plain
+from hpcinfer.ops.cuda.launch import NAMES, aligned, kept, launch
+
+_HEADS, _LANES, _THREADS = (1, 2, 4, 8), (4, 8, 16, 32), 128
+
+OPTIONS = tuple(
+    (f"-DHELD={held}", f"-DLANES={lanes}") for held in NAMES.values() for lanes in _LANES
+)
+KERNELS = (*(f"decode_{heads}" for heads in _HEADS), "merge_splits")
+
+# Queries of a sequence up to which each reads the keys for itself; blocks that keep a large device
+# busy; pages below which a split costs more than it brings.
+_FEW_QUERIES, _BUSY_BLOCKS, _FEWEST_PAGES = 4, 512, 4
+
+
+def paged_attention(
+    q, q_tokens, k_pages, v_pages, books, *, scale, groups, window=None, v_columns=None
+):
+    """As `ops.attention.paged_attention`; sequences with many queries take the plain form."""
+    if v_columns is not None or not _served(q, k_pages, v_pages, groups):
+        return NotImplemented
+    table = _table(q_tokens, books, groups, window, k_pages)
+    if table is None:
+        return NotImplemented
+    xp = array.namespace(q)
+    q = xp.ascontiguousarray(q)
+    if not aligned(q):
+        return NotImplemented
+    o, lse = xp.empty(q.shape, np.float32), xp.empty(q.shape[:2], np.float32)
+    _decode(q, k_pages, v_pages, table, scale, o, lse)
+    for b, rows in table.others:
+        q_pos = q_tokens[rows, 1]
+        k, v, k_pos = plain.cached(k_pages, v_pages, books, b, plain.reach(q_pos, window))
+        o[rows], lse[rows] = plain.attention(
+            q[rows], k, v, q_pos, k_pos, scale=scale, groups=groups, window=window
+        )
+    return o, lse
+
+
+def _served(q, k_pages, v_pages, groups):
+    """True if the kernels serve these types and shapes."""
+    K, page = q.shape[-1], k_pages.shape[2]
+    return (
+        q.dtype == np.float32
+        and k_pages.dtype.name in NAMES
+        and k_pages.dtype == v_pages.dtype
+        and k_pages.shape == v_pages.shape
+        and k_pages.shape[1] == len(groups)
+        and sum(stop - start for start, stop in groups) == q.shape[1]
+        and K == k_pages.shape[3]
+        and K % 8 == 0
+        and 0 < K <= 8 * _LANES[-1]
+        and page & (page - 1) == 0
+        and k_pages.flags.c_contiguous
+        and v_pages.flags.c_contiguous
+        and aligned(k_pages, v_pages)
+    )
+
+
+@dataclass(frozen=True)
+class _Table:
+    """What the kernels must know of a step's queries; `attention.cu` says how it lies.
+
+    Attributes
+    ----------
+    values : (n,) int32, of the device
+    entries_at, places_at, numbers_at : where its parts begin
+    n_queries, n_entries : queries, and parts of at most `heads` query heads of one key/value head
+    pages_per_split, splits : into how many blocks a query's pages are split
+    others : list of (b, rows), sequences with more queries than the kernels serve
+    """
+
+    values: object
+    entries_at: int
+    places_at: int
+    numbers_at: int
+    n_queries: int
+    n_entries: int
+    heads: int
+    pages_per_split: int
+    splits: int
+    others: list
+
+
+def _table(q_tokens, books, groups, window, k_pages):
+    """Table of a step's queries; None if the kernels serve none of them."""
+    xp = array.namespace(k_pages)
+    groups = tuple(map(tuple, groups))
+    values = xp, groups, window
+    return kept((q_tokens, books), values, lambda: _build(q_tokens, books, groups, window, xp))
+
+
+def _build(q_tokens, books, groups, window, xp):
+    # The queries of every sequence with few, over the sequence's pages.
+    rows, places, numbers, others, n_pages, most = [], [], [], [], 0, 0
+    for b, tokens in plain.sequences(q_tokens):
+        if tokens.stop - tokens.start > _FEW_QUERIES:
+            others.append((b, tokens))
+            continue
+        positions = q_tokens[tokens, 1]
+        own_places, own_numbers = books.pages(b, plain.reach(positions, window))
+        for token, position in enumerate(positions.tolist(), tokens.start):
+            first = 0 if window is None else position - window + 1
+            last = min(position, int(books.lengths[b]) - 1)
+            rows.append((token, n_pages, len(own_places), first, last))
+        places.append(own_places)
+        numbers.append(own_numbers)
+        n_pages += len(own_places)
+        most = max(most, len(own_places))
+    if not rows:
+        return None
+
+    # The query heads of a key/value head, at most so many together.
+    largest = max(stop - start for start, stop in groups)
+    heads = next((n for n in _HEADS if n >= largest), _HEADS[-1])
+    entries = [
+        (g, head, min(heads, stop - head))
+        for g, (start, stop) in enumerate(groups)
+        for head in range(start, stop, heads)
+    ]
+
+    # As many splits as keep the device busy, of so many pages that each is worth its merge.
+    splits = min(-(-most // _FEWEST_PAGES), _BUSY_BLOCKS // (len(rows) * len(entries)))
+    pages_per_split = max(1, -(-most // max(1, splits)))
+    parts = [np.asarray(part, np.int32).reshape(-1) for part in (rows, entries, *places, *numbers)]
+    entries_at, places_at = 5 * len(rows), 5 * len(rows) + 3 * len(entries)
+    return _Table(
+        values=xp.asarray(np.concatenate(parts)),
+        entries_at=entries_at,
+        places_at=places_at,
+        numbers_at=places_at + n_pages,
+        n_queries=len(rows),
+        n_entries=len(entries),
+        heads=heads,
+        pages_per_split=pages_per_split,
+        splits=max(1, -(-most // pages_per_split)),
+        others=others,
+    )
+
+
+def _decode(q, k_pages, v_pages, table, scale, o, lse):
+    """Fill in the rows of o (T, H, K) and lse (T, H) that the table's queries have."""
+    xp, (_, H, K), (_, G, page, _) = array.namespace(q), q.shape, k_pages.shape
+    lanes = next(n for n in _LANES if 8 * n >= K)
+    options = (f"-DHELD={NAMES[k_pages.dtype.name]}", f"-DLANES={lanes}")
+    o_parts, lse_parts = o, lse
+    if table.splits > 1:
+        o_parts = xp.empty((table.n_queries, H, table.splits, K), np.float32)
+        lse_parts = xp.empty((table.n_queries, H, table.splits), np.float32)
+    launch(
+        "attention", f"decode_{table.heads}",
+        (table.splits, table.n_entries, table.n_queries), _THREADS,
+        q, k_pages, v_pages, table.values, o_parts, lse_parts,
+        table.entries_at, table.places_at, table.numbers_at, H, G, K,
+        page.bit_length() - 1, table.pages_per_split, float(scale), options=options,
+    )  # fmt: skip
+    if table.splits > 1:
+        launch(
+            "attention", "merge_splits", (H, table.n_queries), min(_THREADS, -(-K // 32) * 32),
+            o_parts, lse_parts, table.values, o, lse, table.splits, K, options=options,
+        )  # fmt: skip

@@ -1,0 +1,144 @@
+// What every source of this folder has before it: 16-bit values, loads of eight, sums over threads.
+// No header is included, so that a machine needs none to compile it.
+
+#ifdef __CUDACC__
+
+__device__ inline float half_to_float(unsigned short bits) {
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+    return x;
+}
+
+__device__ inline unsigned short float_to_half(float x) {
+    unsigned short bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+    return bits;
+}
+
+#endif
+
+// Values of 16 bits, as they lie in memory.
+struct f16 {
+    unsigned short bits;
+};
+
+struct bf16 {
+    unsigned short bits;
+};
+
+constexpr unsigned ALL_LANES = 0xffffffffu;
+
+__device__ inline float minus_infinity() { return __uint_as_float(0xff800000u); }
+
+// x rounded to the type of the second argument, nearest even.
+__device__ inline float rounded(float x, float) { return x; }
+
+__device__ inline float rounded(float x, f16) { return half_to_float(float_to_half(x)); }
+
+__device__ inline float rounded(float x, bf16) {
+    unsigned bits = __float_as_uint(x);
+    bool is_number = (bits & 0x7fffffffu) <= 0x7f800000u;
+    bits = is_number ? bits + 0x7fffu + ((bits >> 16) & 1u) : bits | 0x400000u;
+    return __uint_as_float(bits & 0xffff0000u);
+}
+
+// Write x, rounded to the type at hand.
+__device__ inline void narrow(float x, float* to) { *to = x; }
+
+__device__ inline void narrow(float x, f16* to) { to->bits = float_to_half(x); }
+
+__device__ inline void narrow(float x, bf16* to) {
+    to->bits = (unsigned short)(__float_as_uint(rounded(x, bf16())) >> 16);
+}
+
+// Eight values as they lie in memory, at a multiple of 16 bytes.
+template <class V>
+struct Eight {
+    uint4 words[sizeof(V) / 2];
+};
+
+template <class V>
+__device__ inline Eight<V> load8(const V* from) {
+    Eight<V> x;
+#pragma unroll
+    for (int i = 0; i < (int)sizeof(V) / 2; i++)
+        x.words[i] = reinterpret_cast<const uint4*>(from)[i];
+    return x;
+}
+
+template <class V>
+__device__ inline Eight<V> zero8() {
+    Eight<V> x;
+#pragma unroll
+    for (int i = 0; i < (int)sizeof(V) / 2; i++) x.words[i] = make_uint4(0, 0, 0, 0);
+    return x;
+}
+
+__device__ inline void unpack2(unsigned word, float* y, f16) {
+    y[0] = half_to_float((unsigned short)(word & 0xffffu));
+    y[1] = half_to_float((unsigned short)(word >> 16));
+}
+
+__device__ inline void unpack2(unsigned word, float* y, bf16) {
+    y[0] = __uint_as_float(word << 16);
+    y[1] = __uint_as_float(word & 0xffff0000u);
+}
+
+// The eight values in float32.
+template <class V>
+__device__ inline void unpack(const Eight<V>& x, float* y) {
+    unpack2(x.words[0].x, y, V());
+    unpack2(x.words[0].y, y + 2, V());
+    unpack2(x.words[0].z, y + 4, V());
+    unpack2(x.words[0].w, y + 6, V());
+}
+
+__device__ inline void unpack(const Eight<float>& x, float* y) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        y[4 * i] = __uint_as_float(x.words[i].x);
+        y[4 * i + 1] = __uint_as_float(x.words[i].y);
+        y[4 * i + 2] = __uint_as_float(x.words[i].z);
+        y[4 * i + 3] = __uint_as_float(x.words[i].w);
+    }
+}
+
+// N values that follow one another, 4 of them at a multiple of 16 bytes.
+template <int N>
+struct Run {
+    float x[N];
+};
+
+__device__ inline void load(const float* from, Run<1>& y) { y.x[0] = from[0]; }
+
+__device__ inline void load(const float* from, Run<4>& y) {
+    float4 x = *reinterpret_cast<const float4*>(from);
+    y.x[0] = x.x, y.x[1] = x.y, y.x[2] = x.z, y.x[3] = x.w;
+}
+
+__device__ inline void store(float* to, const Run<1>& y) { to[0] = y.x[0]; }
+
+__device__ inline void store(float* to, const Run<4>& y) {
+    *reinterpret_cast<float4*>(to) = make_float4(y.x[0], y.x[1], y.x[2], y.x[3]);
+}
+
+// Sum over groups of WIDTH lanes that follow one another, on each of them.
+template <int WIDTH>
+__device__ inline float lanes_sum(float x) {
+#pragma unroll
+    for (int step = WIDTH / 2; step > 0; step /= 2) x += __shfl_xor_sync(ALL_LANES, x, step);
+    return x;
+}
+
+// Sum over the threads of a block, on each of them; `partial` is room for one value a warp.
+__device__ inline float block_sum(float x, float* partial) {
+    x = lanes_sum<32>(x);
+    int warps = (int)blockDim.x / 32;
+    if (warps == 1) return x;
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = x;
+    __syncthreads();
+    float sum = 0;
+    for (int i = 0; i < warps; i++) sum += partial[i];
+    return sum;
+}

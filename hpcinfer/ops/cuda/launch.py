@@ -1,0 +1,111 @@
+"""CUDA kernels: their sources, compiled when first launched and kept for every device.
+
+CuPy compiles them with NVRTC for the device at hand, and keeps what it has compiled in the user's
+home folder.
+"""
+
+import functools
+from collections import deque
+from pathlib import Path
+
+import numpy as np
+
+# Names of the element types in the sources.
+NAMES = {"float32": "float", "float16": "f16", "bfloat16": "bf16"}
+
+_FOLDER = Path(__file__).resolve().parent
+_NULL = np.uint64(0)
+
+
+@functools.cache
+def source(file):
+    """CUDA C++ text of a file of this folder, with what is common to all before it."""
+    names = ("common.cuh", f"{file}.cu")
+    return "\n".join((_FOLDER / name).read_text(encoding="utf-8") for name in names)
+
+
+def launch(file, kernel, grid, threads, *args, options=()):
+    """Start a kernel on the current stream.
+
+    Parameters
+    ----------
+    file : name of its source, without the ending
+    grid : blocks along each axis
+    threads : threads of a block
+    args : arrays, None for a null pointer, int for a C++ int, float for a float, or NumPy scalars
+    options : of the compiler, definitions as a rule
+    """
+    _kernel(file, kernel, options)(grid, (threads,), tuple(map(_argument, args)))
+
+
+@functools.cache
+def _kernel(file, kernel, options):
+    return _module(file, options).get_function(kernel)
+
+
+@functools.cache
+def _module(file, options):
+    import cupy
+
+    return cupy.RawModule(code=source(file), options=("-std=c++14", *options))
+
+
+def _argument(x):
+    """What CuPy hands to the kernel: a Python number would become one of 64 bits."""
+    if type(x) is int:
+        return np.int32(x)
+    if type(x) is float:
+        return np.float32(x)
+    return _NULL if x is None else x
+
+
+# What the layers of the last steps have asked for: with windows or latent keys a few things each.
+_recent = deque(maxlen=16)
+
+
+def kept(objects, values, build):
+    """What `build` makes of these very objects and equal values; every layer of a step asks again.
+
+    Parameters
+    ----------
+    objects : tuple, compared by identity, and not to be changed
+    values : tuple, compared by value
+    """
+    for known, equal, result in _recent:
+        if (
+            len(known) == len(objects)
+            and all(a is b for a, b in zip(known, objects, strict=True))
+            and equal == values
+        ):
+            return result
+    result = build()
+    _recent.append((objects, values, result))
+    return result
+
+
+def aligned(*arrays):
+    """True if every array that is not None begins at a multiple of 16 bytes."""
+    return all(x is None or address(x) % 16 == 0 for x in arrays)
+
+
+def address(x):
+    """Where an array begins in memory."""
+    return x.ctypes.data if isinstance(x, np.ndarray) else x.data.ptr
+
+
+def rows_of(x):
+    """How the rows (last axis) of an array lie, if they are at most two axes of whole rows.
+
+    Returns
+    -------
+    inner : rows of the second axis but last, 1 for a matrix
+    outer_stride, inner_stride : float32 values from row to row, int64; None if it is not so
+    """
+    if x.dtype != np.float32 or not 1 <= x.ndim <= 3 or not 0 < x.size < 2**31:
+        return None
+    shape, strides = x.shape, [stride // 4 for stride in x.strides]
+    if shape[-1] > 1 and strides[-1] != 1:
+        return None
+    inner, inner_stride = (shape[1], strides[1]) if x.ndim == 3 else (1, 0)
+    outer_stride = strides[0] if x.ndim > 1 else 0
+    return inner, np.int64(outer_stride), np.int64(inner_stride)

@@ -1,0 +1,89 @@
+// Norms over the last axis, one block for a row. Rows lie `inner` to a group, with a stride within
+// the group and one between groups, so that heads within wider tokens need no copy.
+
+template <int N>
+__device__ void rms_norm(const float* x, const float* weight, float* y, int D, int inner,
+                         long long outer_stride, long long inner_stride, float eps) {
+    __shared__ float partial[32];
+    int row = (int)blockIdx.x;
+    x += (row / inner) * outer_stride + (row % inner) * inner_stride;
+    y += (long long)row * D;
+    int first = (int)threadIdx.x * N, step = (int)blockDim.x * N;
+
+    // Add up the squares.
+    float squares = 0;
+    Run<N> value, factor;
+    for (int i = first; i < D; i += step) {
+        load(x + i, value);
+#pragma unroll
+        for (int j = 0; j < N; j++) squares += value.x[j] * value.x[j];
+    }
+    float inverse = 1.0f / sqrtf(block_sum(squares, partial) / D + eps);
+
+    // Scale; the row is read again from the cache.
+    for (int i = first; i < D; i += step) {
+        load(x + i, value);
+        load(weight + i, factor);
+#pragma unroll
+        for (int j = 0; j < N; j++) value.x[j] = value.x[j] * inverse * factor.x[j];
+        store(y + i, value);
+    }
+}
+
+template <int N>
+__device__ void layer_norm(const float* x, const float* weight, const float* bias, float* y, int D,
+                           int inner, long long outer_stride, long long inner_stride, float eps) {
+    __shared__ float partial[32];
+    int row = (int)blockIdx.x;
+    x += (row / inner) * outer_stride + (row % inner) * inner_stride;
+    y += (long long)row * D;
+    int first = (int)threadIdx.x * N, step = (int)blockDim.x * N;
+
+    // The mean first: a difference of two large sums would be inexact.
+    float sum = 0;
+    Run<N> value, factor, shift;
+    for (int i = first; i < D; i += step) {
+        load(x + i, value);
+#pragma unroll
+        for (int j = 0; j < N; j++) sum += value.x[j];
+    }
+    float mean = block_sum(sum, partial) / D;
+
+    // The variance from centred values.
+    float squares = 0;
+    for (int i = first; i < D; i += step) {
+        load(x + i, value);
+#pragma unroll
+        for (int j = 0; j < N; j++) squares += (value.x[j] - mean) * (value.x[j] - mean);
+    }
+    float inverse = 1.0f / sqrtf(block_sum(squares, partial) / D + eps);
+
+    // Scale and shift.
+    for (int i = first; i < D; i += step) {
+        load(x + i, value);
+        load(weight + i, factor);
+#pragma unroll
+        for (int j = 0; j < N; j++) value.x[j] = (value.x[j] - mean) * inverse * factor.x[j];
+        if (bias != nullptr) {
+            load(bias + i, shift);
+#pragma unroll
+            for (int j = 0; j < N; j++) value.x[j] += shift.x[j];
+        }
+        store(y + i, value);
+    }
+}
+
+#define KERNELS(N)                                                                              \
+    extern "C" __global__ void rms_norm_##N(const float* x, const float* weight, float* y,      \
+                                            int D, int inner, long long outer_stride,           \
+                                            long long inner_stride, float eps) {                \
+        rms_norm<N>(x, weight, y, D, inner, outer_stride, inner_stride, eps);                   \
+    }                                                                                           \
+    extern "C" __global__ void layer_norm_##N(                                                  \
+        const float* x, const float* weight, const float* bias, float* y, int D, int inner,     \
+        long long outer_stride, long long inner_stride, float eps) {                            \
+        layer_norm<N>(x, weight, bias, y, D, inner, outer_stride, inner_stride, eps);           \
+    }
+
+KERNELS(1)
+KERNELS(4)

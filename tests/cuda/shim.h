@@ -1,0 +1,167 @@
+// Runs a CUDA source on the host: the threads of a block take turns, and wait for one another where
+// they meet. `run_NAME` starts a kernel, `signature_NAME` says what its arguments are.
+
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __shared__ static
+#define __launch_bounds__(threads)
+
+struct uint3 {
+    unsigned x, y, z;
+};
+
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+
+static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+
+static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+static uint3 threadIdx, blockIdx, blockDim, gridDim;
+
+static int min(int a, int b) { return a < b ? a : b; }
+
+static float __uint_as_float(unsigned bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+static unsigned __float_as_uint(float x) {
+    unsigned bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
+
+static float half_to_float(unsigned short bits) {
+    int exponent = bits >> 10 & 31, fraction = bits & 1023;
+    float size = exponent == 31  ? (fraction ? NAN : INFINITY)
+                 : exponent == 0 ? ldexpf((float)fraction, -24)
+                                 : ldexpf((float)(fraction + 1024), exponent - 25);
+    return bits >> 15 ? -size : size;
+}
+
+static unsigned short float_to_half(float x) {
+    unsigned sign = __float_as_uint(x) >> 16 & 0x8000u;
+    if (std::isnan(x)) return (unsigned short)(sign | 0x7e00u);
+    float size = fabsf(x);
+    int exponent = size < ldexpf(1, -14) ? -14 : ilogbf(size);
+
+    // Rounds to nearest even; a carry runs into the exponent as it should.
+    unsigned steps = (unsigned)nearbyintf(ldexpf(size, 10 - (exponent > 16 ? 16 : exponent)));
+    if (size >= 65520.0f) return (unsigned short)(sign | 0x7c00u);
+    return (unsigned short)(sign | (steps + ((unsigned)(exponent + 14) << 10)));
+}
+
+// Threads that meet: the last to come lets all go on.
+struct Meeting {
+    int size, waiting, number;
+};
+
+static ucontext_t scheduler;
+static std::vector<ucontext_t> threads;
+static std::vector<char> ended;
+static std::vector<Meeting> warps;
+static Meeting block;
+static float exchange[1024];
+static int current;
+static bool progress;
+
+static void meet(Meeting& meeting) {
+    int number = meeting.number;
+    if (++meeting.waiting == meeting.size) {
+        meeting.waiting = 0, meeting.number++, progress = true;
+    } else {
+        while (meeting.number == number) swapcontext(&threads[current], &scheduler);
+    }
+}
+
+static void __syncthreads() { meet(block); }
+
+static float __shfl_xor_sync(unsigned, float x, int step) {
+    exchange[current] = x;
+    meet(warps[current / 32]);
+    float y = exchange[current ^ step];
+    meet(warps[current / 32]);
+    return y;
+}
+
+// Kernels with the arguments that `a` points to.
+template <class... P, size_t... I>
+static void call(void (*kernel)(P...), void** a, std::index_sequence<I...>) {
+    kernel(*static_cast<P*>(a[I])...);
+}
+
+template <class... P>
+static void call(void (*kernel)(P...), void** a) {
+    call(kernel, a, std::index_sequence_for<P...>());
+}
+
+static char letter(const void*) { return 'p'; }
+static char letter(int) { return 'i'; }
+static char letter(long long) { return 'l'; }
+static char letter(float) { return 'f'; }
+
+template <class... P>
+static void signature(void (*)(P...), char* text) {
+    char letters[] = {letter(P())..., 0};
+    strcpy(text, letters);
+}
+
+static void (*body)(void**);
+static void** arguments;
+
+static void one_thread() {
+    body(arguments);
+    ended[current] = 1, progress = true;
+}
+
+static int run(const unsigned* grid, int n) {
+    static std::vector<std::vector<char>> stacks;
+    gridDim = {grid[0], grid[1], grid[2]}, blockDim = {(unsigned)n, 1, 1};
+    while ((int)stacks.size() < n) stacks.emplace_back(256 << 10);
+    threads.resize(n);
+    for (unsigned i = 0; i < grid[0] * grid[1] * grid[2]; i++) {
+        blockIdx = {i % grid[0], i / grid[0] % grid[1], i / grid[0] / grid[1]};
+        ended.assign(n, 0), warps.assign(n / 32, {32, 0, 0}), block = {n, 0, 0};
+        for (int t = 0; t < n; t++) {
+            getcontext(&threads[t]);
+            threads[t].uc_stack.ss_sp = stacks[t].data();
+            threads[t].uc_stack.ss_size = stacks[t].size();
+            threads[t].uc_link = &scheduler;
+            makecontext(&threads[t], one_thread, 0);
+        }
+        for (int left = n; left > 0;) {
+            left = 0, progress = false;
+            for (current = 0; current < n; current++) {
+                if (ended[current]) continue;
+                threadIdx = {(unsigned)current, 0, 0};
+                swapcontext(&scheduler, &threads[current]);
+                left += !ended[current];
+            }
+            if (left && !progress) return 1;  // some wait for others that never come
+        }
+    }
+    return 0;
+}
+
+#define RUN(NAME)                                                                           \
+    extern "C" int run_##NAME(const unsigned* grid, int n, void** a) {                      \
+        body = [](void** a) { call(NAME, a); }, arguments = a;                              \
+        return run(grid, n);                                                                \
+    }                                                                                       \
+    extern "C" void signature_##NAME(char* text) { signature(NAME, text); }

@@ -1,0 +1,398 @@
+"""The CUDA kernels: compiled for two kinds of GPU, run thread by thread on the host, and on a GPU.
+
+Without a GPU their sources are compiled as C++ with `cuda/shim.h`, which lets the threads of a
+block take turns, and are called by the very functions that start them on a device.
+"""
+
+import ctypes
+import functools
+import importlib
+import importlib.util
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hpcinfer import array
+from hpcinfer.model.step import Books
+from hpcinfer.ops import activation, attention, cuda, fastest, linear, norm, rope, store
+from hpcinfer.ops.cuda import launch
+
+pytestmark = pytest.mark.single
+
+SHIM = Path(__file__).resolve().parent / "cuda" / "shim.h"
+ARCHITECTURES = ("sm_80", "sm_90")
+HALVES = ("float16", "bfloat16")
+
+
+def fast(place):
+    """The module of fast forms of a file."""
+    return importlib.import_module(f"hpcinfer.ops.cuda.{place}")
+
+
+def plain(function):
+    return getattr(function, "plain", function)
+
+
+# Compiling for a GPU
+
+
+class Nvrtc:
+    """NVIDIA's compiler at run time, the one that CuPy uses."""
+
+    def __init__(self, path):
+        for builtins in path.parent.glob("libnvrtc-builtins.so*"):
+            ctypes.CDLL(str(builtins), ctypes.RTLD_GLOBAL)
+        self.library = ctypes.CDLL(str(path))
+
+    def cubin(self, text, options):
+        """(binary, log) of a source; the binary is None if it does not compile."""
+        program = ctypes.c_void_p()
+        self._call("nvrtcCreateProgram", ctypes.byref(program), text.encode(), b"", 0, None, None)
+        given = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+        status = self.library.nvrtcCompileProgram(program, len(options), given)
+        log = self._result("nvrtcGetProgramLog", program).rstrip(b"\0\n").decode()
+        binary = None if status else self._result("nvrtcGetCUBIN", program)
+        self._call("nvrtcDestroyProgram", ctypes.byref(program))
+        return binary, log
+
+    def _result(self, function, program):
+        size = ctypes.c_size_t()
+        self._call(f"{function}Size", program, ctypes.byref(size))
+        result = ctypes.create_string_buffer(size.value)
+        self._call(function, program, result)
+        return result.raw
+
+    def _call(self, function, *args):
+        status = getattr(self.library, function)(*args)
+        assert status == 0, f"{function}: {status}"
+
+
+@functools.cache
+def nvrtc():
+    """NVRTC of a wheel or beside nvcc; None if there is none."""
+    spec = importlib.util.find_spec("nvidia")
+    folders = [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
+    if shutil.which("nvcc"):
+        root = Path(shutil.which("nvcc")).resolve().parent.parent
+        folders += [root / "lib64", *root.glob("targets/*/lib")]
+    for folder in folders:
+        for path in sorted(folder.rglob("libnvrtc.so*"), key=lambda path: len(path.name)):
+            try:
+                return Nvrtc(path)
+            except OSError:
+                continue
+    return None
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("file", cuda.FILES)
+def test_compiles(file, architecture):
+    """Every source compiles without a word, and has the kernels that the Python side names."""
+    compiler = nvrtc()
+    if compiler is None:
+        pytest.skip("neither a wheel nvidia-cuda-nvrtc nor nvcc is installed")
+
+    # Of several variants each kind of GPU has every other.
+    own = fast(file).OPTIONS[ARCHITECTURES.index(architecture) :: 2] or fast(file).OPTIONS
+    for options in own:
+        options = (f"--gpu-architecture={architecture}", "-std=c++14", *options)
+        binary, log = compiler.cubin(launch.source(file), options)
+        assert not log and binary is not None, f"{options}: {log}"
+        found = {name.decode() for name in re.findall(rb"\.text\.(\w+)\0", binary)}
+        assert found == set(fast(file).KERNELS)
+
+
+def test_no_kernel_lacks_a_name():
+    """Every file of fast forms has its source, and every function a plain form of its name."""
+    folder = Path(cuda.__file__).parent
+    assert {path.stem for path in folder.glob("*.cu")} == set(cuda.FILES)
+    for place in cuda.FILES:
+        module, oracle = fast(place), importlib.import_module(f"hpcinfer.ops.{place}")
+        own = [name for name in vars(module) if not name.startswith("_")]
+        functions = [getattr(module, name) for name in own if callable(getattr(module, name))]
+        functions = [f for f in functions if getattr(f, "__module__", "") == module.__name__]
+        assert functions and all(hasattr(oracle, f.__name__) for f in functions)
+
+
+# Running, on the host or on a GPU
+
+
+@functools.cache
+def compiled(folder, file, options):
+    """A source as a library for the host."""
+    name = "-".join([file, *(re.sub(r"\W", "", option) for option in options)])
+    source, library = folder / f"{name}.cc", folder / f"{name}.so"
+    runs = "\n".join(f"RUN({kernel})" for kernel in fast(file).KERNELS)
+    source.write_text(f"{launch.source(file)}\n{runs}\n", encoding="utf-8")
+    command = ["g++", "-std=c++14", "-O1", "-ffp-contract=off", "-fno-gnu-unique", "-w"]
+    command += [
+        "-shared",
+        "-fPIC",
+        "-include",
+        str(SHIM),
+        *options,
+        str(source),
+        "-o",
+        str(library),
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    return ctypes.CDLL(str(library))
+
+
+class HostKernel:
+    """A kernel that runs on the host when it is started."""
+
+    def __init__(self, library, name):
+        self.run = getattr(library, f"run_{name}")
+        text = ctypes.create_string_buffer(64)
+        getattr(library, f"signature_{name}")(text)
+        self.signature, self.name = text.value.decode(), name
+
+    def __call__(self, grid, block, args):
+        letters = {np.int32: "i", np.int64: "l", np.float32: "f"}
+        given = "".join(letters.get(type(x), "p") for x in args)
+        assert given == self.signature, f"{self.name} takes {self.signature}, got {given}"
+        arrays = [x if np.isscalar(x) else np.uint64(x.ctypes.data) for x in args]
+        places = [np.array([x]) for x in arrays]
+        pointers = (ctypes.c_void_p * len(args))(*(x.ctypes.data for x in places))
+        shape = (ctypes.c_uint * 3)(*(grid + (1, 1))[:3])
+        assert self.run(shape, block[0], pointers) == 0, f"{self.name}: threads wait for ever"
+
+
+@pytest.fixture(scope="session")
+def library_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("cuda")
+
+
+@pytest.fixture(params=["host", "device"])
+def put(request, monkeypatch):
+    """Function that brings an array to where the kernels run."""
+    launch._recent.clear()
+    fastest.use("plain")
+    request.addfinalizer(lambda: fastest.use("auto"))
+    if request.param == "device":
+        if not array._gpu_count():
+            pytest.skip("no GPU")
+        return array.Device("cuda").put
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed")
+    folder = request.getfixturevalue("library_folder")
+
+    def kernel(file, name, options):
+        return HostKernel(compiled(folder, file, options), name)
+
+    monkeypatch.setattr(launch, "_kernel", kernel)
+    return lambda x: x
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(5)
+
+
+def normal(rng, *shape):
+    return rng.standard_normal(shape, np.float32)
+
+
+def agree(result, expected, tolerance=2e-6):
+    """Compare results of a fast form with those of the plain one, on the host."""
+    assert result is not NotImplemented
+    result = result if isinstance(result, tuple) else (result,)
+    expected = expected if isinstance(expected, tuple) else (expected,)
+    for got, wanted in zip(result, expected, strict=True):
+        got = array.host(got)
+        assert got.dtype == wanted.dtype and got.shape == wanted.shape
+        np.testing.assert_allclose(got, wanted, rtol=tolerance, atol=tolerance)
+
+
+# Norms, rope, gate
+
+
+@pytest.mark.parametrize("shape", [(3, 64), (2, 1000), (5, 7), (64,), (2, 3, 16)])
+def test_norms(put, rng, shape):
+    x, weight, bias = normal(rng, *shape), normal(rng, shape[-1]), normal(rng, shape[-1])
+    agree(fast("norm").rms_norm(put(x), put(weight), 1e-5), plain(norm.rms_norm)(x, weight, 1e-5))
+    for b in (bias, None):
+        got = fast("norm").layer_norm(put(x), put(weight), None if b is None else put(b), 1e-5)
+        agree(got, plain(norm.layer_norm)(x, weight, b, 1e-5))
+
+
+@pytest.mark.parametrize("columns", [slice(0, 2), slice(2, 5)])
+def test_norm_of_heads_within_tokens(put, rng, columns):
+    """Heads that lie within wider tokens are read where they are."""
+    x, weight = normal(rng, 3, 6, 16), normal(rng, 16)
+    got = fast("norm").rms_norm(put(x)[:, columns], put(weight), 1e-6)
+    agree(got, plain(norm.rms_norm)(x[:, columns], weight, 1e-6))
+
+
+@pytest.mark.parametrize(("K", "half"), [(16, 8), (16, 4), (10, 3)])
+@pytest.mark.parametrize("columns", [slice(0, 4), slice(4, 6)])
+def test_rotate(put, rng, K, half, columns):
+    x, cos, sin = normal(rng, 5, 6, K), normal(rng, 5, half), normal(rng, 5, half)
+    got = fast("rope").rotate(put(x)[:, columns], put(cos), put(sin))
+    agree(got, plain(rope.rotate)(x[:, columns], cos, sin))
+
+
+@pytest.mark.parametrize("widths", [(8,), (300,), (8, 4), (3, 5), (7, 0, 1)])
+@pytest.mark.parametrize("name", ["silu", "gelu_pytorch_tanh"])
+def test_gated(put, rng, name, widths):
+    gate_up, function = 3 * normal(rng, 5, 2 * sum(widths)), activation.activation(name)
+    got = fast("activation").gated(put(gate_up), function, widths)
+    agree(got, plain(activation.gated)(gate_up, function, widths), 1e-5)
+
+
+def test_other_activations_are_left_to_the_plain_form(put, rng):
+    got = fast("activation").gated(put(normal(rng, 2, 8)), activation.relu, (4,))
+    assert got is NotImplemented
+
+
+# Keys and values
+
+
+@pytest.mark.parametrize("dtype", sorted(array.DTYPES))
+@pytest.mark.parametrize("width", [12, 4, 0])
+def test_store(put, rng, dtype, width):
+    """Some rows of heads within wider tokens, rounded; nothing else is written."""
+    x, rows, slots = normal(rng, 5, 6, 12), np.array([0, 3, 4]), np.array([70, 31, 32])
+    x[0, 2:4, :4] = np.inf, -np.inf, np.nan, 1e-6
+    shapes, there = ((3, 2, 32, 12), (3, 2, 32, width)), put(x)
+    pages = [normal(rng, *shape).astype(array.DTYPES[dtype]) for shape in shapes]
+    got = [put(p.copy()) for p in pages]
+    fast_store, plain_store = fast("store").store, plain(store.store)
+    plain_store(x[:, 2:4], x[:, 4:, :width], rows, *pages, slots)
+    assert fast_store(there[:, 2:4], there[:, 4:, :width], rows, *got, slots) is None
+    for result, expected in zip(got, pages, strict=True):
+        np.testing.assert_array_equal(array.host(array.widen(result)), array.widen(expected))
+
+
+def test_store_of_nothing(put, rng):
+    k, pages, none = put(normal(rng, 2, 1, 8)), put(normal(rng, 1, 1, 32, 8)), np.empty(0, np.int64)
+    assert fast("store").store(k, k, none, pages, pages, none) is None
+
+
+# Products
+
+
+def weight_of(rng, name, *shape):
+    return normal(rng, *shape).astype(array.DTYPES[name])
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("T", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize(("n_in", "n_out"), [(8, 1), (520, 37)])
+def test_linear_of_few_tokens(put, rng, monkeypatch, dtype, T, n_in, n_out):
+    """Any number of outputs to a warp, with a last warp that has fewer."""
+    x, weight, bias = normal(rng, T, n_in), weight_of(rng, dtype, n_out, n_in), normal(rng, n_out)
+    expected = plain(linear.linear)(x, weight, bias)
+    for busy in (1, 16, 1000):
+        monkeypatch.setattr(fast("linear"), "_BUSY_WARPS", busy)
+        agree(fast("linear").linear(put(x), put(weight), put(bias)), expected, 2e-4)
+    agree(fast("linear").linear(put(x), put(weight)), plain(linear.linear)(x, weight), 2e-4)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("T", "n_in"), [(9, 64), (3, 12), (40, 256)])
+def test_linear_of_many_tokens(rng, dtype, T, n_in):
+    """cuBLAS, which only a GPU has."""
+    if not array._gpu_count():
+        pytest.skip("no GPU")
+    put = array.Device("cuda").put
+    x, weight, bias = normal(rng, T, n_in), weight_of(rng, dtype, 24, n_in), normal(rng, 24)
+    got = fast("linear").linear(put(x), put(weight), put(bias))
+    agree(got, plain(linear.linear)(x, weight, bias), 2e-4)
+
+
+def test_linear_leaves_float32_to_the_plain_form(put, rng):
+    x, weight = put(normal(rng, 2, 8)), put(normal(rng, 4, 8))
+    assert fast("linear").linear(x, weight) is NotImplemented
+
+
+# Attention
+
+
+def in_pages(rng, lengths, n_heads, K, dtype, page=32, pool=0, pools=1):
+    """Random keys and values of sequences in pages: (k_pages, v_pages, books)."""
+    n_pages = [-(-length // page) for length in lengths]
+    places = np.zeros((len(lengths), max(n_pages)), np.int64)
+    order = rng.permutation(sum(n_pages))
+    for b, n in enumerate(n_pages):
+        places[b, :n] = order[sum(n_pages[:b]) :][:n]
+    books = Books(places, np.arange(len(lengths)) % pools, pool, pools, np.array(lengths))
+    shape = (sum(n_pages), n_heads, page, K)
+    k, v = (normal(rng, *shape).astype(array.DTYPES[dtype]) for _ in range(2))
+    return k, v, books
+
+
+def attend(put, q, tokens, k, v, books, groups, window):
+    options = {"scale": q.shape[-1] ** -0.5, "groups": groups, "window": window}
+    got = fast("attention").paged_attention(put(q), tokens, put(k), put(v), books, **options)
+    expected = plain(attention.paged_attention)(q, tokens, k, v, books, **options)
+    agree(got, expected, 1e-5)
+
+
+def tokens_at(*runs):
+    """(T, 2) of runs (sequence, first position, tokens)."""
+    rows = [(b, start + i) for b, start, n in runs for i in range(n)]
+    return np.array(rows, np.int32)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "K", "groups"),
+    [
+        ("bfloat16", 64, [(0, 2), (2, 4)]),
+        ("float16", 80, [(0, 3), (3, 4)]),
+        ("float32", 16, [(0, 1)]),
+        ("bfloat16", 256, [(0, 9)]),
+    ],
+)
+@pytest.mark.parametrize("window", [None, 20])
+def test_decode(put, rng, dtype, K, groups, window):
+    """Sequences of several lengths, heads and a window; one split or more."""
+    lengths = [1, 40, 333]
+    k, v, books = in_pages(rng, lengths, len(groups), K, dtype)
+    q = normal(rng, 3, groups[-1][1], K)
+    tokens = tokens_at(*((b, n - 1, 1) for b, n in enumerate(lengths)))
+    attend(put, q, tokens, k, v, books, groups, window)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("pool", [0, 1, 2])
+def test_decode_over_a_part_of_the_pages(put, rng, monkeypatch, splits, pool):
+    """A rank that has every third page, of some sequences none."""
+    monkeypatch.setattr(fast("attention"), "_FEWEST_PAGES", 1)
+    monkeypatch.setattr(fast("attention"), "_BUSY_BLOCKS", 6 * splits)
+    lengths = [5, 290, 33]
+    k, v, books = in_pages(rng, lengths, 2, 32, "bfloat16", pool=pool, pools=3)
+    tokens = tokens_at(*((b, n - 1, 1) for b, n in enumerate(lengths)))
+    attend(put, normal(rng, 3, 4, 32), tokens, k, v, books, [(0, 2), (2, 4)], None)
+
+
+def test_decode_beside_prefill(put, rng):
+    """Sequences with one query, with some and with many, whose queries see different keys."""
+    k, v, books = in_pages(rng, [50, 70, 64], 1, 32, "float16")
+    tokens = tokens_at((0, 49, 1), (1, 67, 3), (2, 40, 24))
+    attend(put, normal(rng, len(tokens), 2, 32), tokens, k, v, books, [(0, 2)], 40)
+
+
+def test_tables_are_kept_for_the_layers_of_a_step(put, rng):
+    """Every layer asks with the same arrays; another step does not find them."""
+    k, v, books = in_pages(rng, [40], 1, 16, "float32")
+    tokens, table = tokens_at((0, 39, 1)), fast("attention")._table
+    first = table(tokens, books, [(0, 2)], None, k)
+    assert table(tokens, books, [(0, 2)], None, k) is first
+    assert table(tokens, books, [(0, 2)], 8, k) is not first
+    assert table(tokens.copy(), books, [(0, 2)], None, k) is not first
+
+
+def test_decode_leaves_what_it_does_not_serve(put, rng):
+    """Latent keys, wide or odd heads, and prefill alone."""
+    groups, call = [(0, 2)], fast("attention").paged_attention
+    for K, n, v_columns in ((264, 1, None), (12, 1, None), (16, 1, 8), (16, 9, None)):
+        k, v, books = in_pages(rng, [40], 1, K, "float32")
+        q, tokens = put(normal(rng, n, 2, K)), tokens_at((0, 40 - n, n))
+        options = {"scale": 1.0, "groups": groups, "v_columns": v_columns}
+        assert call(q, tokens, put(k), put(v), books, **options) is NotImplemented
