@@ -24,6 +24,7 @@ setup(
     license="BSD-3-Clause",
     license_files=["LICENSE"],
     packages=find_packages(include=["hpcinfer", "hpcinfer.*"]),
+    package_data={"hpcinfer.ops.cuda": ["*.cu", "*.cuh"]},
     python_requires=">=3.11",
     install_requires=[
         "numpy>=1.26",
@@ -37,8 +38,8 @@ setup(
     ],
     extras_require={
         "mpi": ["mpich>=4.3"],
-        "cuda12": ["cupy-cuda12x>=13.0"],
-        "cuda13": ["cupy-cuda13x>=13.6"],
+        "cuda12": ["cupy-cuda12x[ctk]>=14.0", "numpy>=2.1.2"],
+        "cuda13": ["cupy-cuda13x[ctk]>=14.0", "numpy>=2.1.2"],
         "test": [
             "pytest>=8.2",
             "pytest-mpi>=0.6",
