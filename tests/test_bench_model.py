@@ -1,20 +1,34 @@
 """`hpcinfer bench` of a loaded model: tiny models, few steps, sound rows; no time is judged."""
 
+import importlib.util
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from pytest import approx
 
 from hpcinfer import array
-from hpcinfer.bench import drive, limits, measure, work
+from hpcinfer.bench import (
+    collectives,
+    decode,
+    drive,
+    limits,
+    load,
+    machine,
+    measure,
+    prefill,
+    scaling,
+    work,
+)
 from hpcinfer.bench.random_checkpoint import RandomCheckpoint, has_weights
 from hpcinfer.cli import main
 from hpcinfer.io.checkpoint import open_checkpoint
 from hpcinfer.model.families import read_architecture
 from hpcinfer.ops import fastest
 
+SHIPPED = Path(__file__).resolve().parent.parent / "data" / "model"
 HPCINFER = (sys.executable, "-m", "hpcinfer")
 FIELDS = {
     "bench", "model", "dtype", "batch", "context", "ranks", "threads", "tokens_per_s",
@@ -69,7 +83,8 @@ def run(comm, folder, *words):
 def sound(rows, bench, ranks):
     """True if the rows have the fields of a bench of a model, and they agree with each other."""
     for row in rows:
-        assert FIELDS <= row.keys() and row["bench"] == bench and row["ranks"] == ranks
+        assert FIELDS <= row.keys() and row["bench"] == bench
+        assert ranks is None or row["ranks"] == ranks
         assert min(row["time_s"], row["tokens_per_s"], row["limit_tokens_per_s"]) > 0
         assert row["share_of_limit"] == approx(row["tokens_per_s"] / row["limit_tokens_per_s"])
         assert row["peak_bytes"] > row["weight_bytes"] > 0
@@ -80,7 +95,11 @@ def sound(rows, bench, ranks):
 
 
 def test_decode_rows(comm, config, shared_path, capsys):
+    """By the command: a table, the rows as JSON, and a picture where it can be drawn."""
     words = ("--batch", "1,3", "--context", "5,70", "--new", 2, "--repeat", 2, "--dtype", "float32")
+    picture = shared_path / "decode.svg"
+    if importlib.util.find_spec("matplotlib"):
+        words += ("--plot", picture)
     rows = run(comm, shared_path, "decode", config(), *words)
     assert sound(rows, "decode", comm.size)
     assert [(r["batch"], r["context"]) for r in rows] == [(1, 5), (3, 5), (1, 70), (3, 70)]
@@ -88,36 +107,37 @@ def test_decode_rows(comm, config, shared_path, capsys):
     assert rows[0]["tokens_per_s"] == approx(1 / rows[0]["time_s"])
     assert rows[2]["read_bytes"] > rows[0]["read_bytes"] and rows[1]["flop"] > rows[0]["flop"]
     assert ("of limit %" in capsys.readouterr().out) == (comm.rank == 0)
+    assert picture not in words or picture.read_bytes()[:5] == b"<?xml"
 
 
-def test_decode_with_replicas(comm, config, shared_path):
+def test_decode_with_replicas(comm, config):
     """A replica without a sequence adds nothing; the weights that count are read all the same."""
-    words = ("--batch", "1,4", "--context", 5, "--new", 2, "--repeat", 1)
-    one, four = run(comm, shared_path, "decode", config(), *words, "--layout", f"dp={comm.size}")
+    setting = drive.Setting(config(), layout=f"dp={comm.size}")
+    one, four = decode.run(comm, setting, [1, 4], [5], 2, 1)
     assert one["steps"] == four["steps"] == 2
     assert one["batch"] == 1 and four["tokens_per_s"] > 0
     busy = min(4, comm.size)
     assert busy * 0.9 < four["read_bytes"] / one["read_bytes"] < busy * 1.5
 
 
-def test_decode_of_experts(comm, config, shared_path):
-    words = ("--batch", "1,6", "--context", 8, "--new", 2, "--repeat", 1, "--kernels", "plain")
-    one, six = run(comm, shared_path, "decode", config(MOE), *words)
+def test_decode_of_experts(comm, config):
+    setting = drive.Setting(config(MOE), kernels="plain")
+    one, six = decode.run(comm, setting, [1, 6], [8], 2, 1)
     assert one["touched_share"] == approx(2 / 8)
     assert 2 / 8 <= six["touched_share"] <= 1
     assert one["kernels"] == "plain"
 
 
-def test_prefill_rows(comm, config, shared_path):
-    words = ("--batch", "1,2", "--context", "5,70", "--repeat", 1, "--step-tokens", 64)
-    rows = run(comm, shared_path, "prefill", config(), *words)
+def test_prefill_rows(comm, config):
+    rows = prefill.run(comm, drive.Setting(config(), step_tokens=64), [1, 2], [5, 70], 1)
     assert sound(rows, "prefill", comm.size)
     assert [(r["batch"], r["context"]) for r in rows] == [(1, 5), (2, 5), (1, 70), (2, 70)]
     for row in rows:
         assert row["tokens_per_s"] == approx(row["batch"] * row["context"] / row["time_s"])
+    assert len(prefill.table(rows).splitlines()) == 4 + 1 + len(rows)
 
 
-def test_cases_that_do_not_fit_are_left_out(comm, config, shared_path, monkeypatch, capsys):
+def test_cases_that_do_not_fit_are_left_out(comm, config, monkeypatch, capsys):
     init = drive.Bench.__init__
 
     def small(self, *arguments):
@@ -125,10 +145,11 @@ def test_cases_that_do_not_fit_are_left_out(comm, config, shared_path, monkeypat
         self.most_pages = 2
 
     monkeypatch.setattr(drive.Bench, "__init__", small)
-    words = ("--batch", "1,400", "--context", 8, "--new", 1, "--repeat", 1)
-    rows = run(comm, shared_path, "decode", config(), *words)
+    rows = decode.run(comm, drive.Setting(config()), [1, 400], [8], 1, 1)
     assert [row["batch"] for row in rows] == [1]
     assert ("skipped   400 sequences" in capsys.readouterr().err) == (comm.rank == 0)
+    with pytest.raises(ValueError, match="bench: got no case whose cache fits"):
+        decode.run(comm, drive.Setting(config()), [400], [8], 1, 1)
 
 
 @pytest.mark.single
@@ -136,6 +157,101 @@ def test_a_turn_is_a_token_of_every_sequence():
     """Micro-batches add up; steps with prompts do not count."""
     spent = drive.Spent([(3, 2, 9.0), (2, 0, 1.0), (1, 0, 2.0), (2, 0, 3.0), (1, 0, 4.0)], 3)
     assert spent.turns_s() == [3.0, 7.0] and spent.prompts_s() == 9.0
+
+
+def test_decode_of_codes(comm, config):
+    """Random codes have the bytes of quantised weights, and weights of the usual size."""
+    path, nbytes = config(LLAMA | {"hidden_size": 128, "intermediate_size": 256}), {}
+    for bits in (None, 8, 4):
+        bench = drive.Bench(comm, drive.Setting(path, bits=bits), 1, 12)
+        facts = bench.facts()
+        assert facts["weights"] == (f"int{bits} in groups of 32" if bits else "bfloat16")
+        nbytes[bits] = facts["weight_bytes"]
+        bench.allocate(bench.pages(1, 8))
+        assert len(bench.decode(1, 5, 2).turns_s()) == 2
+    assert comm.size > 1 or nbytes[4] < nbytes[8] < nbytes[None]
+
+
+# --- load, scaling, collectives ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cold", [False, True])
+def test_load_rows(comm, cold):
+    rows = load.run(comm, drive.Setting(str(SHIPPED), dtype=None), 1, cold)
+    assert [row["reads"] for row in rows] == ["plain", "load"]
+    for row in rows:
+        assert row["bench"] == "load" and row["ranks"] == comm.size and row["cold"] == cold
+        assert row["byte_per_s"] == approx(row["bytes"] / row["time_s"])
+        assert row["share_of_limit"] == approx(row["byte_per_s"] / rows[0]["byte_per_s"])
+        assert row["first_token_s"] > row["open_s"] > 0
+    size = (SHIPPED / "model.safetensors").stat().st_size
+    assert rows[0]["bytes"] == size and rows[1]["bytes"] > 0.9 * size
+    assert comm.allgather(rows) == [rows] * comm.size
+    assert len(load.table(rows).splitlines()) == 2 + 1 + 2
+
+
+def test_scaling_rows(comm, config):
+    P = comm.size
+    ranks = sorted({1, P})
+    rows = scaling.run(comm, drive.Setting(config()), ranks, 2, 5, 2, 1)
+    assert sound(rows, "scaling", None)
+    assert [(r["scaling"], r["ranks"], r["batch"]) for r in rows] == [
+        *(("strong", n, 2) for n in ranks), *(("weak", n, 2 * n) for n in ranks),
+    ]  # fmt: skip
+    assert [r["axis"] for r in rows] == ["tp"] * len(ranks) + ["dp"] * len(ranks)
+    for row in rows:
+        assert row["efficiency"] == approx(row["speedup"] / row["ranks"])
+        assert row["speedup"] == 1 or row["ranks"] > 1
+    assert comm.allgather(rows) == [rows] * P
+    assert len(scaling.table(rows).splitlines()) == 2 + 1 + len(rows)
+
+
+def test_scaling_ends_on_every_rank_where_one_number_of_ranks_fails(comm):
+    with pytest.raises(ValueError, match="checkpoint: got nowhere"):
+        scaling.run(comm, drive.Setting("nowhere"), [1], 1, 5, 1, 1)
+
+
+def test_collectives_rows(comm):
+    """Bytes are those of the ledger's formulas, of all ranks together."""
+    P = comm.size
+    rows = collectives.run(comm, [64, 4 * 17 * P], 2)
+    names = ["Allreduce", "Allgather", "ReduceScatter", "Alltoall", "Sendrecv", "window"]
+    assert [row["collective"] for row in rows] == names * 2
+    n = 4 * 17 * P
+    sent = {row["collective"]: row["sent_bytes"] for row in rows[6:]}
+    assert sent["Allreduce"] == sent["window"] == 2 * n * (P - 1)
+    assert sent["Allgather"] == sent["ReduceScatter"] == sent["Alltoall"] == n * (P - 1)
+    assert sent["Sendrecv"] == (n * P if P > 1 else 0)
+    assert all(row["time_s"] > 0 and row["ranks"] == P for row in rows)
+    assert len(collectives.table(rows).splitlines()) == 2 + 1 + len(rows)
+
+
+def test_the_window_sums_what_allreduce_sums(comm):
+    P, n = comm.size, 7
+    window = collectives._Window(comm, 4 * n)
+    out = np.empty(n, np.float32)
+    for start in (0, 10):
+        window.reduce(np.arange(n, dtype=np.float32) + start + comm.rank, out)
+        assert np.array_equal(out, P * (np.arange(n) + start) + P * (P - 1) / 2)
+    window.free()
+
+
+# --- the machine ---------------------------------------------------------------------------------
+
+
+@pytest.mark.single
+def test_inspect_shows_the_machine(capsys, monkeypatch, shared_path):
+    listed = shared_path / "cpuinfo"
+    listed.write_text("processor : 0\nmodel name\t: A Chip\nflags\t: fpu avx2 amx_bf16\n")
+    monkeypatch.setattr(machine, "_CPUINFO", str(listed))
+    monkeypatch.setattr(machine.cpu, "missing", lambda: "numba is not installed")
+    arguments = main.parser().parse_args(["inspect", "--machine"])
+    arguments.run(arguments)
+    text = capsys.readouterr().out
+    assert "A Chip" in text and "avx2 yes, avx512f no" in text and "amx_bf16 yes" in text
+    assert "plain only: numba is not installed" in text
+    assert f"mpirun -n {len(array.cores())}" in text or array.core_quota()
+    assert "MPI" in text and "GiB" in text
 
 
 # --- what a step needs ---------------------------------------------------------------------------
@@ -183,19 +299,29 @@ def test_random_weights_are_those_of_the_config(config, values, shared_path):
 # --- the commands --------------------------------------------------------------------------------
 
 
-def test_pictures(comm, config, shared_path):
+@pytest.mark.single
+@pytest.mark.parametrize("bench", ["prefill", "scaling", "collectives", "load", "attention"])
+def test_pictures_of_rows(bench, shared_path):
+    """One row and several; every kind of bench has what its picture needs."""
     pytest.importorskip("matplotlib")
-    words = ("--context", 5, "--repeat", 1)
-    for name, kind in (("decode", "svg"), ("prefill", "png")):
-        picture = shared_path / f"{name}.{kind}"
-        run(comm, shared_path, name, config(), *words, "--batch", 1, "--plot", picture)
-        comm.Barrier()
-        assert picture.read_bytes()[:5] in (b"<?xml", b"\x89PNG\r")
+    from hpcinfer.bench.plot import draw
+
+    rows = [
+        {
+            "bench": bench, "model": "m", "dtype": "float32", "ranks": n, "batch": n, "bytes": n,
+            "context": 8 * n, "tokens_per_s": 5.0 * n, "limit_tokens_per_s": 9.0, "axis": "tp",
+            "share_of_limit": 5.0 * n / 9, "byte_per_s": 7.0, "limit_byte_per_s": 8.0,
+            "time_s": 0.1, "speedup": n, "limit_speedup": n, "scaling": scaling, "reads": "plain",
+            "collective": "Allreduce", "strategy": "ring", "cut": "zigzag",
+        }
+        for n in (1, 2) for scaling in ("strong", "weak")
+    ]  # fmt: skip
+    for name, some in (("a.png", rows), ("b.pdf", rows[:2])):
+        draw(str(shared_path / name), some)
+        assert (shared_path / name).read_bytes()[:4] in (b"\x89PNG", b"%PDF")
 
 
 def test_a_picture_without_matplotlib_is_refused(config, monkeypatch):
-    import importlib.util
-
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match=r"plot: got no matplotlib.*hpcinfer\[plot\]"):
         words = ["bench", "decode", config(), "--plot", "a.png"]
@@ -212,6 +338,12 @@ def test_a_picture_without_matplotlib_is_refused(config, monkeypatch):
         ["decode", "config.json", "--kernels", "slow"],
         ["prefill", "config.json", "--plot", "picture.gif"],
         ["prefill", "config.json", "--dtype", "int3"],
+        ["decode", str(SHIPPED), "--quantize", "int8"],
+        ["load", "config.json"],
+        ["scaling", "config.json", "--ranks", "2"],
+        ["scaling", "config.json", "--weak", "cp"],
+        ["collectives", "--sizes", "2"],
+        ["--machine"],
     ],
 )
 def test_wrong_words_are_usage_errors(words, capsys):
@@ -219,6 +351,15 @@ def test_wrong_words_are_usage_errors(words, capsys):
         main.main(["bench", *words])
     assert end.value.code == 2
     assert capsys.readouterr().err.count("hpcinfer: ") == 1
+
+
+@pytest.mark.single
+@pytest.mark.parametrize("words", [[], ["--check"]])
+def test_inspect_needs_something(words, capsys):
+    with pytest.raises(SystemExit) as end:
+        main.main(["inspect", *words])
+    assert end.value.code == 2
+    assert capsys.readouterr().err.count("hpcinfer: inspect: got ") == 1
 
 
 @pytest.mark.single

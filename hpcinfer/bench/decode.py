@@ -10,6 +10,7 @@ from statistics import median
 
 from hpcinfer.bench import measure, work
 from hpcinfer.bench.drive import Bench
+from hpcinfer.errors import agreed
 from hpcinfer.io.rows import text_table
 
 
@@ -54,11 +55,15 @@ def fitting(bench, cases, more):
         if case not in fit and bench.comm.rank == 0:
             print(
                 f"skipped   {case[0]} sequences of {case[1]} tokens: got room for "
-                f"{bench.most_pages * page_bytes / 1e9:.1f} GB of cache a rank, need "
-                f"{pages[case] * page_bytes / 1e9:.1f}",
+                f"{bench.most_pages * page_bytes / 1e6:.1f} MB of cache a rank, need "
+                f"{pages[case] * page_bytes / 1e6:.1f}",
                 file=sys.stderr,
             )
-    bench.allocate(max((pages[case] for case in fit), default=1))
+    if not fit:
+        raise agreed(
+            ValueError("bench: got no case whose cache fits, need fewer or shorter sequences")
+        )
+    bench.allocate(max(pages[case] for case in fit))
     return fit
 
 
@@ -121,14 +126,20 @@ def head(rows, limits="reading every weight and the cache once, or the products 
     sizes = (first[f"{name}_bytes"] / 1e6 for name in ("weight", "cache", "peak"))
     memory = "weights {:.1f} MB, cache {:.1f} MB, peak of all {:.1f} MB".format(*sizes)
     return (
-        f"{first['bench']}: {first['model']}, {first['dtype']}, {first['layout']} on "
+        f"{first['bench']}: {first['model']}, {model_words(first)}, {first['layout']} on "
         f"{first['device']}, kernels {first['kernels']}, threads per rank "
         f"{first['threads'] or 'not set'}\n"
         f"limit: {limits}; reading {first['limit_read_byte_per_s'] / 1e9:.1f} GB/s, products "
         f"{first['limit_flop_per_s'] / 1e9:.0f} GFLOP/s, all {first['ranks']} ranks together\n"
         f"an Allreduce of a token's hidden state takes {1e6 * first['limit_reduce_s']:.0f} us; "
+        f"load of the machine before {first['load_before']:.1f}\n"
         f"memory of a rank: {memory}\n"
     )
+
+
+def model_words(row):
+    """Element type of a model, and how its weights are kept if otherwise."""
+    return row["dtype"] + (f", {row['weights']}" if row["weights"] != row["dtype"] else "")
 
 
 def table(rows):

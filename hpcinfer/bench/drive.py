@@ -40,14 +40,17 @@ class Setting:
     model : Hugging Face directory, converted .h5, or config.json for random weights
     layout, dtype, device, step_tokens : as `hpcinfer.load` takes them
     kernels : choice of `hpcinfer.ops.fastest`
+    bits, group : of random weights, as `RandomCheckpoint` takes them
     """
 
     model: str
     layout: str | None = None
-    dtype: str = "bfloat16"
+    dtype: str | None = "bfloat16"
     device: str = "cpu"
     step_tokens: int = 2048
     kernels: str = "auto"
+    bits: int | None = None
+    group: int = 32
 
     @property
     def name(self):
@@ -59,7 +62,7 @@ class Setting:
         """What `hpcinfer.load` reads: the path, or a checkpoint of random weights."""
         if has_weights(self.model):
             return self.model
-        return RandomCheckpoint(self.model, array.parse_dtype(self.dtype))
+        return RandomCheckpoint(self.model, array.parse_dtype(self.dtype), self.bits, self.group)
 
 
 @dataclass(frozen=True)
@@ -103,17 +106,22 @@ class Bench:
     Attributes
     ----------
     engine : Engine
+    load_s, bytes_read : seconds from opening the model to weights in memory, bytes of it read
     most_pages : pages of a rank's cache that fit
     """
 
     def __init__(self, comm, setting, sequences, context):
         fastest.use(setting.kernels)
+        self._load_before = comm.bcast(os.getloadavg()[0])
         self.comm, self.setting = comm, setting
         source = agree_all(comm, setting.source)
+
+        # Twice the sequences: their pages may be dealt to the pools of a cut cache unevenly.
         self.engine = engine = api.load(
             source, comm, setting.layout, setting.dtype, setting.device,
-            step_tokens=setting.step_tokens, sequences=sequences, context=context,
+            step_tokens=setting.step_tokens, sequences=2 * sequences, context=context,
         )  # fmt: skip
+        self.load_s, self.bytes_read = engine.record.load_s, engine.record.bytes_read
         engine.record = _Steps(engine.grid, 0, 0)
         self.arch, self.model, self.grid = engine.model.arch, engine.model, engine.grid
         self.most_pages = engine.scheduler.pages.n
@@ -179,15 +187,24 @@ class Bench:
         return {
             "model": self.setting.name,
             "dtype": str(model.dtype),
+            "weights": max(self.comm.allgather(self._weights())),
             "layout": str(self.grid.layout),
             "device": model.device.name,
             "kernels": self.setting.kernels,
             "ranks": self.comm.size,
             "threads": array.threads_per_rank(),
+            "load_before": self._load_before,
             "weight_bytes": most(model.weights.nbytes),
             "cache_bytes": most(sum(shapes)),
             "peak_bytes": most(array.peak_memory_bytes()),
         }
+
+    def _weights(self):
+        """How the matrices of the layers are kept: as numbers of a type, or as codes."""
+        layers = (layer for layer in getattr(self.model.weights, "layers", ()) if layer is not None)
+        forms = {x.form for layer in layers for x in vars(layer).values() if hasattr(x, "form")}
+        words = {f"int{form.bits} in groups of {form.group}" for form in forms}
+        return ", ".join(sorted(words)) or str(self.model.dtype)
 
     def own(self, batch):
         """Sequences of this replica among those of a batch."""

@@ -31,15 +31,18 @@ def draw(path, rows):
     figure = Figure((_WIDTH, _HEIGHT), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
     _PICTURES.get(rows[0]["bench"], _by_name)(figure, rows)
-    figure.suptitle(_title(rows[0]), fontsize=10)
+    figure.suptitle(_title(rows), fontsize=10)
     with replacing(path) as partial:
         figure.savefig(partial, format=path.rpartition(".")[2])
 
 
-def _title(row):
-    """The bench, its model and its ranks."""
-    words = [row["bench"], *(str(row[k]) for k in ("model", "dtype", "layout") if row.get(k))]
-    return ", ".join([*words, f"{row['ranks']} rank" + "s" * (row["ranks"] != 1)])
+def _title(rows):
+    """The bench, what its rows have in common, and the most ranks."""
+    names = ("model", "weights" if "weights" in rows[0] else "dtype", "layout")
+    facts = [{str(row.get(name) or "") for row in rows} for name in names]
+    words = [word for values in facts if len(values) == 1 for word in values if word]
+    ranks = max(row["ranks"] for row in rows)
+    return f"{rows[0]['bench']}: " + ", ".join([*words, _count(ranks, "rank")])
 
 
 def _by_batch(figure, rows):
@@ -69,6 +72,46 @@ def _by_length(figure, rows):
     axes.legend(fontsize=8)
 
 
+def _by_ranks(figure, rows):
+    """Scaling: speed-up over ranks, what the memory allows, and the ideal."""
+    axes = figure.subplots()
+    ranks = sorted({row["ranks"] for row in rows})
+    axes.plot(ranks, [n / ranks[0] for n in ranks], ":", color="0.4", lw=1, label="ideal")
+    for i, kind in enumerate(("strong", "weak")):
+        own, colour = [row for row in rows if row["scaling"] == kind], f"C{i}"
+        x, label = [row["ranks"] for row in own], f"{kind} ({own[0]['axis']})"
+        axes.plot(x, [row["speedup"] for row in own], "o-", ms=4, color=colour, label=label)
+        limits = [row["limit_speedup"] for row in own]
+        axes.plot(x, limits, "--", lw=1, color=colour, label=f"{kind}, limit of the machine")
+    axes.set_xticks(ranks)
+    axes.set_xlabel("ranks")
+    axes.set_ylabel("speed-up")
+    axes.set_ylim(bottom=0)
+    axes.grid(True, color="0.9")
+    axes.legend(fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _by_size(figure, rows):
+    """Collectives: microseconds and bytes per second over the size of the array."""
+    left, right = figure.subplots(1, 2)
+    figure.set_size_inches(1.5 * _WIDTH, _HEIGHT)
+    names = list(dict.fromkeys(row["collective"] for row in rows))
+    for name in names:
+        own = [row for row in rows if row["collective"] == name]
+        x = [row["bytes"] for row in own]
+        label = {"window": "Allreduce, shared memory"}.get(name, name)
+        left.plot(x, [1e6 * row["time_s"] for row in own], "o-", ms=4, label=label)
+        right.plot(x, [row["byte_per_s"] / 1e9 for row in own], "o-", ms=4)
+    limit = rows[0]["limit_byte_per_s"] / 1e9
+    right.axhline(limit, ls="--", lw=1, color="0.4")
+    left.plot([], [], "--", lw=1, color="0.4", label="limit: copying")
+    sizes = sorted({row["bytes"] for row in rows})
+    for axes, what in ((left, "us a call"), (right, "GB/s sent by all ranks")):
+        _powers(axes, sizes, [_size_text(n) for n in sizes], "bytes of the whole array", what)
+    left.legend(fontsize=8)
+
+
 def _by_name(figure, rows):
     """A bar for every row, its name what tells it from the others; the limit behind it."""
     axes = figure.subplots()
@@ -83,15 +126,15 @@ def _by_name(figure, rows):
     axes.barh(at, limits, 0.8, color="0.88", label="limit")
     axes.barh(at, values, 0.5, color="C0", label="measured")
     for i, (value, row) in enumerate(zip(values, rows, strict=True)):
-        text = f" {value:.3g} ({100 * row['share_of_limit']:.0f} %)"
+        text = f" {_short(value)} ({100 * row['share_of_limit']:.0f} %)"
         axes.text(value, i, text, va="center", fontsize=8)
     axes.set_yticks(at, names, fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.2)
     axes.set_xlabel(unit)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.set_size_inches(_WIDTH, max(2.2, 1.3 + 0.35 * len(rows)))
+    figure.set_size_inches(_WIDTH, max(2.4, 1.5 + 0.35 * len(rows)))
 
 
 def _axes_of(rows):
@@ -115,20 +158,43 @@ def _lines(axes, rows, over, line, measured, limit):
 
 
 def _logarithmic(axes, rows, over, what):
-    """Axes of powers of two and ten."""
+    """Axes of powers, with marks at the values of the rows."""
     values = sorted({row[over] for row in rows})
+    _powers(axes, values, [str(value) for value in values], _WORDS[over], what)
+
+
+def _powers(axes, values, texts, along, what):
+    """Axes of powers of two and ten, with marks at some values."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    axes.set_xticks(values, [str(v) for v in values], fontsize=8)
+    axes.set_xticks(values, texts, fontsize=8)
     axes.minorticks_off()
-    axes.set_xlabel(_WORDS[over])
+    axes.set_xlabel(along)
     axes.set_ylabel(what)
     axes.grid(True, which="major", color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _size_text(nbytes):
+    """Bytes in the largest binary unit that leaves a number of 1 or more."""
+    for unit in ("B", "KiB", "MiB"):
+        if nbytes < 1024:
+            return f"{nbytes:g} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:g} GiB"
+
+
+def _count(n, word):
+    return f"{n} {word}" + "s" * (n != 1)
+
+
+def _short(value):
+    """A number with three digits or more."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _names(rows):
@@ -137,11 +203,25 @@ def _names(rows):
     texts = []
     for row in rows:
         own = [k for k in told if row.get(k) is not None]
-        words = [str(row[k]) if k in _PLAIN else f"{k} {row[k]}" for k in own]
+        words = [_TELLING[k].format(row[k]).replace("_", "-") for k in own]
+        if row["ranks"] > 1 and row["bench"] not in ("extract", "load"):
+            words.append(_count(row["ranks"], "rank"))
         texts.append(", ".join(words) or row["bench"])
     return texts
 
 
-_TELLING = ("strategy", "writes", "reads", "cut", "ranks", "cached", "batch", "context")
-_PLAIN = ("strategy", "writes", "reads", "cut")
-_PICTURES = {"decode": _by_batch, "prefill": _by_length}
+_TELLING = {
+    "strategy": "{}",
+    "writes": "{}",
+    "reads": "{}",
+    "cut": "{}",
+    "cached": "{} cached",
+    "batch": "batch {}",
+    "context": "{} tokens",
+}
+_PICTURES = {
+    "decode": _by_batch,
+    "prefill": _by_length,
+    "scaling": _by_ranks,
+    "collectives": _by_size,
+}

@@ -12,12 +12,13 @@ import numpy as np
 
 from hpcinfer import array
 from hpcinfer.io import metadata
-from hpcinfer.io.checkpoint import Checkpoint, TensorInfo
+from hpcinfer.io.checkpoint import SCALES, Checkpoint, Coding, TensorInfo
 from hpcinfer.model.families import read_architecture
-from hpcinfer.model.weights import table
+from hpcinfer.model.weights import QUANTISED, table
 
 _NUMBERS = 1048573
 _SCALE = 0.02
+_SCALES = np.dtype(np.float16)
 _NORMS = frozenset(("norm1", "norm2", "final_norm", "q_norm", "k_norm", "kv_norm"))
 
 
@@ -38,9 +39,11 @@ class RandomCheckpoint(Checkpoint):
     ----------
     path : config.json, or the folder that holds it
     dtype : element type of the weights
+    bits, group : 4 or 8 for codes with a scale for so many inputs, in the matrices that `hpcinfer
+        convert --quantize` makes such; None for none
     """
 
-    def __init__(self, path, dtype):
+    def __init__(self, path, dtype, bits=None, group=32):
         path = os.fspath(path)
         if os.path.isdir(path):
             path = os.path.join(path, "config.json")
@@ -48,11 +51,20 @@ class RandomCheckpoint(Checkpoint):
         if text is None:
             raise ValueError(f"checkpoint: got {path}, need an existing config.json")
         config = metadata.parse_object(text, path)
-        tensors, self._keys = {}, {}
+        if bits is not None:
+            config |= {"tie_word_embeddings": False}
+        tensors, self._values = {}, {}
         for row in table(read_architecture(config)):
-            nbytes = int(np.prod(row.shape)) * dtype.itemsize
-            tensors[row.name] = TensorInfo(row.name, row.shape, dtype, nbytes, path, 0)
-            self._keys[row.name] = row.key
+            coding = None
+            if bits is not None and row.key in QUANTISED:
+                n_out, n_in = row.shape[:: -1 if row.transposed else 1]
+                coding = Coding(bits, group, n_in)
+                scales = _info(row.name + SCALES, (n_out, coding.row_scales), _SCALES, path)
+                tensors[scales.name], self._values[scales.name] = scales, _step(bits)
+            shape = row.shape if coding is None else (n_out, coding.row_bytes)
+            of_row = dtype if coding is None else coding.dtype
+            tensors[row.name] = _info(row.name, shape, of_row, path, coding)
+            self._values[row.name] = 1.0 if row.key in _NORMS else 0.0
         documents = metadata.Metadata(config, {}, {}, {}, None, None)
         super().__init__(path, "random", documents, tensors)
 
@@ -61,7 +73,7 @@ class RandomCheckpoint(Checkpoint):
 
     def _read_block(self, info, start, block):
         """Fill `block`; the same block of a tensor is always the same."""
-        xs = _few(info.dtype, self._keys[info.name] in _NORMS)
+        xs = _few(info.dtype, self._values[info.name])
         place, flat = zlib.crc32(repr((info.name, start)).encode()) % len(xs), block.reshape(-1)
         done = 0
         while done < len(flat):
@@ -70,8 +82,22 @@ class RandomCheckpoint(Checkpoint):
             done, place = done + len(part), 0
 
 
+def _info(name, shape, dtype, path, coding=None):
+    """TensorInfo of a tensor that is in no file."""
+    nbytes = int(np.prod(shape)) * dtype.itemsize
+    return TensorInfo(name, tuple(shape), dtype, nbytes, path, 0, coding=coding)
+
+
+def _step(bits):
+    """Scale by which codes of every value become numbers of the size of other weights."""
+    return _SCALE * 12**0.5 / 2**bits
+
+
 @cache
-def _few(dtype, norm):
-    """Random numbers near 0, or near 1 for norms: (_NUMBERS,)."""
-    x = np.random.default_rng(0).standard_normal(_NUMBERS, np.float32) * np.float32(_SCALE)
-    return array.narrow(x + np.float32(1) if norm else x, dtype)
+def _few(dtype, centre):
+    """Random numbers about a centre, or codes of every value: (_NUMBERS,)."""
+    rng = np.random.default_rng(0)
+    if dtype.itemsize == 1:
+        return rng.integers(0, 256, _NUMBERS, np.uint8).view(dtype)
+    spread = np.float32(_SCALE * (centre or 1.0))
+    return array.narrow(rng.standard_normal(_NUMBERS, np.float32) * spread + centre, dtype)

@@ -83,14 +83,17 @@ def _expert_bytes(layer):
 
 def _bytes_of_layers(model, touched):
     """As `weight_bytes`, by the table of weights: what is kept in parts is whole when read."""
-    ranges, cp, nbytes = in_parts(model.ranges, model.grid.cp.size), model.grid.cp.size, 0.0
+    cp, nbytes = model.grid.cp.size, 0.0
+    ranges = in_parts(model.ranges, cp)
     first, last = ranges["experts"]
     for row in table(model.arch, cp):
         here = row.layer in model.layers or (row.key == "head" and model.pipeline.is_last)
         if here and (row.expert is None or first <= row.expert < last):
             shape = row.local_shape(ranges)
+            share = (1.0 if row.expert is None else touched) * float(np.prod(shape))
+            whole = row.key == "head" or (row.expert is not None and model.grid.experts is not None)
             size = model.dtype.itemsize if len(shape) == 2 else 4
-            nbytes += size * float(np.prod(shape)) * (1.0 if row.expert is None else touched)
+            nbytes += size * share * (1 if whole else 1 / cp)
     if model.arch.tied and model.pipeline.is_last:
         nbytes += model.dtype.itemsize * model.arch.D * (ranges["head"][1] - ranges["head"][0])
     return nbytes

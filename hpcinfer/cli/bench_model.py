@@ -1,6 +1,10 @@
-"""hpcinfer bench decode, prefill: a loaded model beside the limit of the machine."""
+"""hpcinfer bench decode, prefill, load, scaling, collectives: what users get of the machine."""
+
+from argparse import ArgumentTypeError
 
 from hpcinfer.cli import common
+from hpcinfer.cli.convert import CODES, GROUPS
+from hpcinfer.errors import UsageError
 
 # What is measured with --sweep: one sequence to 256, contexts of 1k to 128k tokens.
 _SWEEP = [1 << n for n in range(9)], [1 << n for n in (10, 12, 14, 16, 17)]
@@ -10,6 +14,9 @@ def add(names):
     """The parsers of these benches."""
     _add_decode(names)
     _add_prefill(names)
+    _add_load(names)
+    _add_scaling(names)
+    _add_collectives(names)
 
 
 def numbers(text):
@@ -48,14 +55,81 @@ def _add_prefill(names):
     parser.set_defaults(measure=_prefill)
 
 
-def _add_model(parser, batch, context, what):
-    """Options of every bench that loads a model."""
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help="Hugging Face directory, converted .h5, or config.json (or a folder with nothing "
-        "else), whose weights are then random and made in memory",
+def _add_load(names):
+    parser = names.add_parser(
+        "load",
+        help="loading a model beside plain reading of its files, and the time to the first token",
+        description="Opening a model and reading every rank's shard, beside plain reading of as "
+        "many bytes by all ranks; and the time from the start of the process to the first token.",
     )
+    _add_source(parser, "Hugging Face directory or converted .h5", None)
+    _add_repeat(parser)
+    parser.add_argument(
+        "--cold",
+        action="store_true",
+        help="drop the files from the page cache before each reading",
+    )
+    parser.set_defaults(measure=_load)
+
+
+def _add_scaling(names):
+    parser = names.add_parser(
+        "scaling",
+        help="decoding by 1 rank to all: speed-up and efficiency",
+        description="Decoding by growing numbers of ranks in one job: the same sequences on all "
+        "ranks, cut in tp (strong), and as many more sequences as ranks (weak).",
+    )
+    _add_source(parser, _MODEL, "bfloat16", layout=False)
+    parser.add_argument(
+        "--ranks", type=numbers, metavar="N,...", help="numbers of ranks (default: 1 to all)"
+    )
+    parser.add_argument(
+        "--weak",
+        choices=("dp", "tp"),
+        default="dp",
+        help="in weak scaling, ranks are replicas (dp) or cut the model (tp) (default dp)",
+    )
+    for name, default, what in (
+        ("batch", 1, "sequences, of each rank in weak scaling"),
+        ("context", 512, "tokens of each"),
+    ):
+        parser.add_argument(
+            f"--{name}", type=common.positive, default=default, metavar="N",
+            help=f"{what} (default {default})",
+        )  # fmt: skip
+    _add_steps(parser)
+    _add_repeat(parser)
+    parser.set_defaults(measure=_scaling)
+
+
+def _add_collectives(names):
+    parser = names.add_parser(
+        "collectives",
+        help="collectives by message size beside the copying that the node can do",
+        description="Latency and bytes per second of the collectives that the program calls, and "
+        "of an Allreduce through memory that the ranks share, beside the copy limit of the node.",
+    )
+    default = "4KiB,64KiB,1MiB,16MiB,64MiB"
+    parser.add_argument(
+        "--sizes",
+        type=_sizes,
+        default=default,
+        metavar="SIZE,...",
+        help=f"bytes of the whole array, such as 4KiB or 1MB (default {default})",
+    )
+    _add_repeat(parser)
+    parser.set_defaults(measure=_collectives)
+
+
+_MODEL = (
+    "Hugging Face directory, converted .h5, or config.json (or a folder with nothing else), whose "
+    "weights are then random and made in memory"
+)
+
+
+def _add_model(parser, batch, context, what):
+    """Options of the benches with numbers of sequences and contexts."""
+    _add_source(parser, _MODEL, "bfloat16")
     for name, default, help_text in (
         ("batch", batch, what),
         ("context", context, "tokens of each"),
@@ -64,13 +138,33 @@ def _add_model(parser, batch, context, what):
             f"--{name}", type=numbers, default=default, metavar="N,...",
             help=f"{help_text} (default {default})",
         )  # fmt: skip
-    parser.add_argument("--layout", metavar="AXES", help='such as "tp=2"; default: all ranks in tp')
+    _add_repeat(parser)
+
+
+def _add_source(parser, model, dtype, layout=True):
+    """Options of every bench that loads a model."""
+    parser.add_argument("model", metavar="MODEL", help=model)
+    if layout:
+        parser.add_argument(
+            "--layout", metavar="AXES", help='such as "tp=2"; default: all ranks in tp'
+        )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        default="bfloat16",
-        help="of weights and cache (default bfloat16)",
+        default=dtype,
+        help=f"of weights and cache (default {dtype or 'as the model says'})",
     )
+    if dtype:
+        parser.add_argument(
+            "--quantize",
+            choices=CODES,
+            help="random weights as integers with a scale for every group of inputs; for others "
+            "give a model that `hpcinfer convert --quantize` has made",
+        )
+        parser.add_argument(
+            "--group", type=int, choices=GROUPS, default=32,
+            help="inputs that share a scale (default 32)",
+        )  # fmt: skip
     parser.add_argument("--device", choices=("cpu", "cuda", "auto"), default="cpu")
     parser.add_argument(
         "--kernels",
@@ -82,6 +176,9 @@ def _add_model(parser, batch, context, what):
         "--step-tokens", type=common.positive, default=2048, metavar="N",
         help="tokens of one step at most (default 2048)",
     )  # fmt: skip
+
+
+def _add_repeat(parser):
     parser.add_argument(
         "--repeat", type=common.positive, default=5, metavar="N",
         help="repetitions; the median counts (default 5)",
@@ -112,11 +209,54 @@ def _prefill(comm, arguments):
     return rows, prefill.table
 
 
+def _load(comm, arguments):
+    from hpcinfer.bench import load
+    from hpcinfer.bench.random_checkpoint import has_weights
+
+    if not has_weights(arguments.model):
+        raise UsageError(f"bench: got {arguments.model} without weights, need a model to load")
+    return load.run(comm, _setting(arguments), arguments.repeat, arguments.cold), load.table
+
+
+def _scaling(comm, arguments):
+    from hpcinfer.bench import scaling
+
+    ranks = sorted(set(arguments.ranks or range(1, comm.size + 1)))
+    if ranks[-1] > comm.size:
+        raise UsageError(f"bench: got --ranks {ranks[-1]}, need at most {comm.size} as launched")
+    rows = scaling.run(
+        comm, _setting(arguments), ranks, arguments.batch, arguments.context, arguments.new,
+        arguments.repeat, arguments.weak,
+    )  # fmt: skip
+    return rows, scaling.table
+
+
+def _collectives(comm, arguments):
+    from hpcinfer.bench import collectives
+
+    return collectives.run(comm, arguments.sizes, arguments.repeat), collectives.table
+
+
 def _setting(arguments):
     """How the model is loaded."""
     from hpcinfer.bench.drive import Setting
+    from hpcinfer.bench.random_checkpoint import has_weights
 
+    bits = CODES.get(getattr(arguments, "quantize", None))
+    if bits and has_weights(arguments.model):
+        raise UsageError(
+            f"bench: got --quantize for {arguments.model}, which has weights, need a bare "
+            "config.json; or give a model made by hpcinfer convert --quantize"
+        )
     return Setting(
-        arguments.model, arguments.layout, arguments.dtype, arguments.device,
-        arguments.step_tokens, arguments.kernels,
+        arguments.model, getattr(arguments, "layout", None), arguments.dtype, arguments.device,
+        arguments.step_tokens, arguments.kernels, bits, getattr(arguments, "group", 32),
     )  # fmt: skip
+
+
+def _sizes(text):
+    """Sizes in bytes, separated by commas, each of four or more."""
+    sizes = [common.size(item.strip()) for item in text.split(",")]
+    if min(sizes) < 4:
+        raise ArgumentTypeError(f"got {text!r}, need sizes of 4 bytes or more")
+    return sizes

@@ -1,10 +1,11 @@
 """Reading from memory as fast as the processor does: a limit that benches measure."""
 
 import numpy as np
-from numba import njit
+
+from hpcinfer.ops.cpu.compile import compiled
 
 
-@njit(nogil=True)
+@compiled
 def read(x):
     """Sum of `x` (n,) uint64, modulo 2⁶⁴, read as four streams.
 
