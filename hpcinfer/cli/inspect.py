@@ -1,24 +1,46 @@
-"""hpcinfer inspect FILE: what is in a model, or in a file of results or activations."""
+"""hpcinfer inspect FILE: what is in a model, or in a file of results or activations; or the
+machine."""
 
+from hpcinfer.errors import UsageError
 from hpcinfer.grid import launcher_rank
 
 
 def add(commands):
     """The command's parser."""
-    parser = commands.add_parser("inspect", help="show what is in a model or an output")
-    parser.add_argument("file", metavar="FILE", help="model directory, or .h5 of any command")
+    parser = commands.add_parser(
+        "inspect", help="show what is in a model or an output, or what the machine offers"
+    )
+    parser.add_argument(
+        "file", metavar="FILE", nargs="?", help="model directory, or .h5 of any command"
+    )
     parser.add_argument(
         "--check",
         action="store_true",
         help="read all weights of a model or all activations, and refuse wrong checksums, and in "
         "weights NaN and infinity",
     )
+    parser.add_argument(
+        "--machine",
+        action="store_true",
+        help="show processor, memory, GPUs and MPI of this machine, which fast forms of functions "
+        "run on it and what is missing, and with how many ranks to start",
+    )
     return parser
 
 
 def run(arguments):
     """Run the command, on the first rank alone."""
-    if launcher_rank() == 0:
+    if arguments.file is None and not arguments.machine:
+        raise UsageError("inspect: got nothing, need a FILE or --machine")
+    if arguments.file is None and arguments.check:
+        raise UsageError("inspect: got --check alone, need a FILE to check")
+    if launcher_rank() != 0:
+        return
+    if arguments.machine:
+        from hpcinfer.bench.machine import describe as describe_machine
+
+        print(describe_machine())
+    if arguments.file is not None:
         from hpcinfer.io.inspect import describe
 
         print(describe(arguments.file, arguments.check))
