@@ -8,10 +8,14 @@ import contextlib
 import mmap
 import os
 import sys
+from collections import deque
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+
+# How libraries are told to take device memory: Cray MPICH and MPICH, MVAPICH, Open MPI.
+_GPU_MPI = ("MPICH_GPU_SUPPORT_ENABLED", "MV2_USE_CUDA", "OMPI_MCA_opal_cuda_support")
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = {
@@ -20,6 +24,9 @@ DTYPES = {
     "bfloat16": BFLOAT16,
 }
 
+
+# Part of a GPU's free memory that arrays may take: libraries and kernels need some for themselves.
+_GPU_SHARE = 0.92
 
 _HUGE, _LINE = 2 << 20, 64  # bytes of a huge page, of a line of the cache
 
@@ -62,7 +69,7 @@ class Device:
     """
 
     def __init__(self, name, local_rank=0):
-        self.name, self.ordinal, self.xp = name, None, np
+        self.name, self.ordinal, self.xp, self._limit = name, None, np, None
         if name == "cuda":
             self.xp = _cupy()
             self.ordinal = local_rank % self.xp.cuda.runtime.getDeviceCount()
@@ -85,10 +92,21 @@ class Device:
             return None
         return self.xp.cuda.runtime.deviceGetPCIBusId(self.ordinal)
 
-    def free_bytes(self):
-        """Memory that this device can still give, in bytes."""
+    def share(self, ranks):
+        """Take no more than one of `ranks` equal parts of what a GPU can give now.
+
+        For all ranks of the GPU at a time, when each has made its Device and before any allocates.
+        """
         if self.name == "cuda":
-            return int(self.xp.cuda.runtime.memGetInfo()[0])
+            self._limit = int(_GPU_SHARE * self.free_bytes()) // ranks
+            self.xp.get_default_memory_pool().set_limit(size=self._limit)
+
+    def free_bytes(self):
+        """Memory that this device can still give, in bytes: to this rank, once it is shared."""
+        if self.name == "cuda":
+            pool = self.xp.get_default_memory_pool()
+            free = int(self.xp.cuda.runtime.memGetInfo()[0]) + pool.free_bytes()
+            return free if self._limit is None else min(free, self._limit - pool.used_bytes())
         return host_free_bytes()
 
     def __str__(self):
@@ -116,6 +134,51 @@ def synchronize(x):
     xp = namespace(x)
     if xp is not np:
         xp.cuda.get_current_stream().synchronize()
+
+
+# Copies to the device under way: (event after it, host array that it reads).
+_copies = deque()
+
+
+def staged(x):
+    """Values of a device array in page-locked host memory, contiguous, once they are computed."""
+    buffer = page_locked(x.shape, x.dtype)
+    if x.size:
+        namespace(x).ascontiguousarray(x).get(out=buffer)
+    return buffer
+
+
+def unstage(buffer, x):
+    """Write a page-locked host array to a device array, in the order of its stream.
+
+    The host goes on before the device has read the array, which is not to be written again.
+    """
+    if not x.size:
+        return
+    xp = namespace(x)
+    whole = x if x.flags.c_contiguous else xp.empty(x.shape, x.dtype)
+    whole.set(buffer)
+    event = xp.cuda.Event(disable_timing=True)
+    event.record()
+    while _copies and _copies[0][0].done:
+        _copies.popleft()
+    _copies.append((event, buffer))
+    if whole is not x:
+        x[...] = whole
+
+
+def page_locked(shape, dtype):
+    """Uninitialised host array that a GPU reads and writes itself.
+
+    Locking pages takes long, so sizes are rounded up to powers of 2 and memory that is given back
+    is used again.
+    """
+    dtype = np.dtype(dtype)
+    nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    if not nbytes:
+        return np.empty(shape, dtype)
+    memory = _cupy().cuda.alloc_pinned_memory(1 << (nbytes - 1).bit_length())
+    return np.frombuffer(memory, np.uint8, nbytes).view(dtype).reshape(shape)
 
 
 def widen(x):
@@ -247,8 +310,11 @@ def threads():
 
 def use_threads(n):
     """Let this rank's own kernels use `n` threads from now on."""
+    import threadpoolctl
+
     global _threads
     _threads = n
+    threadpoolctl.threadpool_limits(n)
 
 
 def large_empty(shape, dtype):
@@ -291,6 +357,14 @@ def core_quota():
         return max(1, -(-int(quota) // int(period)))
     except (OSError, ValueError):
         return None
+
+
+def mpi_reads_device_memory():
+    """True if the environment says that MPI takes pointers to a GPU's memory."""
+    named = os.environ.get("HPCINFER_GPU_MPI")
+    if named is not None:
+        return named == "1"
+    return any(os.environ.get(name, "").lower() in ("1", "true") for name in _GPU_MPI)
 
 
 def crowd_is_meant():

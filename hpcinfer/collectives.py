@@ -1,9 +1,9 @@
 """MPI collectives on NumPy and CuPy arrays, each entered in the ledger.
 
 Functions carry the MPI verb's name and take the communicator first. Device arrays are made ready
-(stream synchronised), contiguous, and staged through host memory where MPI cannot read device
-memory. Reductions run in float32 (or integers): a sum in half precision would depend on the number
-of ranks.
+(stream synchronised), contiguous, and staged through page-locked host memory unless MPI was found
+to read device memory. Reductions run in float32 (or integers): a sum in half precision would depend
+on the number of ranks.
 
 Bytes are counted as sent per rank by the ring algorithms, n being the bytes of the whole array::
 
@@ -163,11 +163,11 @@ def Allgather(comm, x, counts=None, axis=0, purpose=""):
     # Move the cut axis to the front, so that each rank's part is one run of memory.
     part = _to_host(xp.moveaxis(x, axis, 0))
     row = part.nbytes // part.shape[0] if part.shape[0] else _row_bytes(part)
-    whole = np.empty((sum(counts), *part.shape[1:]), part.dtype)
+    whole = _room(x, (sum(counts), *part.shape[1:]))
     sizes = [c * row for c in counts]
     comm.Allgatherv(_raw(part), [_raw(whole), sizes, _starts(sizes), MPI.BYTE])
 
-    result = xp.ascontiguousarray(xp.moveaxis(xp.asarray(whole), 0, axis))
+    result = xp.ascontiguousarray(xp.moveaxis(_moved(whole, x), 0, axis))
     ledger.enter(call, part.nbytes * (comm.size - 1))
     return result
 
@@ -192,10 +192,10 @@ def ReduceScatter(comm, x_sum, counts, axis=0, purpose=""):
     xp = array.namespace(x_sum)
     call = ledger.begin("ReduceScatter", comm, purpose)
     whole = _to_host(xp.moveaxis(x_sum, axis, 0))
-    part = np.empty((counts[comm.rank], *whole.shape[1:]), whole.dtype)
+    part = _room(x_sum, (counts[comm.rank], *whole.shape[1:]))
     row = int(np.prod(whole.shape[1:], dtype=np.int64))
     comm.Reduce_scatter(whole, part, [c * row for c in counts])
-    result = xp.ascontiguousarray(xp.moveaxis(xp.asarray(part), 0, axis))
+    result = xp.ascontiguousarray(xp.moveaxis(_moved(part, x_sum), 0, axis))
     ledger.enter(call, whole.nbytes - part.nbytes)
     return result
 
@@ -230,7 +230,7 @@ def AllreduceRecords(comm, records, op, purpose=""):
     if records.dtype != np.float32 or records.ndim < 1:
         raise TypeError(f"AllreduceRecords: got {records.dtype}, need records of float32")
     call = ledger.begin("AllreduceRecords", comm, purpose)
-    buffer = _to_host(records)
+    buffer = _to_host(records, direct=False)
     width = buffer.shape[-1]
     record = MPI.FLOAT.Create_contiguous(width).Commit()
     try:
@@ -287,13 +287,13 @@ def Alltoall(comm, x, send_counts, recv_counts, purpose=""):
     call = ledger.begin("Alltoall", comm, purpose)
     sent = _to_host(x)
     row = _row_bytes(sent)
-    received = np.empty((sum(recv_counts), *sent.shape[1:]), sent.dtype)
+    received = _room(x, (sum(recv_counts), *sent.shape[1:]))
     sizes, from_sizes = ([c * row for c in counts] for counts in (send_counts, recv_counts))
     comm.Alltoallv(
         [_raw(sent), sizes, _starts(sizes), MPI.BYTE],
         [_raw(received), from_sizes, _starts(from_sizes), MPI.BYTE],
     )
-    result = array.namespace(x).asarray(received)
+    result = _moved(received, x)
     ledger.enter(call, sum(sizes) - sizes[comm.rank])
     return result
 
@@ -307,9 +307,9 @@ def Gather(comm, x, root=0, purpose=""):
     """
     call = ledger.begin("Gather", comm, purpose)
     part = _to_host(x)
-    whole = np.empty((comm.size, *part.shape), part.dtype) if comm.rank == root else None
+    whole = _room(x, (comm.size, *part.shape)) if comm.rank == root else None
     comm.Gather(_raw(part), None if whole is None else _raw(whole), root)
-    result = None if whole is None else array.namespace(x).asarray(whole)
+    result = None if whole is None else _moved(whole, x)
     ledger.enter(call, 0 if comm.rank == root else part.nbytes)
     return result
 
@@ -539,23 +539,105 @@ class Outgoing:
             self._transfers.pop(0).wait()
 
 
-def _to_host(x):
-    """Contiguous host array with x's values that MPI may read: x itself where it is one."""
+_direct = False  # whether MPI reads and writes the memory of GPUs
+
+
+def use_device_memory(comm, xp, said):
+    """Let MPI take device arrays as they are, if it is said to do so and does it rightly.
+
+    Collective over `comm`, before any other call with device arrays. A library that cannot do it
+    may crash on the first one, so nothing is tried unless every rank is told to.
+
+    Parameters
+    ----------
+    xp : array module of this rank's device
+    said : what `array.mpi_reads_device_memory` says on this rank
+
+    Returns
+    -------
+    True if MPI takes device arrays from now on, the same on every rank
+    """
+    global _direct
+    _direct = False
+    if not comm.allreduce(said and xp is not np, MPI.LAND):
+        return False
+    _direct = comm.allreduce(_device_memory_works(comm, xp), MPI.LAND)
+    return _direct
+
+
+def _device_memory_works(comm, xp):
+    """True if messages of two sizes, short and by rendezvous, bring what was sent."""
+    right = True
+    for n in (16, 1 << 20):
+        own = xp.arange(n, dtype=np.float32) + comm.rank
+        total, passed, whole = own.copy(), xp.zeros_like(own), xp.zeros((comm.size, n), np.float32)
+        array.synchronize(own)
+        comm.Allreduce(MPI.IN_PLACE, total, MPI.SUM)
+        comm.Allgather(own, whole)
+        neighbours = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+        comm.Sendrecv(_raw(own), neighbours[0], 0, _raw(passed), neighbours[1], 0)
+        count, numbers = np.arange(n, dtype=np.float32), np.arange(comm.size, dtype=np.float32)
+        right &= np.allclose(array.host(total), count * comm.size + numbers.sum())
+        right &= np.array_equal(array.host(passed), count + np.float32(neighbours[1]))
+        right &= np.array_equal(array.host(whole), count + numbers[:, None])
+    return bool(right)
+
+
+def _to_host(x, direct=True):
+    """Contiguous array with x's values that MPI may read: x itself where it is one.
+
+    Parameters
+    ----------
+    direct : False if it must be in host memory, whatever MPI reads
+    """
+    if array.namespace(x) is np:
+        return np.ascontiguousarray(x)
+    if not (_direct and direct):
+        return array.staged(x)
+    x = array.namespace(x).ascontiguousarray(x)
     array.synchronize(x)
-    return np.ascontiguousarray(array.host(x))
+    return x
 
 
 def _from_host(buffer, x):
     """Write what MPI left in `buffer` back to `x`, unless the two are one."""
-    if array.namespace(x) is not np:
-        x.set(buffer)
-    elif buffer is not x and not np.shares_memory(buffer, x):
+    if buffer is x:
+        return
+    if array.namespace(buffer) is not array.namespace(x):
+        array.unstage(buffer, x)
+    elif array.namespace(x) is not np or not np.shares_memory(buffer, x):
         x[...] = buffer
 
 
+def _room(x, shape):
+    """Uninitialised contiguous array of x's type where MPI may write what x's memory is to have.
+
+    What the device has been told to do has been done: a message follows no stream.
+    """
+    xp = array.namespace(x)
+    if xp is np or _direct:
+        return xp.empty(shape, x.dtype)
+    return array.page_locked(shape, x.dtype)
+
+
+def _moved(buffer, x):
+    """What MPI left in a `_room` for x, in the memory that x is in."""
+    xp = array.namespace(x)
+    if xp is np or _direct:
+        return buffer
+    result = xp.empty(buffer.shape, buffer.dtype)
+    array.unstage(buffer, result)
+    return result
+
+
 def _landing(out):
-    """Contiguous host array that MPI may write to: `out` itself where it is one."""
-    return out if array.namespace(out) is np else np.empty(out.shape, out.dtype)
+    """Contiguous array that MPI may write to: `out` itself where it is one."""
+    if array.namespace(out) is np:
+        return out
+    if _direct and out.flags.c_contiguous:
+        array.synchronize(out)
+        return out
+    return _room(out, out.shape)
 
 
 def _landed(received, out):
@@ -566,7 +648,7 @@ def _landed(received, out):
 
 
 def _raw(x):
-    """The bytes of a contiguous host array, which MPI moves whatever the element type."""
+    """The bytes of a contiguous array, which MPI moves whatever the element type."""
     return x.reshape(-1).view(np.uint8)
 
 
