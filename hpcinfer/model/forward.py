@@ -47,7 +47,7 @@ class Model:
         self.arch, self.grid, self.device, self.dtype = arch, grid, device, dtype
         self.cache = self.expert_load = self.tap = None
         self.pipeline = Pipeline(grid.pp)
-        self.layers = layers_of_stage(arch, grid.layout, dtype)[grid.pp.rank]
+        self.layers = layers_of_stage(arch, grid.layout, dtype, checkpoint.tensors)[grid.pp.rank]
         self.context = Context(arch, grid, lambda n: (self.cache.k[n], self.cache.v[n]), self)
         self.heads = self.context.heads
         cp = grid.cp.size

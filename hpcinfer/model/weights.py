@@ -475,7 +475,7 @@ def _read_codes(part, row, info, checkpoint, ranges):
 
     # Outputs: their whole rows, some at a time.
     if not _cuts_inputs(row):
-        step, at = max(1, checkpoint.block_bytes // coding.columns), 0
+        step, at = max(1, checkpoint.block_bytes // (8 * coding.columns)), 0
         for start, stop in chain.from_iterable(_steps(*piece, step) for piece in pieces):
             codes, scales = (
                 checkpoint.read(name, 0, [(start, stop)])
@@ -492,7 +492,7 @@ def _read_codes(part, row, info, checkpoint, ranges):
     of_scales = [(start // group, -(-stop // group))]
     codes = checkpoint.read(info.name, 1, of_codes)
     scales = checkpoint.read(info.name + SCALES, 1, of_scales)
-    for first, last in _steps(0, len(part), max(1, checkpoint.block_bytes // form.width)):
+    for first, last in _steps(0, len(part), max(1, checkpoint.block_bytes // (8 * form.width))):
         _pack_into(part[first:last], codes[first:last], scales[first:last], start % a_byte)
 
 
