@@ -339,6 +339,7 @@ def test_a_picture_without_matplotlib_is_refused(config, monkeypatch):
         ["prefill", "config.json", "--plot", "picture.gif"],
         ["prefill", "config.json", "--dtype", "int3"],
         ["decode", str(SHIPPED), "--quantize", "int8"],
+        ["decode", "config.json", "--group", "64"],
         ["load", "config.json"],
         ["scaling", "config.json", "--ranks", "2"],
         ["scaling", "config.json", "--weak", "cp"],

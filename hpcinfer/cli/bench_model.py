@@ -162,8 +162,8 @@ def _add_source(parser, model, dtype, layout=True):
             "give a model that `hpcinfer convert --quantize` has made",
         )
         parser.add_argument(
-            "--group", type=int, choices=GROUPS, default=32,
-            help="inputs that share a scale (default 32)",
+            "--group", type=int, choices=GROUPS,
+            help="inputs that share a scale, with --quantize (default 32)",
         )  # fmt: skip
     parser.add_argument("--device", choices=("cpu", "cuda", "auto"), default="cpu")
     parser.add_argument(
@@ -242,7 +242,10 @@ def _setting(arguments):
     from hpcinfer.bench.drive import Setting
     from hpcinfer.bench.random_checkpoint import has_weights
 
-    bits = CODES.get(getattr(arguments, "quantize", None))
+    codes, group = (getattr(arguments, name, None) for name in ("quantize", "group"))
+    bits = CODES.get(codes)
+    if group and not bits:
+        raise UsageError(f"bench: got --group {group} alone, need --quantize int8 or int4 with it")
     if bits and has_weights(arguments.model):
         raise UsageError(
             f"bench: got --quantize for {arguments.model}, which has weights, need a bare "
@@ -250,7 +253,7 @@ def _setting(arguments):
         )
     return Setting(
         arguments.model, getattr(arguments, "layout", None), arguments.dtype, arguments.device,
-        arguments.step_tokens, arguments.kernels, bits, getattr(arguments, "group", 32),
+        arguments.step_tokens, arguments.kernels, bits, group or 32,
     )  # fmt: skip
 
 
