@@ -34,10 +34,15 @@ setup(
         "tokenizers>=0.20",
         "jinja2>=3.1",
         "psutil>=5.9",
+        "threadpoolctl>=3.1",
         "tqdm>=4.64",
     ],
     extras_require={
         "mpi": ["mpich>=4.3"],
+        "cpu": [
+            "numba>=0.60",
+            "onednn-cpu-gomp>=2023.2; platform_machine == 'x86_64' and sys_platform == 'linux'",
+        ],
         "cuda12": ["cupy-cuda12x[ctk]>=14.0", "numpy>=2.1.2"],
         "cuda13": ["cupy-cuda13x[ctk]>=14.0", "numpy>=2.1.2"],
         "test": [

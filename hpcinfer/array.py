@@ -309,7 +309,7 @@ def threads():
 
 
 def use_threads(n):
-    """Let this rank's own kernels use `n` threads from now on."""
+    """Let this rank's own kernels and libraries use `n` threads from now on."""
     import threadpoolctl
 
     global _threads

@@ -132,10 +132,12 @@ def Allreduce(comm, x, op=MPI.SUM, purpose=""):
     if x.dtype.kind not in "fiub" or array.is_half(x.dtype):
         raise TypeError(f"Allreduce: got {x.dtype}, need float32, float64 or integers")
     call = ledger.begin("Allreduce", comm, purpose)
-    buffer = _to_host(x)
-    comm.Allreduce(MPI.IN_PLACE, buffer, op)
-    _from_host(buffer, x)
-    ledger.enter(call, 2 * x.nbytes * (comm.size - 1) / comm.size)
+    size = comm.size
+    if size > 1:
+        buffer = _to_host(x)
+        comm.Allreduce(MPI.IN_PLACE, buffer, op)
+        _from_host(buffer, x)
+    ledger.enter(call, 2 * x.nbytes * (size - 1) / size)
     return x
 
 

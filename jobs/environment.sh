@@ -98,7 +98,7 @@ hpcinfer_install() {
 
 # Say where the environment is, install if its stamp is missing, and put it on PATH.
 hpcinfer_environment() {
-    local folder stamp extras=${HPCINFER_EXTRAS:-}
+    local folder stamp extras="cpu ${HPCINFER_EXTRAS:-}"
     if [ "${HPCINFER_VENV:-}" = none ]; then
         command -v hpcinfer >/dev/null || hpcinfer_fail "Python: got HPCINFER_VENV=none and no" \
             "hpcinfer on PATH, need it; load its module or container, or unset HPCINFER_VENV"

@@ -210,8 +210,8 @@ def paged(sequences, G, K, dtype, pools):
             pool, own = (first[b] + i) % pools, slice(i * PAGE, (i + 1) * PAGE)
             places[b, i] = free[pool].pop()
             slots = places[b, i] * PAGE + np.arange(len(k[own]))
-            for x, into in ((k[own], caches[pool].k[0]), (v[own], caches[pool].v[0])):
-                store(x, np.arange(len(x)), into, slots)
+            rows, cache = np.arange(len(k[own])), caches[pool]
+            store(k[own], v[own], rows, cache.k[0], cache.v[0], slots)
         whole.append((k.astype(dtype), v.astype(dtype)))
     lengths = np.array(sequences)
     books = [Books(places, first, pool, pools, lengths) for pool in range(pools)]

@@ -14,6 +14,7 @@ import time
 
 from hpcinfer import array, collectives
 from hpcinfer.engine import finite
+from hpcinfer.engine.crowd import take_threads
 from hpcinfer.engine.extract import Extract, activations_of, gathered
 from hpcinfer.engine.feed import Feed
 from hpcinfer.engine.formats import Limits as PromptLimits
@@ -117,6 +118,7 @@ class Engine:
         self.grid, self.limits, self.seed = grid, limits, Sampling(seed=seed).seed
         self.depth = grid.layout.pp
         self.width = limits.parts // self.depth
+        take_threads(grid.node)
         device = array.select_device(device, grid.node.rank)
         with open_checkpoint(path) as checkpoint:
             arch = read_architecture(checkpoint.config)

@@ -1,7 +1,22 @@
-"""Advice where the ranks of a node are more than its cores or GPUs: they run, but slowly."""
+"""Cores for the ranks of a node, and advice where there are too few: they run, but slowly."""
 
 from hpcinfer import array
 from hpcinfer.where import waiting
+
+
+def take_threads(node):
+    """Give this rank's numerical libraries its share of the node's cores, unless the user has.
+
+    Collective over `node`.
+    """
+    threads = array.threads_per_rank()
+    with waiting("allgather", node, "threads"):
+        of_ranks = node.allgather(array.cores())
+    if threads is None:
+        sharing = sum(bool(array.cores() & cores) for cores in of_ranks)
+        n_cores = min(len(array.cores()), array.core_quota() or len(array.cores()))
+        threads = max(1, n_cores // sharing)
+    array.use_threads(threads)
 
 
 def advice(node, device):
@@ -25,9 +40,7 @@ def advice(node, device):
         return None
     cores, gpus = set().union(*(c for c, _, _ in of_ranks)), {gpu for _, gpu, _ in of_ranks}
     n_cores, ranks = min(len(cores), array.core_quota() or len(cores)), node.size
-
-    # Without a word from the environment every rank's libraries take all the cores that it sees
-    n_threads = sum(threads or min(len(own), n_cores) for own, _, threads in of_ranks)
+    n_threads = sum(threads or 1 for _, _, threads in of_ranks)
     if gpus != {None} and ranks > len(gpus):
         return (
             f"advice: got {ranks} ranks on {len(gpus)} GPUs of a node, need a GPU for each rank to "

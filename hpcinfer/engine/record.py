@@ -99,10 +99,9 @@ class Record:
         ranks, load = grid.comm.gather(mine, 0), engine.expert_load()
         if ranks is None:
             return None
-        threads = array.threads_per_rank()
         lines = [
             f"layout    {grid.layout} on {model.device}, "
-            f"{model.dtype}, threads per rank {threads or 'not set'}",
+            f"{model.dtype}, threads per rank {array.threads()}",
             f"load      {max(r['load_s'] for r in ranks):.2f} s; read per rank "
             + _span([r["bytes_read"] for r in ranks])
             + f"; sum {sum(r['bytes_read'] for r in ranks) / max(1, self.file_bytes):.2f} x the "

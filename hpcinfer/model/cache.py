@@ -36,8 +36,7 @@ class Cache:
         k, v : (T/P, G, K) float32, of the tokens step.mine; rounded to the cache's type. v is
             (T/P, G, 0) if it is in k
         """
-        store(k, step.stored, self.k[layer], step.slots)
-        store(v, step.stored, self.v[layer], step.slots)
+        store(k, v, step.stored, self.k[layer], self.v[layer], step.slots)
 
 
 def page_bytes(layers, n_kv, width, dtype, value_width=None):

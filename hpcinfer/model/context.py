@@ -101,6 +101,9 @@ class Context:
 
     def _merged(self, n, q, step, phase):
         """Every query to every rank's keys, and the partial results merged."""
+        if self.kv.size == 1:  # spares a step of few tokens its copies
+            pages, local = self._cache(n), self._local(n)
+            return ops.paged_attention(q, phase.tokens, *pages, step.books, **local)
         o, lse = self._merge(n, self._gathered_queries(q, phase), step, phase.tokens)
 
         # Keep the own tokens, and the own heads among those that share a key/value head.

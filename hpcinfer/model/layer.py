@@ -102,15 +102,19 @@ def _attention(model, n, cut, w, step, rotation):
 
     def attend(qkv):
         qkv, T = cut.whole(qkv), qkv.shape[0]
-        q, k, v = _split(qkv.reshape(T, heads.n_query + 2 * heads.n_kv, arch.K), heads)
+        qkv = qkv.reshape(T, heads.n_query + 2 * heads.n_kv, arch.K)
+        q, k, v = _split(qkv, heads)
         if arch.qk_norm == "head":
-            q, k = rms_norm(q, w.q_norm, arch.eps), rms_norm(k, w.k_norm, arch.eps)
+            q[...], k[...] = rms_norm(q, w.q_norm, arch.eps), rms_norm(k, w.k_norm, arch.eps)
         elif arch.qk_norm == "whole":
-            q, k = _norm_of_all_heads(model, w, q, k)
+            q[...], k[...] = _norm_of_all_heads(model, w, q, k)
         if arch.clip_qkv is not None:
-            q, k, v = (x.clip(-arch.clip_qkv, arch.clip_qkv) for x in (q, k, v))
+            qkv = qkv.clip(-arch.clip_qkv, arch.clip_qkv)
+            q, k, v = _split(qkv, heads)
+
+        # Queries and keys lie side by side: one pass rotates both.
         if rotation is not None:
-            q, k = rotate(q, *rotation), rotate(k, *rotation)
+            q, k, _ = _split(rotate(qkv[:, : heads.n_query + heads.n_kv], *rotation), heads)
         for point, heads_of_point in (("q", q), ("k", k), ("v", v)):
             model.show(point, n, heads_of_point, step, "mine")
         model.cache.write(n, step, k, v)

@@ -14,7 +14,7 @@ from hpcinfer import array
 
 CHOICES = ("auto", "plain")
 
-_forms = []  # of every function, its fast form for each namespace, as far as they are found
+_forms = []  # of every function, its fast form for each type of array, as far as they are found
 _choice = "auto"
 
 
@@ -31,10 +31,10 @@ def fastest(plain):
 
     @functools.wraps(plain)
     def call(x, *args, **options):
-        xp = array.namespace(x)
-        form = forms.get(xp)
+        form = forms.get(type(x))
         if form is None:
-            form = forms[xp] = _find(xp.__name__, place, plain)
+            name = array.namespace(x).__name__
+            form = forms[type(x)] = _find(name, place, plain)
         result = form(x, *args, **options)
         return plain(x, *args, **options) if result is NotImplemented else result
 

@@ -12,12 +12,28 @@ from numba import types
 from numba.extending import overload
 
 from hpcinfer import array
-from hpcinfer.ops.cpu import onednn, parts
+from hpcinfer.ops.cpu import machine, onednn, parts
 from hpcinfer.ops.cpu.compile import compiled
-from hpcinfer.ops.cpu.simd import Bfloat16Pairs, bits_of, float_of, kind_of, tile
+from hpcinfer.ops.cpu.simd import (
+    Bfloat16Pairs,
+    bits_of,
+    coded_tile,
+    float_of,
+    kind_of,
+    tile,
+    widen_codes,
+)
+from hpcinfer.ops.quantize import LANES, Quantized, place
 
 # Rows of x up to which the code here is faster than the library.
 FEW = 16
+
+# Of these, up to which codes are widened in registers, once for two of them.
+_FEW_CODED = 3
+
+# Rows of x in a tile: as many as leave all sums in registers, of which AVX2 has half as many of
+# half the size.
+_COLUMNS = 8 if machine.has("avx512f") else 2
 
 _NONE = np.empty(0, np.float32)
 
@@ -26,10 +42,17 @@ _ONE = tile(1, 1, unroll=4)
 _T1, _T2, _T3, _T4 = (tile(2, n, ahead=2) for n in (1, 2, 3, 4))
 _T5, _T6, _T7, _T8 = (tile(2, n, ahead=2) for n in (5, 6, 7, 8))
 _LAST = tile(1, 1)
+_FOUR_1, _FOUR_2, _EIGHT_1, _EIGHT_2 = (coded_tile(bits, n) for bits in (4, 8) for n in (1, 2))
+_WIDEN_4, _WIDEN_8 = widen_codes(4), widen_codes(8)
+
+# Rows of a quantised weight that are widened at a time, in bytes of bfloat16.
+_WIDENED_BYTES = 1 << 20
 
 
 def linear(x, weight, bias=None):
-    """As `ops.linear.linear`, for 16-bit weights whose rows are contiguous."""
+    """As `ops.linear.linear`, for 16-bit and quantised weights whose rows are contiguous."""
+    if isinstance(weight, Quantized):
+        return _by_codes(x, weight, bias)
     if weight.itemsize != 2 or weight.strides[-1] != 2 or not (x.size and weight.size):
         return NotImplemented
     T = len(x)
@@ -49,6 +72,52 @@ def few_rows(x, weight, y, bias=None):
     parts.over_rows(
         _few_rows, len(w), x, w, y, _NONE if bias is None else bias, work_bytes=weight.nbytes
     )
+
+
+def _by_codes(x, weight, bias):
+    """The product with a quantised weight."""
+    form, T = weight.form, len(x)
+    if not (x.size and len(weight)):
+        return NotImplemented
+    if T > FEW and onednn.serves(form.dtype) and form.dtype == array.BFLOAT16:
+        return _by_widened_rows(x, weight, bias)
+    xs, half = place(x, form), form.dtype == array.BFLOAT16
+    scales, kernel = weight.scales, _few_coded_rows
+    if half and T > _FEW_CODED:
+        scales, kernel = array.widen(scales), _more_coded_rows
+    elif half and machine.has("avx512_bf16"):
+        xs, scales = narrowed(xs, form.dtype).view(np.uint16), scales.view(np.uint16)
+    else:
+        xs, scales = array.widen(array.narrow(xs, form.dtype)), scales.view(np.uint16)
+    y = np.empty((T, len(weight)), np.float32)
+    parts.over_rows(
+        kernel, len(weight), xs, weight.words, scales, form.bits, _shift(form), y,
+        _NONE if bias is None else bias, work_bytes=weight.nbytes,
+    )  # fmt: skip
+    return y
+
+
+def _shift(form):
+    """2^shift places of a word share a scale."""
+    return (form.group // LANES).bit_length() - 1
+
+
+def _by_widened_rows(x, weight, bias):
+    """As `_by_codes` for many rows of x: by the library, on rows of the weight made bfloat16."""
+    form = weight.form
+    y = np.empty((len(x), len(weight)), np.float32)
+    xs = narrowed(place(x, form), form.dtype)
+    rows = max(1, _WIDENED_BYTES // (2 * form.width))
+    wide = array.large_empty((rows, form.width), form.dtype)
+    for start in range(0, len(weight), rows):
+        part = weight[start : start + rows]
+        of_part = wide[: len(part)]
+        parts.over_rows(
+            _widen_codes, len(part), part.words, array.widen(part.scales), form.bits, _shift(form),
+            of_part.view(np.uint16), work_bytes=of_part.nbytes,
+        )  # fmt: skip
+        onednn.product(xs, of_part.T, y[:, start : start + len(part)])
+    return y if bias is None else np.add(y, bias, out=y)
 
 
 def _by_library(x, weight):
@@ -83,31 +152,96 @@ def _few_rows(start, stop, x, w, y, bias):
 
     for row in range(start, stop - 1, 2):
         b = bias_at + 4 * row if bias_at else 0
-        w_at = w.ctypes.data + row * w_next
-        for t in range(0, T, 8):
-            xt, yt, left = x_at + t * x_next, y.ctypes.data + t * y_next + 4 * row, T - t
-            if left >= 8:
-                _T8(w, xt, x_next, w_at, w_next, n, yt, y_next, b)
-            elif left == 1:
-                _T1(w, xt, x_next, w_at, w_next, n, yt, y_next, b)
-            elif left == 2:
-                _T2(w, xt, x_next, w_at, w_next, n, yt, y_next, b)
-            elif left == 3:
-                _T3(w, xt, x_next, w_at, w_next, n, yt, y_next, b)
-            elif left == 4:
-                _T4(w, xt, x_next, w_at, w_next, n, yt, y_next, b)
-            elif left == 5:
-                _T5(w, xt, x_next, w_at, w_next, n, yt, y_next, b)
-            elif left == 6:
-                _T6(w, xt, x_next, w_at, w_next, n, yt, y_next, b)
-            else:
-                _T7(w, xt, x_next, w_at, w_next, n, yt, y_next, b)
+        _two_rows(xs, w, w.ctypes.data + row * w_next, w_next, y, row, b)
     if (stop - start) % 2:
-        row = stop - 1
-        b = bias_at + 4 * row if bias_at else 0
-        for t in range(T):
-            w_at, y_at = w.ctypes.data + row * w_next, y.ctypes.data + t * y_next + 4 * row
-            _LAST(w, x_at + t * x_next, x_next, w_at, w_next, n, y_at, y_next, b)
+        b = bias_at + 4 * (stop - 1) if bias_at else 0
+        _one_row(xs, w, w.ctypes.data + (stop - 1) * w_next, y, stop - 1, b)
+
+
+@compiled
+def _two_rows(xs, w, w_at, w_next, y, row, b):
+    """Two rows of a weight, from address w_at on, times all rows of x; w is there for its type."""
+    T, n = xs.shape
+    x_next, y_next = xs.strides[0], y.strides[0]
+    for t in range(0, T, _COLUMNS):
+        x, out = xs.ctypes.data + t * x_next, y.ctypes.data + t * y_next + 4 * row
+        columns = min(T - t, _COLUMNS)
+        if columns == 8:
+            _T8(w, x, x_next, w_at, w_next, n, out, y_next, b)
+        elif columns == 1:
+            _T1(w, x, x_next, w_at, w_next, n, out, y_next, b)
+        elif columns == 2:
+            _T2(w, x, x_next, w_at, w_next, n, out, y_next, b)
+        elif columns == 3:
+            _T3(w, x, x_next, w_at, w_next, n, out, y_next, b)
+        elif columns == 4:
+            _T4(w, x, x_next, w_at, w_next, n, out, y_next, b)
+        elif columns == 5:
+            _T5(w, x, x_next, w_at, w_next, n, out, y_next, b)
+        elif columns == 6:
+            _T6(w, x, x_next, w_at, w_next, n, out, y_next, b)
+        else:
+            _T7(w, x, x_next, w_at, w_next, n, out, y_next, b)
+
+
+@compiled
+def _one_row(xs, w, w_at, y, row, b):
+    """As `_two_rows` for one."""
+    T, n = xs.shape
+    for t in range(T):
+        x, out = xs.ctypes.data + t * xs.strides[0], y.ctypes.data + t * y.strides[0] + 4 * row
+        _LAST(w, x, 0, w_at, 0, n, out, 0, b)
+
+
+@compiled
+def _few_coded_rows(start, stop, x, words, scales, bits, shift, y, bias):
+    """Codes of a row widened in registers; x as bfloat16's bits or float32."""
+    T, blocks, x_next, y_next = len(x), words.shape[1] // LANES, x.strides[0], y.strides[0]
+    for row in range(start, stop):
+        b = bias.ctypes.data + 4 * row if bias.size else 0
+        w = words.ctypes.data + row * words.strides[0]
+        s = scales.ctypes.data + row * scales.strides[0]
+        for t in range(0, T, 2):
+            xt, out = x.ctypes.data + t * x_next, y.ctypes.data + t * y_next + 4 * row
+            if bits == 4 and T - t > 1:
+                _FOUR_2(x, xt, x_next, w, s, blocks, shift, out, y_next, b)
+            elif bits == 4:
+                _FOUR_1(x, xt, x_next, w, s, blocks, shift, out, y_next, b)
+            elif T - t > 1:
+                _EIGHT_2(x, xt, x_next, w, s, blocks, shift, out, y_next, b)
+            else:
+                _EIGHT_1(x, xt, x_next, w, s, blocks, shift, out, y_next, b)
+
+
+@compiled
+def _more_coded_rows(start, stop, x, words, scales, bits, shift, y, bias):
+    """Codes of two rows widened into the cache, then all rows of x times these; x float32."""
+    places = words.shape[1] * 16 // bits
+    room = np.empty(2 * places + LANES, np.uint16)
+    first = (-room.ctypes.data % 64) // 2
+    wide = room[first : first + 2 * places].reshape(2, places)
+    xs = _prepared(x, wide)
+    for row in range(start, stop, 2):
+        rows = min(2, stop - row)
+        _widen_codes(0, rows, words[row : row + rows], scales[row : row + rows], bits, shift, wide)
+        b = bias.ctypes.data + 4 * row if bias.size else 0
+        if rows == 2:
+            _two_rows(xs, wide, wide.ctypes.data, wide.strides[0], y, row, b)
+        else:
+            _one_row(xs, wide, wide.ctypes.data, y, row, b)
+
+
+@compiled
+def _widen_codes(start, stop, words, scales, bits, shift, y):
+    """Rows start..stop of a quantised weight as bfloat16: y (rows, places) uint16."""
+    blocks = words.shape[1] // LANES
+    for row in range(start, stop):
+        w = words.ctypes.data + row * words.strides[0]
+        s, y_at = scales.ctypes.data + row * scales.strides[0], y.ctypes.data + row * y.strides[0]
+        if bits == 4:
+            _WIDEN_4(w, s, blocks, shift, y_at)
+        else:
+            _WIDEN_8(w, s, blocks, shift, y_at)
 
 
 @numba.njit(inline="always")

@@ -39,6 +39,7 @@ def library():
         except OSError:
             continue
         if version_of(found)[0] == 3:
+            array.use_threads(array.threads())  # of the library that came with this one, too
             return found
     return None
 

@@ -17,8 +17,7 @@ def over_rows(function, n, *arguments, work_bytes=0):
     function : compiled, holds no lock while it runs
     work_bytes : bytes that all parts read together, about
     """
-    threads = array.threads() if work_bytes >= _LEAST_BYTES else 1
-    if threads == 1 or n < threads:
+    if work_bytes < _LEAST_BYTES or (threads := array.threads()) == 1 or n < threads:
         function(0, n, *arguments)
         return
     bounds = [n * i // threads for i in range(threads + 1)]

@@ -252,6 +252,155 @@ def _weigh(builder, arguments, kind, columns, vectors):
         _store(builder, builder.load(sums[c][u]), places[c][u])
 
 
+# Numbers that four bits of a code stand for: of a code of 4 bits, of the low and of the high half
+# of one of 8 bits.
+_SIGNED = [(n ^ 8) - 8 for n in range(16)]
+_LOW, _HIGH = list(range(16)), [16 * n for n in _SIGNED]
+
+
+def coded_tile(bits, columns):
+    """Intrinsic (x, x_stride, words, scales, blocks, shift, y, y_stride, bias): one row's tile.
+
+    Codes as `ops.quantize` packs them, of one row of the weight, times rows of x: each 32 inputs
+    become bfloat16 by a table of 16 entries, or float32 by arithmetic, and the sums of a group are
+    scaled. 2^shift places share a scale. x is an array, for its type alone: uint16 for bfloat16's
+    bits, or float32.
+
+    Parameters
+    ----------
+    bits : 4 or 8
+    columns : rows of x
+    """
+
+    @intrinsic
+    def tile_of(typing, like, x, x_stride, words, scales, blocks, shift, y, y_stride, bias):
+        paired = like.dtype == types.uint16
+
+        def generate(context, builder, signature, arguments):
+            _coded_tile(builder, arguments[1:], bits, columns, paired)
+            return context.get_dummy_value()
+
+        return types.void(like, *[types.int64] * 9), generate
+
+    return tile_of
+
+
+def _coded_tile(builder, arguments, bits, columns, paired):
+    x, x_stride, words, scales, blocks, shift, y, y_stride, bias = arguments
+    places, zero = 16 // bits, ir.Constant(VECTOR, None)
+    x_bytes = 2 if paired else 4
+    sums = [cgutils.alloca_once_value(builder, zero) for _ in range(columns)]
+    for total in sums:
+        builder.store(zero, total)
+    x_rows = [builder.add(x, builder.mul(x_stride, I64(c))) for c in range(columns)]
+    with cgutils.for_range_slice(builder, I64(0), blocks, I64(1), I64) as (b, _):
+        held = _load(builder, builder.add(words, builder.mul(b, I64(64))), I16, 32)
+        for i in range(places):
+            slice_number = builder.add(builder.mul(b, I64(places)), I64(i))
+            number = builder.lshr(slice_number, shift)
+            at = builder.add(scales, builder.mul(number, I64(2)))
+            half = builder.load(builder.inttoptr(at, ir.HalfType().as_pointer()), align=2)
+            scale = splat(builder, builder.fpext(half, FLOAT), LANES)
+            start = builder.mul(slice_number, I64(32 * x_bytes))
+            products = _coded_products(builder, held, i, bits, paired)
+            for c in range(columns):
+                found = products(builder.add(x_rows[c], start))
+                builder.store(fma(builder, found, scale, builder.load(sums[c])), sums[c])
+    for c in range(columns):
+        value = horizontal_sum(builder, builder.load(sums[c]))
+        _store(builder, value, builder.add(y, builder.mul(y_stride, I64(c))))
+    with builder.if_then(builder.icmp_signed("!=", bias, I64(0)), likely=False):
+        for c in range(columns):
+            place = builder.add(y, builder.mul(y_stride, I64(c)))
+            value = builder.fadd(_number_at(builder, place), _number_at(builder, bias))
+            _store(builder, value, place)
+
+
+def _coded_products(builder, words, place, bits, paired):
+    """Function of an address of 32 numbers of x: their products with a place of some words."""
+
+    def shifted(by):
+        return builder.lshr(words, ir.Constant(words.type, [by] * 32)) if by else words
+
+    first = place * bits
+    if paired:
+        tables = [(_SIGNED, first)] if bits == 4 else [(_LOW, first), (_HIGH, first + 4)]
+        operands = [_looked_up(builder, table, shifted(by)) for table, by in tables]
+
+        def products(address):
+            numbers = Bfloat16Pairs.load_x(builder, address, None)
+            total = ir.Constant(VECTOR, None)
+            for operand in operands:
+                total = Bfloat16Pairs.add_product(builder, total, numbers, operand)
+            return total
+
+        return products
+
+    halves = _code_halves(builder, words, bits, place)
+
+    def products(address):
+        total = ir.Constant(VECTOR, None)
+        for i, half in enumerate(halves):
+            at = builder.add(address, I64(64 * i))
+            total = fma(builder, _load(builder, at, FLOAT, LANES), half, total)
+        return total
+
+    return products
+
+
+def widen_codes(bits):
+    """Intrinsic (words, scales, blocks, shift, y): one row of codes times scales, as bfloat16.
+
+    words, scales (float32) and y (32 · 16 / bits numbers a block) are addresses.
+    """
+
+    @intrinsic
+    def widen_of(typing, words, scales, blocks, shift, y):
+        def generate(context, builder, signature, arguments):
+            words, scales, blocks, shift, y = arguments
+            with cgutils.for_range_slice(builder, I64(0), blocks, I64(1), I64) as (b, _):
+                held = _load(builder, builder.add(words, builder.mul(b, I64(64))), I16, 32)
+                for i in range(16 // bits):
+                    number = builder.add(builder.mul(b, I64(16 // bits)), I64(i))
+                    of_scale = builder.mul(builder.lshr(number, shift), I64(4))
+                    scale = splat(
+                        builder, _number_at(builder, builder.add(scales, of_scale)), LANES
+                    )
+                    at = builder.add(y, builder.mul(number, I64(64)))
+                    for half in _code_halves(builder, held, bits, i):
+                        value = _as_bfloat16(builder, builder.fmul(half, scale))
+                        _store_lanes(builder, value, at, None)
+                        at = builder.add(at, I64(32))
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 5), generate
+
+    return widen_of
+
+
+def _code_halves(builder, words, bits, place):
+    """The codes at a place of 32 words as two vectors of float32."""
+    # Move the code to the upper end of its word and back, so that its sign is the word's.
+    up = builder.shl(words, ir.Constant(words.type, [16 - bits * (place + 1)] * 32))
+    codes = builder.ashr(up, ir.Constant(words.type, [16 - bits] * 32))
+    undefined, halves = ir.Constant(words.type, ir.Undefined), []
+    for start in (0, LANES):
+        lanes = ir.Constant(ir.VectorType(I32, LANES), list(range(start, start + LANES)))
+        half = builder.shuffle_vector(codes, undefined, lanes)
+        halves.append(builder.sitofp(builder.sext(half, ir.VectorType(I32, LANES)), VECTOR))
+    return halves
+
+
+def _looked_up(builder, table, words):
+    """The lowest four bits of 32 words as bfloat16 from a table; a fifth bit counts for nothing."""
+    bits = (np.array(table * 2, np.float32).view(np.uint32) >> 16).tolist()
+    kind = words.type
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(kind, (kind, kind)), "llvm.x86.avx512.permvar.hi.512"
+    )
+    return builder.bitcast(builder.call(function, (ir.Constant(kind, bits), words)), PAIRS)
+
+
 def _number_at(builder, address):
     return builder.load(builder.inttoptr(address, FLOAT.as_pointer()), align=4)
 
@@ -495,6 +644,14 @@ def _over_vectors(builder, row, n, turn):
 
 def _as_bfloat16(builder, x):
     """Numbers that are not NaN rounded to bfloat16, nearest even, as i16."""
+    if machine.has("avx512_bf16"):
+        kind = ir.VectorType(_Bfloat(), LANES)
+        function = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(kind, (VECTOR,)),
+            "llvm.x86.avx512bf16.cvtneps2bf16.512",
+        )
+        return builder.bitcast(builder.call(function, (x,)), ir.VectorType(I16, LANES))
     kind = ir.VectorType(I32, x.type.count)
 
     def number(value):

@@ -7,31 +7,36 @@ from hpcinfer.ops.cpu.compile import compiled
 from hpcinfer.ops.cpu.linear import bfloat16_bits
 
 
-def store(x, rows, pages, slots):
+def store(k, v, rows, k_pages, v_pages, slots):
     """As `ops.store.store`, for bfloat16 and float32."""
-    if pages.dtype == array.BFLOAT16:
-        _store_rounded(x, rows, pages.view(np.uint16), slots)
-    elif pages.dtype == np.float32:
-        _store(x, rows, pages, slots)
+    if k_pages.dtype == array.BFLOAT16:
+        _store_rounded(k, v, rows, k_pages.view(np.uint16), v_pages.view(np.uint16), slots)
+    elif k_pages.dtype == np.float32:
+        _store(k, v, rows, k_pages, v_pages, slots)
     else:
         return NotImplemented
     return None
 
 
 @compiled
-def _store_rounded(x, rows, pages, slots):
-    page = pages.shape[2]
+def _store_rounded(k, v, rows, k_pages, v_pages, slots):
+    page = k_pages.shape[2]
     for i in range(len(rows)):
-        for g in range(x.shape[1]):
-            for d in range(x.shape[2]):
-                value = bfloat16_bits(x[rows[i], g, d])
-                pages[slots[i] // page, g, slots[i] % page, d] = value
+        row, place, offset = rows[i], slots[i] // page, slots[i] % page
+        for g in range(k.shape[1]):
+            for d in range(k.shape[2]):
+                k_pages[place, g, offset, d] = bfloat16_bits(k[row, g, d])
+            for d in range(v.shape[2]):
+                v_pages[place, g, offset, d] = bfloat16_bits(v[row, g, d])
 
 
 @compiled
-def _store(x, rows, pages, slots):
-    page = pages.shape[2]
+def _store(k, v, rows, k_pages, v_pages, slots):
+    page = k_pages.shape[2]
     for i in range(len(rows)):
-        for g in range(x.shape[1]):
-            for d in range(x.shape[2]):
-                pages[slots[i] // page, g, slots[i] % page, d] = x[rows[i], g, d]
+        row, place, offset = rows[i], slots[i] // page, slots[i] % page
+        for g in range(k.shape[1]):
+            for d in range(k.shape[2]):
+                k_pages[place, g, offset, d] = k[row, g, d]
+            for d in range(v.shape[2]):
+                v_pages[place, g, offset, d] = v[row, g, d]

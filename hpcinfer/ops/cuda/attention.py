@@ -1,4 +1,8 @@
-"""Attention of decoding: queries over their pages, split over the device and merged."""
+"""Attention: queries over their pages, split over the device and merged, or large matrix products.
+
+In decoding every query reads its keys and values once for all query heads that share them. Many
+queries of a sequence are blocks of two products of all heads at a time, by cuBLAS.
+"""
 
 from dataclasses import dataclass
 
@@ -18,6 +22,100 @@ KERNELS = (*(f"decode_{heads}" for heads in _HEADS), "merge_splits")
 # Queries of a sequence up to which each reads the keys for itself; blocks that keep a large device
 # busy; pages below which a split costs more than it brings.
 _FEW_QUERIES, _BUSY_BLOCKS, _FEWEST_PAGES = 4, 512, 4
+
+# Query heads and queries of a block, together, and keys of a block, at least; its most scores.
+_ROWS, _KEYS, _SCORES = 4096, 512, 64 << 20
+_LOWEST = np.float32(np.finfo(np.float32).min)
+
+
+def attention(
+    q, k, v, q_pos, k_pos, *, scale, groups, window=None, softcap=None, between=None, v_columns=None
+):
+    """As `ops.attention.attention`, where all key/value heads have equally many query heads."""
+    xp, (S, H, K), G = array.namespace(q), q.shape, len(groups)
+    n = H // G if G else 0
+    if not (n and S and len(k)) or [tuple(g) for g in groups] != [
+        (g * n, (g + 1) * n) for g in range(G)
+    ]:
+        return NotImplemented
+    width = v.shape[-1] if v_columns is None else v_columns
+    factor = np.float32(scale if softcap is None else scale / softcap)
+    q = xp.ascontiguousarray((q * factor).reshape(S, G, n, K).swapaxes(0, 1))
+    m, total = xp.full((G, S, n), _LOWEST, np.float32), xp.zeros((G, S, n), np.float32)
+    o = xp.zeros((G, S, n, width), np.float32)
+    q_there, k_there = xp.asarray(q_pos), xp.asarray(k_pos)
+
+    # The masks are made where the scores are.
+    queries, keys = max(1, _ROWS // n), max(_KEYS, _SCORES // (G * _ROWS))
+    for columns, k_first, k_last in _ranges(k_pos, keys):
+        k_block = _by_heads(array.widen(k[columns]))
+        v_block = (
+            k_block[..., :width] if v_columns is not None else _by_heads(array.widen(v[columns]))
+        )
+        for rows, q_first, q_last in _ranges(q_pos, queries):
+            begin = -1 if window is None else q_first - window
+            if k_first > q_last or k_last <= begin:
+                continue
+            hidden = None
+            if k_last > q_first or (window is not None and k_first <= q_last - window):
+                hidden = k_there[None, columns] > q_there[rows, None]
+                if window is not None:
+                    hidden |= k_there[None, columns] <= q_there[rows, None] - window
+            state = m[:, rows], total[:, rows], o[:, rows]
+            _add(xp, state, q[:, rows], k_block, v_block, hidden, softcap)
+            if between is not None:
+                between()
+
+    # One division, and the heads side by side again.
+    empty = total == 0
+    divisor = xp.where(empty, np.float32(1), total)
+    o /= divisor[..., None]
+    lse = xp.where(empty, np.float32(-np.inf), m + xp.log(divisor))
+    return (
+        xp.ascontiguousarray(o.swapaxes(0, 1)).reshape(S, H, width),
+        xp.ascontiguousarray(lse.swapaxes(0, 1)).reshape(S, H),
+    )
+
+
+def _add(xp, state, q, k, v, hidden, softcap):
+    """Add a block of keys to the sums so far of some queries.
+
+    Parameters
+    ----------
+    state : m, total (G, s, n), o (G, s, n, width), as in `ops.attention`; written to
+    q : (G, s, n, K), scaled
+    k, v : (G, l, K), (G, l, width)
+    hidden : (s, l) truth of "this query does not see this key", None if each sees all
+    """
+    (m_all, total, o), (G, s, n, K) = state, q.shape
+    scores = (q.reshape(G, s * n, K) @ k.swapaxes(1, 2)).reshape(G, s, n, -1)
+    if softcap is not None:
+        xp.tanh(scores, out=scores)
+        scores *= np.float32(softcap)
+    if hidden is not None:
+        xp.copyto(scores, np.float32(-np.inf), where=hidden[None, :, None])
+
+    m = xp.maximum(m_all, scores.max(axis=-1))
+    correction = xp.exp(m_all - m)
+    m_all[...] = m
+    scores -= m[..., None]
+    weights = xp.exp(scores, out=scores)
+    total *= correction
+    total += weights.sum(axis=-1)
+    o *= correction[..., None]
+    o += (weights.reshape(G, s * n, -1) @ v).reshape(o.shape)
+
+
+def _ranges(positions, size):
+    """(slice, least, largest position) of every `size` tokens."""
+    for start in range(0, len(positions), size):
+        part = positions[start : start + size]
+        yield slice(start, start + size), int(part.min()), int(part.max())
+
+
+def _by_heads(x):
+    """(L, G, K) as (G, L, K)."""
+    return array.namespace(x).ascontiguousarray(x.swapaxes(0, 1))
 
 
 def paged_attention(

@@ -1,0 +1,269 @@
+"""Fast forms for processors against the plain ones, which are the oracle."""
+
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+pytest.importorskip("numba")
+
+from hpcinfer import array
+from hpcinfer.model.step import Books
+from hpcinfer.ops import activation, attention, fastest, linear, norm, quantize, rope, store
+from hpcinfer.ops.cpu import linear as cpu_linear
+from hpcinfer.ops.cpu import machine, onednn, parts
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+HALF = [BF16, np.dtype(np.float16)]
+
+# Largest difference relative to the largest result, where operands of 16 bits are rounded.
+ROUNDED = {BF16: 8e-3, np.dtype(np.float16): 1e-3, np.dtype(np.float32): 2e-6}
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = array.threads()
+    yield
+    array.use_threads(before)
+    fastest.use("auto")
+
+
+def normal(shape, seed=0, dtype=np.float32):
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+def agree(got, expected, tolerance):
+    assert got.shape == expected.shape and got.dtype == expected.dtype
+    scale = max(1, np.abs(expected[np.isfinite(expected)]).max(initial=0))
+    np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance * scale)
+
+
+# ---- products ----
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("T", [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 40])
+def test_products_with_16_bit_weights(T, dtype):
+    for n_in, n_out in ((896, 71), (67, 5), (33, 1), (31, 2), (1024, 64)):
+        x, w = normal((T, n_in)), normal((n_out, n_in), 1, dtype)
+        for bias in (None, normal(n_out, 2)):
+            agree(linear.linear(x, w, bias), linear.linear.plain(x, w, bias), 3e-6)
+
+
+@pytest.mark.parametrize("T", [1, 3, 20])
+def test_products_with_parts_of_a_weight(T):
+    x, w = normal((T, 200)), normal((90, 300), 1, BF16)
+    for part in (w[3:80, :200], w[::2, 50:250], w[:0, :200]):
+        agree(linear.linear(x, part), linear.linear.plain(x, part), 3e-6)
+
+
+def test_a_product_is_not_served_where_inputs_lie_apart():
+    assert cpu_linear.linear(normal((2, 8)), normal((8, 4), 1, BF16).T) is NotImplemented
+    x, w = normal((2, 8)), normal((8, 4), 1, BF16).T
+    agree(linear.linear(x, w), linear.linear.plain(x, w), 3e-6)
+
+
+def test_what_is_not_finite_stays_so():
+    x, w = normal((2, 64)), normal((3, 64), 1, BF16)
+    x[0, 5], w[1, 7] = np.nan, np.inf
+    y = linear.linear(x, w)
+    assert np.isnan(y[0]).all() and np.isinf(y[1, 1]) and np.isfinite(y[1, [0, 2]]).all()
+
+
+def test_rounding_to_bfloat16_is_that_of_the_type():
+    bits = np.random.default_rng(0).integers(0, 2**32, 100_000, np.uint32)
+    x = np.concatenate([bits.view(np.float32), [np.nan, np.inf, -np.inf, 0, -0.0, 1e-42]])
+    x = x.astype(np.float32).reshape(2, -1)
+    got, expected = cpu_linear.narrowed(x, BF16), x.astype(BF16)
+    same = got.view(np.uint16) == expected.view(np.uint16)
+    assert (same | (np.isnan(x) & np.isnan(got.astype(np.float32)))).all()
+
+
+def coded(n_out, n_in, bits, group, dtype, seed=3):
+    codes, scales = quantize.quantize(normal((n_out, n_in), seed), bits, group)
+    form = quantize.Form(bits, group, n_in, 0, np.dtype(dtype))
+    held = np.zeros((n_out, form.groups), np.float16)
+    held[:, : scales.shape[1]] = scales
+    return quantize.Quantized(form, quantize.pack(codes, bits), held)
+
+
+@pytest.mark.parametrize("dtype", [BF16, np.dtype(np.float16), np.dtype(np.float32)])
+@pytest.mark.parametrize("group", quantize.GROUPS)
+@pytest.mark.parametrize("bits", quantize.BITS)
+def test_products_with_codes(bits, group, dtype):
+    whole = coded(21, 400, bits, group, dtype)
+    for w in (whole, whole[2:9], whole[:, 70:333]):
+        for T in (1, 2, 3, 4, 9, 20):
+            x, bias = normal((T, w.shape[1])), normal(len(w), 5)
+            exact = T <= 3 or dtype != BF16
+            tolerance = 3e-6 if exact else ROUNDED[BF16]
+            agree(linear.linear(x, w, bias), linear.linear.plain(x, w, bias), tolerance)
+
+
+# ---- passes over rows ----
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (5, 63), (3, 4, 16)])
+def test_norms(shape):
+    x, weight, bias = normal(shape), normal(shape[-1], 1), normal(shape[-1], 2)
+    agree(norm.rms_norm(x, weight, 1e-6), norm.rms_norm.plain(x, weight, 1e-6), 2e-6)
+    agree(
+        norm.layer_norm(x, weight, bias, 1e-5), norm.layer_norm.plain(x, weight, bias, 1e-5), 2e-6
+    )
+
+
+def test_norms_of_views_and_of_many_rows():
+    x, weight = normal((70, 9, 32))[:, 2:5], normal(32, 1)
+    agree(norm.rms_norm(x, weight, 1e-6), norm.rms_norm.plain(x, weight, 1e-6), 2e-6)
+
+
+@pytest.mark.parametrize("half", [4, 8])
+def test_rotation(half):
+    x = normal((6, 5, 20))[:, 1:4]
+    angle = normal((6, half), 1)
+    cos, sin = np.cos(angle), np.sin(angle)
+    agree(rope.rotate(x, cos, sin), rope.rotate.plain(x, cos, sin), 2e-6)
+
+
+@pytest.mark.parametrize("function", [activation.silu, activation.gelu_tanh, activation.relu])
+def test_gates(function):
+    gate_up, widths = 8 * normal((4, 30)), [10, 5]
+    gate_up[0, :3] = -200, 200, 0
+    got = activation.gated(gate_up, function, widths)
+    agree(got, activation.gated.plain(gate_up, function, widths), 3e-6)
+
+
+@pytest.mark.parametrize("dtype", [*HALF, np.dtype(np.float32)])
+def test_storing_keys_and_values(dtype):
+    rows, slots = np.array([4, 1, 2]), np.array([70, 33, 5])
+    for width in (16, 0):
+        k, v = normal((6, 2, 16)), normal((6, 2, width), 1)
+        pages = [np.zeros((3, 2, 32, n), dtype) for n in (16, width, 16, width)]
+        store.store(k, v, rows, pages[0], pages[1], slots)
+        store.store.plain(k, v, rows, pages[2], pages[3], slots)
+        assert (pages[0] == pages[2]).all() and (pages[1] == pages[3]).all()
+
+
+# ---- attention ----
+
+
+def paged(lengths, G, K, width, dtype, pools=1, pool=0):
+    rng, counts = np.random.default_rng(0), [-(-n // 32) for n in lengths]
+    places, total = np.zeros((len(lengths), max(counts)), int), sum(counts)
+    order = rng.permutation(total)
+    for b, n in enumerate(counts):
+        places[b, :n], order = order[:n], order[n:]
+    books = Books(places, np.zeros(len(lengths), int), pool, pools, np.array(lengths))
+    k, v = normal((total, G, 32, K), 1, dtype), normal((total, G, 32, width), 2, dtype)
+
+    # What lies behind the last token is whatever was in memory.
+    for b, n in enumerate(lengths):
+        if n % 32:
+            k[places[b, n // 32], :, n % 32 :] = v[places[b, n // 32], :, n % 32 :] = np.nan
+    return books, k, v
+
+
+@pytest.mark.parametrize("dtype", [*HALF, np.dtype(np.float32)])
+@pytest.mark.parametrize("heads", [(14, 2, 64, 64), (3, 1, 96, 32), (5, 1, 80, 0), (7, 7, 16, 16)])
+def test_decoding_over_pages(heads, dtype):
+    H, G, K, width = heads
+    groups = [(g * H // G, (g + 1) * H // G) for g in range(G)]
+    for lengths in ([1], [33, 700, 64], [1030]):
+        books, k, v = paged(lengths, G, K, width, dtype)
+        tokens = np.array([(b, n - 1) for b, n in enumerate(lengths)], np.int32)
+        q = normal((len(tokens), H, K), 3)
+        for window in (None, 40):
+            options = {"scale": K**-0.5, "groups": groups, "window": window}
+            options["v_columns"] = None if width else 64
+            got = attention.paged_attention(q, tokens, k, v, books, **options)
+            fastest.use("plain")
+            expected = attention.paged_attention(q, tokens, k, v, books, **options)
+            fastest.use("auto")
+            for a, b in zip(got, expected, strict=True):
+                agree(a, b, ROUNDED[dtype])
+
+
+def test_decoding_with_several_queries_and_pools():
+    tokens = np.array([(0, 100), (0, 101), (0, 102), (1, 0), (2, 50), (2, 51)], np.int32)
+    parts_of = []
+    for pool in range(2):
+        books, k, v = paged([103, 1, 52], 2, 16, 16, np.dtype(np.float32), 2, pool)
+        q, options = normal((6, 4, 16), 3), {"scale": 0.3, "groups": [(0, 2), (2, 4)]}
+        got = attention.paged_attention(q, tokens, k, v, books, **options)
+        expected = attention.paged_attention.plain(q, tokens, k, v, books, **options)
+        for a, b in zip(got, expected, strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-6)
+        parts_of.append(got)
+    assert np.isneginf(parts_of[1][1][3]).all() and not parts_of[1][0][3].any()
+
+
+@pytest.mark.skipif(not onednn.serves(BF16), reason="needs oneDNN and bfloat16 instructions")
+@pytest.mark.parametrize("softcap", [None, 20.0])
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("S", [1, 64, 300])
+def test_attention_of_many_queries(S, window, softcap):
+    L, H, G, K = 700, 6, 2, 32
+    q, k, v = normal((S, H, K)), normal((L, G, K), 1, BF16), normal((L, G, K), 2, BF16)
+    q_pos, k_pos = np.arange(L - S, L), np.arange(L)
+    for columns in (None, 16):
+        options = {"scale": K**-0.5, "groups": [(0, 3), (3, 6)], "window": window}
+        options |= {"softcap": softcap, "v_columns": columns}
+        values = v if columns is None else v[..., :0]
+        got = attention.attention(q, k, values, q_pos, k_pos, **options)
+        expected = attention.attention.plain(q, k, values, q_pos, k_pos, **options)
+        for a, b in zip(got, expected, strict=True):
+            agree(a, b, 1.5e-2)
+
+
+# ---- choice, threads, other processors ----
+
+
+def test_plain_forms_on_request():
+    x, w = normal((2, 64)), normal((4, 64), 1, BF16)
+    fastest.use("plain")
+    assert (linear.linear(x, w) == linear.linear.plain(x, w)).all()
+    with pytest.raises(ValueError, match="kernels: got 'quick', need one of auto, plain"):
+        fastest.use("quick")
+
+
+def test_threads_share_the_rows():
+    x, w = normal((2, 512)), normal((2049, 512), 1, BF16)
+    one = linear.linear(x, w)
+    array.use_threads(3)
+    assert (linear.linear(x, w) == one).all()
+
+
+def test_an_error_in_a_thread_is_raised():
+    def fails(start, stop):
+        if start:
+            raise ValueError("row")
+
+    array.use_threads(2)
+    with pytest.raises(ValueError, match="row"):
+        parts.over_rows(fails, 10, work_bytes=1 << 30)
+
+
+@pytest.mark.skipif(not machine.has("avx2"), reason="emulates a smaller processor of this family")
+def test_a_processor_without_avx512(tmp_path):
+    """The same file on what LLVM and the library see as a processor with AVX2 and no more."""
+    program = (
+        "import sys, pytest\n"
+        "from hpcinfer.ops.cpu import machine\n"
+        "machine.flags = lambda: frozenset({'avx2'})\n"
+        "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-k', 'products or decoding',"
+        f" {__file__!r}]))"
+    )
+    environment = {"NUMBA_CPU_NAME": "haswell", "HPCINFER_CACHE": str(tmp_path)}
+    done = run_python(program, environment)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+def run_python(program, environment):
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, **environment}, capture_output=True, text=True, timeout=90,
+    )  # fmt: skip
