@@ -156,7 +156,7 @@ class HostKernel:
         letters = {np.int32: "i", np.int64: "l", np.float32: "f"}
         given = "".join(letters.get(type(x), "p") for x in args)
         assert given == self.signature, f"{self.name} takes {self.signature}, got {given}"
-        arrays = [x if np.isscalar(x) else np.uint64(x.ctypes.data) for x in args]
+        arrays = [x if np.isscalar(x) else np.uint64(launch.address(x)) for x in args]
         places = [np.array([x]) for x in arrays]
         pointers = (ctypes.c_void_p * len(args))(*(x.ctypes.data for x in places))
         shape = (ctypes.c_uint * 3)(*(grid + (1, 1))[:3])
@@ -357,6 +357,25 @@ def test_decode(put, rng, dtype, K, groups, window):
     q = normal(rng, 3, groups[-1][1], K)
     tokens = tokens_at(*((b, n - 1, 1) for b, n in enumerate(lengths)))
     attend(put, q, tokens, k, v, books, groups, window)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("window", "softcap", "v_columns"), [(None, None, None), (9, 4.0, None), (9, None, 8)]
+)
+def test_prefill(put, rng, monkeypatch, dtype, window, softcap, v_columns):
+    """Blocks of queries and keys, some whole, some cut by the masks, some not seen."""
+    module, called = fast("attention"), []
+    for name, value in (("_ROWS", 10), ("_KEYS", 6), ("_SCORES", 0)):
+        monkeypatch.setattr(module, name, value)
+    q, k, v = normal(rng, 20, 4, 16), weight_of(rng, dtype, 30, 2, 16), None
+    v = k[..., :0] if v_columns else weight_of(rng, dtype, 30, 2, 12)
+    q_pos, k_pos = np.arange(12, 32), rng.permutation(35)[:30]
+    options = {"scale": 0.3, "groups": [(0, 2), (2, 4)], "window": window, "softcap": softcap}
+    options |= {"v_columns": v_columns, "between": lambda: called.append(1)}
+    got = module.attention(put(q), put(k), put(v), q_pos, k_pos, **options)
+    assert called
+    agree(got, plain(attention.attention)(q, k, v, q_pos, k_pos, **options), 1e-5)
 
 
 @pytest.mark.parametrize("splits", [1, 3])
