@@ -34,7 +34,7 @@ class Summary:
 
 
 @dataclass(frozen=True)
-class Quantised:
+class Coded:
     """A tensor of the new file that is codes and scales.
 
     Attributes
@@ -53,7 +53,7 @@ class Recoding:
 
     Attributes
     ----------
-    quantised : dict new name -> Quantised
+    coded : dict new name -> Coded
     copied : dict new name -> name in the source, of tensors that are needed once more
     config : dict, what the config says otherwise
     bits, group : as in `Coding`
@@ -61,7 +61,7 @@ class Recoding:
         ValueError for what cannot be quantised
     """
 
-    quantised: dict
+    coded: dict
     copied: dict
     config: dict
     bits: int
@@ -130,7 +130,7 @@ class _Outputs:
         if recoding is not None:
             config = model.config | recoding.config
             self.metadata = replace(model.metadata, config=config)
-            self._coded = recoding.quantised
+            self._coded = recoding.coded
             kept = {n: s for n, s in (kept | recoding.copied).items() if n not in self._coded}
         self._kept = kept
         codes_and_scales = [info for name in self._coded for info in self._stored(name)]

@@ -7,7 +7,7 @@ config of the new file says so.
 
 from functools import partial
 
-from hpcinfer.io.convert import Quantised, Recoding
+from hpcinfer.io.convert import Coded, Recoding
 from hpcinfer.model import weights as tables
 from hpcinfer.model.families import read_architecture
 from hpcinfer.ops import quantize
@@ -39,8 +39,8 @@ def recoding(checkpoint, bits, group):
             "float16 or bfloat16 weights; quantise the model it came from"
         )
     names = tables.check(arch, tensors)
-    quantised = {
-        names[row.name]: Quantised(names[row.name], row.transposed)
+    coded = {
+        names[row.name]: Coded(names[row.name], row.transposed)
         for row in tables.table(arch)
         if row.key in tables.QUANTISED
     }
@@ -49,10 +49,10 @@ def recoding(checkpoint, bits, group):
         # The file may hold the head under its own name, beside the embedding or in its place.
         embed, head = names[arch.names["embed"]], arch.names["head"]
         head = tables.find(head, tensors) or head
-        quantised[head] = Quantised(head if head in tensors else embed, False)
+        coded[head] = Coded(head if head in tensors else embed, False)
         copied = {arch.names["embed"]: embed} if embed == head else {}
         config = {"tie_word_embeddings": False}
-    return Recoding(quantised, copied, config, bits, group, partial(_encode, bits, group))
+    return Recoding(coded, copied, config, bits, group, partial(_encode, bits, group))
 
 
 def _encode(bits, group, weight):
