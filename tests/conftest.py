@@ -256,3 +256,13 @@ def kill_tree(process):
             member.kill()
         except psutil.NoSuchProcess:
             continue
+
+
+@pytest.fixture
+def plain_forms():
+    """Run the plain forms of all functions, which round no operand: the oracle of the fast ones."""
+    from hpcinfer.ops import fastest
+
+    fastest.use("plain")
+    yield
+    fastest.use("auto")

@@ -12,7 +12,7 @@ from hpcinfer.model.step import Books
 from hpcinfer.ops.attention import attention, merge, paged_attention
 from hpcinfer.ops.store import store
 
-pytestmark = pytest.mark.single
+pytestmark = [pytest.mark.single, pytest.mark.usefixtures("plain_forms")]
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 NONE = np.zeros(0, np.int64)

@@ -9,6 +9,9 @@ from ragged import CASES, assert_close, ragged
 
 from hpcinfer.ops import attention as ops
 
+# Nearly to the bit, with 16-bit keys too.
+pytestmark = pytest.mark.usefixtures("plain_forms")
+
 
 @pytest.fixture(params=["default blocks", "small blocks"])
 def blocks(request, monkeypatch):

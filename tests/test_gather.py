@@ -8,6 +8,9 @@ from hpcinfer import partition
 from hpcinfer.collectives import ledger
 from hpcinfer.parallel.gather import gather
 
+# Nearly to the bit, with 16-bit keys too.
+pytestmark = pytest.mark.usefixtures("plain_forms")
+
 
 @pytest.mark.parametrize("case, cut", CASES_AND_CUTS)
 def test_equals_one_rank(comm, case, cut):

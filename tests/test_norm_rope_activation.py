@@ -100,7 +100,7 @@ def test_gate_stands_first_in_every_block(widths):
         expected.append(activation.silu(gate) * up)
         start += 2 * width
     result = activation.gated(gate_up, activation.silu, widths)
-    np.testing.assert_array_equal(result, np.concatenate(expected, axis=1))
+    np.testing.assert_allclose(result, np.concatenate(expected, axis=1), atol=1e-6)
 
 
 # --- Rope ----------------------------------------------------------------------------------------

@@ -9,6 +9,9 @@ from hpcinfer.array import BFLOAT16
 from hpcinfer.collectives import ledger
 from hpcinfer.parallel.ring import cheaper_to_move_queries, ring, ring_queries
 
+# Nearly to the bit, with 16-bit keys too.
+pytestmark = pytest.mark.usefixtures("plain_forms")
+
 
 def cut_of(comm, n, cut):
     """This rank's items of n, and the number of items of every rank."""

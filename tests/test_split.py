@@ -9,6 +9,9 @@ from hpcinfer import partition
 from hpcinfer.collectives import ledger
 from hpcinfer.parallel.split import gathered_keys, k_only, q_only, v_only
 
+# Nearly to the bit, with 16-bit keys too.
+pytestmark = pytest.mark.usefixtures("plain_forms")
+
 
 def cut_of(comm, n, cut):
     """This rank's items of n, the items of all ranks end to end, and how many each has."""

@@ -10,6 +10,9 @@ from hpcinfer import collectives, partition
 from hpcinfer.collectives import ledger
 from hpcinfer.parallel.tree import tree, tree_single
 
+# Nearly to the bit, with 16-bit keys too.
+pytestmark = pytest.mark.usefixtures("plain_forms")
+
 ROOMS = {"tree": tree, "tree_single": tree_single}
 
 

@@ -10,6 +10,9 @@ from hpcinfer.collectives import ledger
 from hpcinfer.ops.attention import ragged_attention
 from hpcinfer.parallel.ulysses import to_heads, to_tokens, ulysses
 
+# Nearly to the bit, with 16-bit keys too.
+pytestmark = pytest.mark.usefixtures("plain_forms")
+
 
 def run(comm, case, cut):
     """Ulysses on this rank's part of a case: its queries, and o."""

@@ -14,7 +14,7 @@ import time
 
 from hpcinfer import array, collectives
 from hpcinfer.engine import finite
-from hpcinfer.engine.crowd import take_threads
+from hpcinfer.engine.crowd import take_device, take_threads
 from hpcinfer.engine.extract import Extract, activations_of, gathered
 from hpcinfer.engine.feed import Feed
 from hpcinfer.engine.formats import Limits as PromptLimits
@@ -92,6 +92,8 @@ def load(
     limits = _limits(grid.layout, step_tokens, sequences, micro_batches)
     if check_weights:
         finite.check_weights(comm, path, None if dtype is None else array.parse_dtype(dtype))
+    take_threads(grid.node)
+    device = take_device(grid, device)
     return agree_all(
         comm, lambda: Engine(path, grid, dtype, device, kv_memory, limits, context, seed)
     ).ready()
@@ -118,8 +120,6 @@ class Engine:
         self.grid, self.limits, self.seed = grid, limits, Sampling(seed=seed).seed
         self.depth = grid.layout.pp
         self.width = limits.parts // self.depth
-        take_threads(grid.node)
-        device = array.select_device(device, grid.node.rank)
         with open_checkpoint(path) as checkpoint:
             arch = read_architecture(checkpoint.config)
             refuse_unfit(arch, grid.layout)
@@ -143,7 +143,8 @@ class Engine:
         self.shares_weights = model.share()
         agree_all(comm, self._read_alone)
         if self._kv_memory is None:
-            local_bytes = int(_KV_SHARE * model.device.free_bytes()) // self.grid.node.size
+            sharers = self.grid.node.size if model.device.name == "cpu" else 1
+            local_bytes = int(_KV_SHARE * model.device.free_bytes()) // sharers
         else:
             local_bytes = self._kv_memory
         most = -(-pages_for(self.context) * self.limits.sequences // model.pools)

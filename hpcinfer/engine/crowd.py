@@ -1,6 +1,7 @@
 """Cores for the ranks of a node, and advice where there are too few: they run, but slowly."""
 
-from hpcinfer import array
+from hpcinfer import array, collectives
+from hpcinfer.grid import agree_all
 from hpcinfer.where import waiting
 
 
@@ -17,6 +18,34 @@ def take_threads(node):
         n_cores = min(len(array.cores()), array.core_quota() or len(array.cores()))
         threads = max(1, n_cores // sharing)
     array.use_threads(threads)
+
+
+def take_device(grid, choice):
+    """The device of this rank, of whose memory it takes no more than its share.
+
+    Collective over the grid's communicators.
+
+    Parameters
+    ----------
+    choice : "cpu", "cuda" or "auto"
+
+    Returns
+    -------
+    Device
+
+    Raises
+    ------
+    ValueError
+        On every rank, if one has no such device.
+    """
+    device = agree_all(grid.comm, array.select_device, choice, grid.node.rank)
+    with waiting("allgather", grid.node, "device"):
+        identities = grid.node.allgather(device.identity)
+    device.share(identities.count(device.identity))
+    said = device.name == "cuda" and array.mpi_reads_device_memory()
+    with waiting("allreduce", grid.comm, "device"):
+        collectives.use_device_memory(grid.comm, device.xp, said)
+    return device
 
 
 def advice(node, device):

@@ -112,13 +112,13 @@ class _Running:
         return self.o, self.xp.where(empty, -self.xp.inf, self.m + self.xp.log(divisor))
 
 
-def blocks(q_pos, k_pos, window, n, size=(_ROWS, _KEYS, _MOST_KEYS)):
+def blocks(q_pos, k_pos, window, n, size=None):
     """Blocks of keys, and for each the blocks of queries that see any of it.
 
     Parameters
     ----------
     n : query heads per key/value head, on average
-    size : rows of a block, its keys, and most keys of one with fewer rows
+    size : rows of a block, its keys, and most keys of one with fewer rows; None for those here
 
     Yields
     ------
@@ -128,7 +128,7 @@ def blocks(q_pos, k_pos, window, n, size=(_ROWS, _KEYS, _MOST_KEYS)):
     """
     if not (n and len(q_pos) and len(k_pos)):
         return
-    most_rows, most, limit = size
+    most_rows, most, limit = size or (_ROWS, _KEYS, _MOST_KEYS)
     s = max(1, int(most_rows / n))
     keys = min(limit, max(most, int(most_rows * most / (n * min(s, len(q_pos))))))
     q_ranges, k_ranges = _position_ranges(q_pos, s), _position_ranges(k_pos, keys)
