@@ -32,6 +32,12 @@ def add_model_options(parser):
     group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     group.add_argument("--device", choices=("cpu", "cuda", "auto"), default="cpu")
     group.add_argument(
+        "--kernels",
+        choices=("auto", "plain"),
+        default="auto",
+        help="the fast forms of functions where there are any, or the plain ones (default auto)",
+    )
+    group.add_argument(
         "--kv-memory",
         type=size,
         metavar="SIZE",
@@ -158,12 +164,14 @@ def _run_on(comm, kind, arguments, sampling, selection, n_lines, state, stop):
     from hpcinfer.engine.crowd import advice
     from hpcinfer.engine.state import identity_of_input
     from hpcinfer.io.trace import write_trace
+    from hpcinfer.ops import fastest
 
     state.refuse_changed(
         lambda: identity_of_input(kind, arguments.input, arguments.output, arguments.seed)
     )
     if state.kept:
         print(f"restart   what was there is kept as {', '.join(state.kept)}", flush=True)
+    fastest.use(arguments.kernels)
     collectives.ledger.tracing = arguments.trace is not None
     engine = load(
         arguments.model,

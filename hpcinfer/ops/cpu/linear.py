@@ -28,9 +28,6 @@ from hpcinfer.ops.quantize import LANES, Quantized, place
 # Rows of x up to which the code here is faster than the library.
 FEW = 16
 
-# Of these, up to which codes are widened in registers, once for two of them.
-_FEW_CODED = 3
-
 # Rows of x in a tile: as many as leave all sums in registers, of which AVX2 has half as many of
 # half the size.
 _COLUMNS = 8 if machine.has("avx512f") else 2
@@ -42,7 +39,8 @@ _ONE = tile(1, 1, unroll=4)
 _T1, _T2, _T3, _T4 = (tile(2, n, ahead=2) for n in (1, 2, 3, 4))
 _T5, _T6, _T7, _T8 = (tile(2, n, ahead=2) for n in (5, 6, 7, 8))
 _LAST = tile(1, 1)
-_FOUR_1, _FOUR_2, _EIGHT_1, _EIGHT_2 = (coded_tile(bits, n) for bits in (4, 8) for n in (1, 2))
+_FOUR_1, _FOUR_2, _FOUR_4 = (coded_tile(4, n) for n in (1, 2, 4))
+_EIGHT_1, _EIGHT_2, _EIGHT_4 = (coded_tile(8, n) for n in (1, 2, 4))
 _WIDEN_4, _WIDEN_8 = widen_codes(4), widen_codes(8)
 
 # Rows of a quantised weight that are widened at a time, in bytes of bfloat16.
@@ -82,17 +80,14 @@ def _by_codes(x, weight, bias):
     if T > FEW and onednn.serves(form.dtype) and form.dtype == array.BFLOAT16:
         return _by_widened_rows(x, weight, bias)
     xs, half = place(x, form), form.dtype == array.BFLOAT16
-    scales, kernel = weight.scales, _few_coded_rows
-    if half and T > _FEW_CODED:
-        scales, kernel = array.widen(scales), _more_coded_rows
-    elif half and machine.has("avx512_bf16"):
-        xs, scales = narrowed(xs, form.dtype).view(np.uint16), scales.view(np.uint16)
+    if half and machine.has("avx512_bf16"):
+        xs = narrowed(xs, form.dtype).view(np.uint16)
     else:
-        xs, scales = array.widen(array.narrow(xs, form.dtype)), scales.view(np.uint16)
+        xs = array.widen(array.narrow(xs, form.dtype))
     y = np.empty((T, len(weight)), np.float32)
     parts.over_rows(
-        kernel, len(weight), xs, weight.words, scales, form.bits, _shift(form), y,
-        _NONE if bias is None else bias, work_bytes=weight.nbytes,
+        _few_coded_rows, len(weight), xs, weight.words, weight.scales.view(np.uint16),
+        form.bits, _shift(form), y, _NONE if bias is None else bias, work_bytes=weight.nbytes,
     )  # fmt: skip
     return y
 
@@ -201,34 +196,24 @@ def _few_coded_rows(start, stop, x, words, scales, bits, shift, y, bias):
         b = bias.ctypes.data + 4 * row if bias.size else 0
         w = words.ctypes.data + row * words.strides[0]
         s = scales.ctypes.data + row * scales.strides[0]
-        for t in range(0, T, 2):
+        t = 0
+        while t < T:
             xt, out = x.ctypes.data + t * x_next, y.ctypes.data + t * y_next + 4 * row
-            if bits == 4 and T - t > 1:
-                _FOUR_2(x, xt, x_next, w, s, blocks, shift, out, y_next, b)
-            elif bits == 4:
-                _FOUR_1(x, xt, x_next, w, s, blocks, shift, out, y_next, b)
-            elif T - t > 1:
+            columns = 4 if T - t >= 4 else 2 if T - t >= 2 else 1
+            if bits == 4:
+                if columns == 4:
+                    _FOUR_4(x, xt, x_next, w, s, blocks, shift, out, y_next, b)
+                elif columns == 2:
+                    _FOUR_2(x, xt, x_next, w, s, blocks, shift, out, y_next, b)
+                else:
+                    _FOUR_1(x, xt, x_next, w, s, blocks, shift, out, y_next, b)
+            elif columns == 4:
+                _EIGHT_4(x, xt, x_next, w, s, blocks, shift, out, y_next, b)
+            elif columns == 2:
                 _EIGHT_2(x, xt, x_next, w, s, blocks, shift, out, y_next, b)
             else:
                 _EIGHT_1(x, xt, x_next, w, s, blocks, shift, out, y_next, b)
-
-
-@compiled
-def _more_coded_rows(start, stop, x, words, scales, bits, shift, y, bias):
-    """Codes of two rows widened into the cache, then all rows of x times these; x float32."""
-    places = words.shape[1] * 16 // bits
-    room = np.empty(2 * places + LANES, np.uint16)
-    first = (-room.ctypes.data % 64) // 2
-    wide = room[first : first + 2 * places].reshape(2, places)
-    xs = _prepared(x, wide)
-    for row in range(start, stop, 2):
-        rows = min(2, stop - row)
-        _widen_codes(0, rows, words[row : row + rows], scales[row : row + rows], bits, shift, wide)
-        b = bias.ctypes.data + 4 * row if bias.size else 0
-        if rows == 2:
-            _two_rows(xs, wide, wide.ctypes.data, wide.strides[0], y, row, b)
-        else:
-            _one_row(xs, wide, wide.ctypes.data, y, row, b)
+            t += columns
 
 
 @compiled

@@ -289,8 +289,11 @@ def _coded_tile(builder, arguments, bits, columns, paired):
     x, x_stride, words, scales, blocks, shift, y, y_stride, bias = arguments
     places, zero = 16 // bits, ir.Constant(VECTOR, None)
     x_bytes = 2 if paired else 4
-    sums = [cgutils.alloca_once_value(builder, zero) for _ in range(columns)]
-    for total in sums:
+
+    # Sums of each place apart where there are few: one has to wait for the one before.
+    apart = places if columns * places <= 8 else 1
+    sums = [[cgutils.alloca_once(builder, VECTOR) for _ in range(apart)] for _ in range(columns)]
+    for total in itertools.chain(*sums):
         builder.store(zero, total)
     x_rows = [builder.add(x, builder.mul(x_stride, I64(c))) for c in range(columns)]
     with cgutils.for_range_slice(builder, I64(0), blocks, I64(1), I64) as (b, _):
@@ -304,11 +307,14 @@ def _coded_tile(builder, arguments, bits, columns, paired):
             start = builder.mul(slice_number, I64(32 * x_bytes))
             products = _coded_products(builder, held, i, bits, paired)
             for c in range(columns):
+                total = sums[c][i % apart]
                 found = products(builder.add(x_rows[c], start))
-                builder.store(fma(builder, found, scale, builder.load(sums[c])), sums[c])
+                builder.store(fma(builder, found, scale, builder.load(total)), total)
     for c in range(columns):
-        value = horizontal_sum(builder, builder.load(sums[c]))
-        _store(builder, value, builder.add(y, builder.mul(y_stride, I64(c))))
+        total = functools.reduce(builder.fadd, map(builder.load, sums[c]))
+        _store(
+            builder, horizontal_sum(builder, total), builder.add(y, builder.mul(y_stride, I64(c)))
+        )
     with builder.if_then(builder.icmp_signed("!=", bias, I64(0)), likely=False):
         for c in range(columns):
             place = builder.add(y, builder.mul(y_stride, I64(c)))
