@@ -15,6 +15,8 @@ from hpcinfer.ops import activation, attention, fastest, linear, norm, quantize,
 from hpcinfer.ops.cpu import linear as cpu_linear
 from hpcinfer.ops.cpu import machine, onednn, parts
 
+pytestmark = pytest.mark.single
+
 BF16 = np.dtype(ml_dtypes.bfloat16)
 HALF = [BF16, np.dtype(np.float16)]
 

@@ -87,6 +87,10 @@ class Context:
             o, lse = self._merge(n, q, step, step.tokens)
             self._model.show("lse", n, lse, step, "mine")
             return o[:, slice(*query_heads(self.heads, self.grid.cp.size)[self.grid.cp.rank])]
+        if step.prefilling is None and step.decoding is not None:
+            o, lse = self._decode(n, q, step, step.decoding)
+            self._model.show("lse", n, lse, step, "mine")
+            return o
         mla, xp = self.arch.mla, array.namespace(q)
         width = self.arch.K if mla is None else mla.kv_rank
         o, lse = xp.empty((*q.shape[:2], width), xp.float32), xp.empty(q.shape[:2], xp.float32)

@@ -5,6 +5,8 @@ sequence are blocks of two matrix products, which oneDNN computes on 16-bit oper
 between the products is one pass over the scores.
 """
 
+from functools import cache
+
 import numpy as np
 
 from hpcinfer import array
@@ -42,14 +44,19 @@ def paged_attention(
     o, lse = np.empty((T, H, width), np.float32), np.empty((T, H), np.float32)
     keys = _bits(k_pages)
     values = keys if v_columns is not None else _bits(v_pages)
-    bounds = np.array([start for start, _ in groups] + [groups[-1][1]])
     parts.over_rows(
         _single_queries, T * len(groups),
         q, table.positions, table.bounds, table.places, table.numbers, keys, values,
-        bounds, np.float32(scale), np.int64(-1 if window is None else window), o, lse,
+        _group_bounds(tuple(groups)), np.float32(scale), -1 if window is None else window, o, lse,
         work_bytes=table.places.size * page * (K + width) * k_pages.itemsize * len(groups),
     )  # fmt: skip
     return o, lse
+
+
+@cache
+def _group_bounds(groups):
+    """Query heads at which the groups begin, and at which the last one ends."""
+    return np.array([start for start, _ in groups] + [groups[-1][1]])
 
 
 def _bits(pages):
