@@ -48,7 +48,7 @@ def test_equals_a_loop_over_tokens(name, T):
     router, rng = ROUTERS[name], np.random.default_rng(3)
     logits = rng.normal(0, 2, (T, 9)).astype(np.float32)
     bias = rng.normal(0, 0.3, 9).astype(np.float32) if router.corrected else None
-    ids, weights = route(router, logits, bias)
+    ids, weights = route(logits, router, bias)
     assert ids.shape == weights.shape == (T, router.k)
     assert ids.dtype == np.int32 and weights.dtype == np.float32
     for t in range(T):
@@ -58,17 +58,17 @@ def test_equals_a_loop_over_tokens(name, T):
 
 
 def test_ties_go_to_the_lowest_number():
-    ids, weights = route(Router(3), np.zeros((2, 8), np.float32))
+    ids, weights = route(np.zeros((2, 8), np.float32), Router(3))
     assert ids.tolist() == [[0, 1, 2]] * 2
     np.testing.assert_allclose(weights, 1 / 8)
-    ids, _ = route(Router(3, groups=4, top_groups=2), np.zeros((1, 8), np.float32))
+    ids, _ = route(np.zeros((1, 8), np.float32), Router(3, groups=4, top_groups=2))
     assert ids.tolist() == [[0, 1, 2]]
 
 
 def test_a_correction_moves_the_choice_and_not_the_weight():
     logits = np.array([[2, 1, 0, -1]], np.float32)
     router = Router(1, "sigmoid", corrected=True)
-    ids, weights = route(router, logits, np.array([0, 0, 0, 1], np.float32))
+    ids, weights = route(logits, router, np.array([0, 0, 0, 1], np.float32))
     assert ids.tolist() == [[3]]
     np.testing.assert_allclose(weights, 1 / (1 + np.exp(1)), rtol=1e-6)
 
@@ -77,6 +77,6 @@ def test_a_correction_moves_the_choice_and_not_the_weight():
 def test_extreme_logits_give_finite_weights(score):
     logits = np.array([[-300, 300, 0, 300]], np.float32)
     with np.errstate(all="raise", under="ignore"):
-        ids, weights = route(Router(2, score, normalise=True), logits)
+        ids, weights = route(logits, Router(2, score, normalise=True))
     assert ids.tolist() == [[1, 3]]
     np.testing.assert_allclose(weights, 0.5)

@@ -34,7 +34,7 @@ def routed_choices(model, n, w, x, step, rows):
     weights : (T, k) float32
     """
     logits = linear(x, w.router)
-    ids, weights = route(model.arch.router, logits, w.router_bias)
+    ids, weights = route(logits, model.arch.router, w.router_bias)
     model.show("router", n, (logits, ids), step, rows)
     return ids, weights
 

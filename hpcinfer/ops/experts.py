@@ -3,9 +3,11 @@
 from itertools import pairwise
 
 from hpcinfer import array
+from hpcinfer.ops.fastest import fastest
 from hpcinfer.ops.linear import linear
 
 
+@fastest
 def experts_ffn(x, ids, weights, up, down, first, function):
     """Sum over the own experts of weight · down · function(up · x), for every token.
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from hpcinfer import array
 from hpcinfer.ops.activation import sigmoid
+from hpcinfer.ops.fastest import fastest
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,14 @@ class Router:
     corrected: bool = False
 
 
-def route(router, logits, bias=None):
+@fastest
+def route(logits, router, bias=None):
     """Experts of every token, the best first, and their weights; of equal scores the lowest number.
 
     Parameters
     ----------
-    router : Router
     logits : (T, E) float32
+    router : Router
     bias : (E,) float32, the correction of the scores, or None
 
     Returns

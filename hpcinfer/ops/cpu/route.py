@@ -1,0 +1,67 @@
+"""The choice of experts, one token after the other."""
+
+import numba
+import numpy as np
+
+from hpcinfer.ops.cpu import parts
+from hpcinfer.ops.cpu.compile import compiled
+from hpcinfer.ops.cpu.simd import exp
+
+
+def route(logits, router, bias=None):
+    """As `ops.route.route`, for routers without groups."""
+    if router.groups > 1 or logits.dtype != np.float32:
+        return NotImplemented
+    T = len(logits)
+    ids, weights = np.empty((T, router.k), np.int32), np.empty((T, router.k), np.float32)
+    parts.over_rows(
+        _route, T, logits, router.score == "softmax", _NONE if bias is None else bias,
+        router.normalise, np.float32(router.scale), ids, weights, work_bytes=logits.nbytes,
+    )  # fmt: skip
+    return ids, weights
+
+
+_NONE = np.empty(0, np.float32)
+
+
+@numba.njit(inline="always")
+def _better(a, b):
+    """True if a is larger than b, or is a number where b is none."""
+    return a > b or (b != b and a == a)
+
+
+@compiled
+def _route(start, stop, logits, softmax, bias, normalise, scale, ids, weights):
+    E, k = logits.shape[1], ids.shape[1]
+    scores, choice = np.empty(E, np.float32), np.empty(E, np.float32)
+    free = np.empty(E, np.bool_)
+    for t in range(start, stop):
+        largest, total = logits[t, 0], np.float32(0)
+        for e in range(E):
+            largest = max(largest, logits[t, e])
+        for e in range(E):
+            if softmax:
+                scores[e] = exp(logits[t, e] - largest)
+                total += scores[e]
+            else:
+                scores[e] = np.float32(1) / (np.float32(1) + exp(-logits[t, e]))
+        for e in range(E):
+            if softmax:
+                scores[e] /= total
+            choice[e] = scores[e] + bias[e] if bias.size else scores[e]
+            free[e] = True
+
+        # The largest first, of equal ones the lowest number; what is no number comes last.
+        taken = np.float32(0)
+        for j in range(k):
+            best = -1
+            for e in range(E):
+                if free[e] and (best < 0 or _better(choice[e], choice[best])):
+                    best = e
+            ids[t, j], weights[t, j] = best, scores[best]
+            taken += scores[best]
+            free[best] = False
+        for j in range(k):
+            if normalise:
+                weights[t, j] /= taken + np.float32(1e-20)
+            weights[t, j] *= scale
