@@ -148,6 +148,11 @@ def test_storing_keys_and_values(dtype):
         assert (pages[0] == pages[2]).all() and (pages[1] == pages[3]).all()
 
 
+def test_a_rank_without_heads_stores_nothing():
+    k, pages = normal((3, 1, 16)), np.zeros((2, 0, 32, 16), np.float32)
+    store.store(k, k[..., :0], np.arange(3), pages, pages[..., :0], np.array([0, 1, 40]))
+
+
 # ---- attention ----
 
 

@@ -16,7 +16,7 @@ _CUBIC = np.float32(0.044715)
 def gated(gate_up, function, widths):
     """As `ops.activation.gated`, for silu and the tanh form of GELU."""
     kernel = {plain.silu: _silu, plain.gelu_tanh: _gelu_tanh}.get(function)
-    if kernel is None or gate_up.dtype != np.float32:
+    if kernel is None or gate_up.dtype != np.float32 or gate_up.shape[1] != 2 * sum(widths):
         return NotImplemented
     y = np.empty((len(gate_up), sum(widths)), np.float32)
     start = 0

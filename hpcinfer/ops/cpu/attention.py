@@ -13,7 +13,7 @@ from hpcinfer import array
 from hpcinfer.ops import attention as plain
 from hpcinfer.ops.cpu import onednn, parts
 from hpcinfer.ops.cpu.compile import compiled
-from hpcinfer.ops.cpu.linear import _prepared, narrowed
+from hpcinfer.ops.cpu.linear import _prepared, narrowed, product
 from hpcinfer.ops.cpu.simd import exp, exponentials, largest_of, tile, weigh
 
 # Queries of one sequence up to which each is computed by itself.
@@ -38,6 +38,9 @@ def paged_attention(
     width = v_pages.shape[-1] if v_columns is None else v_columns
     if page % 16 or K % 16 or width % 16 or not T or not groups:
         return NotImplemented
+    bounds = _group_bounds(tuple(groups))
+    if bounds is None or bounds[-1] != H or k_pages.shape[1:] != (len(groups), page, K):
+        return NotImplemented
     table = books.table(q_tokens, window)
     if table.most_queries > _SINGLE:
         return NotImplemented
@@ -47,7 +50,7 @@ def paged_attention(
     parts.over_rows(
         _single_queries, T * len(groups),
         q, table.positions, table.bounds, table.places, table.numbers, keys, values,
-        _group_bounds(tuple(groups)), np.float32(scale), -1 if window is None else window, o, lse,
+        bounds, np.float32(scale), -1 if window is None else window, o, lse,
         work_bytes=table.places.size * page * (K + width) * k_pages.itemsize * len(groups),
     )  # fmt: skip
     return o, lse
@@ -55,7 +58,9 @@ def paged_attention(
 
 @cache
 def _group_bounds(groups):
-    """Query heads at which the groups begin, and at which the last one ends."""
+    """Query heads at which the groups begin, and at which the last one ends; None with gaps."""
+    if [start for start, _ in groups] != [0, *(stop for _, stop in groups[:-1])]:
+        return None
     return np.array([start for start, _ in groups] + [groups[-1][1]])
 
 
@@ -224,13 +229,13 @@ class _Running:
         corrections = np.empty(len(q), np.float32)
 
         # Scores, weights relative to the largest score so far, and the weighted values.
-        onednn.product(q, k.T, scores)
+        product(q, k.T, scores)
         parts.over_rows(
             _soften, len(q), scores, _NOTHING if hidden is None else hidden, n, np.float32(scale),
             np.float32(softcap or 0), m, total, corrections, weights.view(np.uint16),
             work_bytes=scores.nbytes,
         )  # fmt: skip
-        onednn.product(weights, v, found)
+        product(weights, v, found)
         parts.over_rows(_correct, len(q), o, corrections, found, work_bytes=found.nbytes)
 
     def result(self):

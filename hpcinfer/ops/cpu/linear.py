@@ -53,6 +53,8 @@ def linear(x, weight, bias=None):
         return _by_codes(x, weight, bias)
     if weight.itemsize != 2 or weight.strides[-1] != 2 or not (x.size and weight.size):
         return NotImplemented
+    if x.shape[1] != weight.shape[1]:
+        return NotImplemented
     T = len(x)
     if T > FEW and (y := _by_library(x, weight)) is not None:
         return y if bias is None else np.add(y, bias, out=y)
@@ -75,7 +77,7 @@ def few_rows(x, weight, y, bias=None):
 def _by_codes(x, weight, bias):
     """The product with a quantised weight."""
     form, T = weight.form, len(x)
-    if not (x.size and len(weight)):
+    if not (x.size and len(weight)) or x.shape[1] != weight.shape[1]:
         return NotImplemented
     if T > FEW and onednn.serves(form.dtype) and form.dtype == array.BFLOAT16:
         return _by_widened_rows(x, weight, bias)
@@ -111,7 +113,7 @@ def _by_widened_rows(x, weight, bias):
             _widen_codes, len(part), part.words, array.widen(part.scales), form.bits, _shift(form),
             of_part.view(np.uint16), work_bytes=of_part.nbytes,
         )  # fmt: skip
-        onednn.product(xs, of_part.T, y[:, start : start + len(part)])
+        product(xs, of_part.T, y[:, start : start + len(part)])
     return y if bias is None else np.add(y, bias, out=y)
 
 
@@ -121,6 +123,12 @@ def _by_library(x, weight):
         return None
     y = np.empty((len(x), len(weight)), np.float32)
     return y if onednn.product(narrowed(x, weight.dtype), weight.T, y) else None
+
+
+def product(a, b, y):
+    """y = a · b of 16-bit matrices, by the library or without it."""
+    if not onednn.product(a, b, y):
+        np.matmul(array.widen(a), array.widen(b), out=y)
 
 
 def narrowed(x, dtype):
@@ -135,22 +143,28 @@ def narrowed(x, dtype):
 @compiled
 def _few_rows(start, stop, x, w, y, bias):
     xs = _prepared(x, w)
-    T, n = xs.shape
-    x_at, x_next, w_next, y_next = xs.ctypes.data, xs.strides[0], w.strides[0], y.strides[0]
-    bias_at = bias.ctypes.data if bias.size else 0
-    if T == 1:
-        for row in range(start, stop):
-            b = bias_at + 4 * row if bias_at else 0
-            w_at, y_at = w.ctypes.data + row * w_next, y.ctypes.data + 4 * row
-            _ONE(w, x_at, x_next, w_at, w_next, n, y_at, y_next, b)
+    w_next, bias_at = w.strides[0], bias.ctypes.data if bias.size else 0
+    if len(xs) == 1:
+        _times_one(start, stop, xs, w, y, bias_at)
         return
-
     for row in range(start, stop - 1, 2):
         b = bias_at + 4 * row if bias_at else 0
         _two_rows(xs, w, w.ctypes.data + row * w_next, w_next, y, row, b)
     if (stop - start) % 2:
         b = bias_at + 4 * (stop - 1) if bias_at else 0
         _one_row(xs, w, w.ctypes.data + (stop - 1) * w_next, y, stop - 1, b)
+
+
+@compiled
+def _times_one(start, stop, xs, w, y, bias_at):
+    """Rows of a weight times one row of x.
+
+    A function of its own, as those below, so that xs is held while there is but its address.
+    """
+    x, n, w_next = xs.ctypes.data, xs.shape[1], w.strides[0]
+    for row in range(start, stop):
+        b = bias_at + 4 * row if bias_at else 0
+        _ONE(w, x, 0, w.ctypes.data + row * w_next, 0, n, y.ctypes.data + 4 * row, 0, b)
 
 
 @compiled

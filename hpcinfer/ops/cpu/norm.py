@@ -19,7 +19,7 @@ def rms_norm(x, weight, eps):
 
 def layer_norm(x, weight, bias, eps):
     """As `ops.norm.layer_norm`."""
-    if x.dtype != np.float32 or bias is None:
+    if x.dtype != np.float32 or bias is None or not weight.shape == bias.shape == x.shape[-1:]:
         return NotImplemented
     y = np.empty(x.shape, np.float32)
     rows, out = (a.reshape(-1, x.shape[-1]) for a in (x, y))

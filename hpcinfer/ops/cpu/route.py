@@ -10,7 +10,10 @@ from hpcinfer.ops.cpu.simd import exp
 
 def route(logits, router, bias=None):
     """As `ops.route.route`, for routers without groups."""
-    if router.groups > 1 or logits.dtype != np.float32:
+    E = logits.shape[1]
+    if router.groups > 1 or logits.dtype != np.float32 or not 0 < router.k <= E:
+        return NotImplemented
+    if bias is not None and bias.shape != (E,):
         return NotImplemented
     T = len(logits)
     ids, weights = np.empty((T, router.k), np.int32), np.empty((T, router.k), np.float32)

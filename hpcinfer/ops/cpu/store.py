@@ -9,6 +9,10 @@ from hpcinfer.ops.cpu.linear import bfloat16_bits
 
 def store(k, v, rows, k_pages, v_pages, slots):
     """As `ops.store.store`, for bfloat16 and float32."""
+    if (k.shape[1:], v.shape[1:]) != tuple(
+        (pages.shape[1], pages.shape[3]) for pages in (k_pages, v_pages)
+    ):
+        return NotImplemented  # a rank without heads has pages without keys
     if k_pages.dtype == array.BFLOAT16:
         _store_rounded(k, v, rows, k_pages.view(np.uint16), v_pages.view(np.uint16), slots)
     elif k_pages.dtype == np.float32:
