@@ -7,16 +7,15 @@ import numpy as np
 from hpcinfer.ops import activation as plain
 from hpcinfer.ops.cpu import parts
 from hpcinfer.ops.cpu.compile import compiled
-from hpcinfer.ops.cpu.simd import exp
-
-_TWICE_ROOT = np.float32(2 * math.sqrt(2 / math.pi))
-_CUBIC = np.float32(0.044715)
+from hpcinfer.ops.cpu.simd import gate
 
 
 def gated(gate_up, function, widths):
     """As `ops.activation.gated`, for silu and the tanh form of GELU."""
     kernel = {plain.silu: _silu, plain.gelu_tanh: _gelu_tanh}.get(function)
     if kernel is None or gate_up.dtype != np.float32 or gate_up.shape[1] != 2 * sum(widths):
+        return NotImplemented
+    if gate_up.strides[1] != 4:
         return NotImplemented
     y = np.empty((len(gate_up), sum(widths)), np.float32)
     start = 0
@@ -27,21 +26,27 @@ def gated(gate_up, function, widths):
     return y
 
 
+def _twice_tanh_argument(builder, number, g):
+    """2 sqrt(2/π) (g + 0.044715 g³), as (1 + tanh u) / 2 is 1 / (1 + e^-2u)."""
+    cubic = builder.fadd(builder.fmul(builder.fmul(g, g), number(0.044715)), number(1))
+    return builder.fmul(builder.fmul(g, cubic), number(2 * math.sqrt(2 / math.pi)))
+
+
+_SILU = gate(lambda builder, number, g: g)
+_GELU_TANH = gate(_twice_tanh_argument)
+
+
 @compiled
 def _silu(start, stop, gate_up, y):
     n = y.shape[1]
     for t in range(start, stop):
-        for i in range(n):
-            gate = gate_up[t, i]
-            y[t, i] = gate / (np.float32(1) + exp(-gate)) * gate_up[t, n + i]
+        row = gate_up.ctypes.data + t * gate_up.strides[0]
+        _SILU(row, row + 4 * n, n, y.ctypes.data + t * y.strides[0])
 
 
 @compiled
 def _gelu_tanh(start, stop, gate_up, y):
     n = y.shape[1]
     for t in range(start, stop):
-        for i in range(n):
-            gate = gate_up[t, i]
-            # (1 + tanh(u)) / 2 is 1 / (1 + e^-2u).
-            twice = _TWICE_ROOT * (gate + _CUBIC * gate * gate * gate)
-            y[t, i] = gate / (np.float32(1) + exp(-twice)) * gate_up[t, n + i]
+        row = gate_up.ctypes.data + t * gate_up.strides[0]
+        _GELU_TANH(row, row + 4 * n, n, y.ctypes.data + t * y.strides[0])

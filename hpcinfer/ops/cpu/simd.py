@@ -638,6 +638,38 @@ def exponentials(half):
     return exponentials_of
 
 
+def gate(twice):
+    """Intrinsic (row, up, n, out): out = g / (1 + e^-twice(g)) · up of n float32 each, by address.
+
+    Parameters
+    ----------
+    twice : function (builder, number, g) -> vector, number making a vector of one value
+    """
+
+    @intrinsic
+    def gate_of(typing, row, up, n, out):
+        def generate(context, builder, signature, arguments):
+            row, up, n, out = arguments
+
+            def number(value):
+                return ir.Constant(VECTOR, [float(np.float32(value))] * LANES)
+
+            def turn(address, mask):
+                offset = builder.sub(address, row)
+                g = _load(builder, address, FLOAT, LANES, mask)
+                factor = _load(builder, builder.add(up, offset), FLOAT, LANES, mask)
+                e = _exponential(builder, builder.fneg(twice(builder, number, g)))
+                y = builder.fmul(builder.fdiv(g, builder.fadd(e, number(1))), factor)
+                _store_lanes(builder, y, builder.add(out, offset), mask)
+
+            _over_vectors(builder, row, n, turn)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 4), generate
+
+    return gate_of
+
+
 def _over_vectors(builder, row, n, turn):
     """turn(address, mask) for every vector of a row of n float32, the last one behind a mask."""
     whole = builder.mul(builder.udiv(n, I64(LANES)), I64(LANES))
