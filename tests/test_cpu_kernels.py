@@ -1,11 +1,11 @@
 """Fast forms for processors against the plain ones, which are the oracle."""
 
-import subprocess
 import sys
 
 import ml_dtypes
 import numpy as np
 import pytest
+from conftest import run_job
 
 pytest.importorskip("numba")
 
@@ -262,15 +262,8 @@ def test_a_processor_without_avx512(tmp_path):
         "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-k', 'products or decoding',"
         f" {__file__!r}]))"
     )
-    environment = {"NUMBA_CPU_NAME": "haswell", "HPCINFER_CACHE": str(tmp_path)}
-    done = run_python(program, environment)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-
-
-def run_python(program, environment):
-    import os
-
-    return subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, **environment}, capture_output=True, text=True, timeout=90,
+    done = run_job(
+        1, sys.executable, "-c", program, timeout_s=90,
+        NUMBA_CPU_NAME="haswell", HPCINFER_CACHE=str(tmp_path),
     )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]

@@ -58,6 +58,8 @@ def linear(x, weight, bias=None):
     T = len(x)
     if T > FEW and (y := _by_library(x, weight)) is not None:
         return y if bias is None else np.add(y, bias, out=y)
+    if T > FEW and not (weight.dtype == array.BFLOAT16 and machine.has("avx512_bf16")):
+        return NotImplemented  # NumPy's library on widened weights is faster
     y = np.empty((T, len(weight)), np.float32)
     few_rows(x, weight, y, bias)
     return y
@@ -79,8 +81,9 @@ def _by_codes(x, weight, bias):
     form, T = weight.form, len(x)
     if not (x.size and len(weight)) or x.shape[1] != weight.shape[1]:
         return NotImplemented
-    if T > FEW and onednn.serves(form.dtype) and form.dtype == array.BFLOAT16:
-        return _by_widened_rows(x, weight, bias)
+    if T > FEW:
+        served = form.dtype == array.BFLOAT16 and onednn.serves(form.dtype)
+        return _by_widened_rows(x, weight, bias) if served else NotImplemented
     xs, half = place(x, form), form.dtype == array.BFLOAT16
     if half and machine.has("avx512_bf16"):
         xs = narrowed(xs, form.dtype).view(np.uint16)
