@@ -31,7 +31,7 @@ def counts_of(comm, n):
 
 def close(x, expected):
     assert x.shape == expected.shape and x.dtype == np.float32
-    np.testing.assert_allclose(x, expected, atol=3e-5)
+    np.testing.assert_allclose(x, expected, rtol=1e-6, atol=3e-5)
 
 
 @pytest.fixture(autouse=True)

@@ -26,7 +26,7 @@ def own(comm, n):
 
 
 def close(x, expected):
-    np.testing.assert_allclose(x, expected, atol=3e-5)
+    np.testing.assert_allclose(x, expected, rtol=1e-6, atol=3e-5)
     assert x.dtype == np.float32
 
 
