@@ -8,7 +8,8 @@
 #                        "active" takes the activated virtual or conda environment; "none" takes
 #                        python, hpcinfer and mpirun as they are on PATH, and installs nothing
 # HPCINFER_MPI=site      use the MPI on PATH; default "wheel": MPICH from the package index
-# HPCINFER_EXTRAS=...    more extras of setup.py, separated by spaces: cuda12, cuda13, test, parity
+# HPCINFER_EXTRAS=...    more extras of setup.py, beside cpu, separated by spaces:
+#                        cuda12, cuda13, plot, test, parity
 #
 # The package is installed in editable form. A stamp in the environment, keyed by setup.py and the
 # extras, says that all is in place: from then on this file takes a few milliseconds.
