@@ -7,6 +7,7 @@ import numpy as np
 
 from hpcinfer import partition
 from hpcinfer.model.cache import PAGE
+from hpcinfer.ops.attention import reach
 
 
 @dataclass
@@ -106,8 +107,7 @@ class Table:
         queries = np.diff(firsts, append=len(tokens))
         pages = []
         for b, first, n in zip(numbers_of, firsts, queries, strict=True):
-            least = int(positions[first : first + n].min())
-            start = 0 if window is None else max(0, least - window + 1)
+            start = reach(positions[first : first + n], window)
             pages += [books.pages(int(b), start)] * n
         bounds = np.cumsum([0] + [len(places) for places, _ in pages])
         places, numbers = (

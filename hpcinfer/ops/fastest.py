@@ -8,7 +8,6 @@ the plain form then does.
 
 import functools
 import importlib
-import sys
 
 from hpcinfer import array
 
@@ -69,7 +68,5 @@ def _find(name, place, plain):
     package = backend(name) if _choice == "auto" else None
     if package is None or place not in package.FILES:
         return plain
-    module = sys.modules.get(f"{package.__name__}.{place}") or importlib.import_module(
-        f"{package.__name__}.{place}"
-    )
+    module = importlib.import_module(f"{package.__name__}.{place}")
     return getattr(module, plain.__name__, plain)
