@@ -13,7 +13,7 @@ from hpcinfer import array
 from hpcinfer.ops import attention as plain
 from hpcinfer.ops.cpu import onednn, parts
 from hpcinfer.ops.cpu.compile import compiled
-from hpcinfer.ops.cpu.linear import _prepared, narrowed, product
+from hpcinfer.ops.cpu.rounding import narrowed, prepared
 from hpcinfer.ops.cpu.simd import exp, exponentials, largest_of, tile, weigh
 
 # Queries of one sequence up to which each is computed by itself.
@@ -84,7 +84,7 @@ def _single_queries(
     for task in range(start, stop):
         t, g = task // G, task % G
         first, n, position = groups[g], groups[g + 1] - groups[g], positions[t]
-        qs, out = _prepared(q[t, first : first + n], k), o[t, first : first + n]
+        qs, out = prepared(q[t, first : first + n], k), o[t, first : first + n]
         m[:], total[:], out[:] = _LOWEST, np.float32(0), np.float32(0)
         begin = position - window if window >= 0 else -1
         i = bounds[t]
@@ -229,13 +229,13 @@ class _Running:
         corrections = np.empty(len(q), np.float32)
 
         # Scores, weights relative to the largest score so far, and the weighted values.
-        product(q, k.T, scores)
+        onednn.multiply(q, k.T, scores)
         parts.over_rows(
             _soften, len(q), scores, _NOTHING if hidden is None else hidden, n, np.float32(scale),
             np.float32(softcap or 0), m, total, corrections, weights.view(np.uint16),
             work_bytes=scores.nbytes,
         )  # fmt: skip
-        product(weights, v, found)
+        onednn.multiply(weights, v, found)
         parts.over_rows(_correct, len(q), o, corrections, found, work_bytes=found.nbytes)
 
     def result(self):

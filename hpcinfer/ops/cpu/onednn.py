@@ -82,6 +82,12 @@ def product(a, b, y):
     return True
 
 
+def multiply(a, b, y):
+    """y = a · b of 16-bit matrices, by the library or without it; arguments as for `product`."""
+    if not product(a, b, y):
+        np.matmul(array.widen(a), array.widen(b), out=y)
+
+
 def _strides(x):
     return x.strides[0] // x.itemsize, x.strides[1] // x.itemsize
 

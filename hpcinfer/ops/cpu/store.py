@@ -4,7 +4,7 @@ import numpy as np
 
 from hpcinfer import array
 from hpcinfer.ops.cpu.compile import compiled
-from hpcinfer.ops.cpu.linear import bfloat16_bits
+from hpcinfer.ops.cpu.rounding import bfloat16_bits
 
 
 def store(k, v, rows, k_pages, v_pages, slots):
