@@ -13,8 +13,7 @@ from hpcinfer import array
 from hpcinfer.model.step import Books
 from hpcinfer.ops import activation, attention, fastest, linear, norm, quantize, rope, store
 from hpcinfer.ops.cpu import linear as cpu_linear
-from hpcinfer.ops.cpu import rounding
-from hpcinfer.ops.cpu import machine, onednn, parts
+from hpcinfer.ops.cpu import machine, onednn, parts, rounding
 
 pytestmark = pytest.mark.single
 
