@@ -119,7 +119,7 @@ def _middle(arch, widths):
     """An FFN's non-linearity, gated in blocks of columns or not."""
     function = activation.activation(arch.activation)
     if arch.gated:
-        return lambda gate_up: activation.gated(gate_up, function, widths)
+        return activation.Gate(function, tuple(widths))
     return function
 
 

@@ -1,11 +1,16 @@
 """One decoder layer, composed from the rooms and one rank's mathematics."""
 
+import numpy as np
+
 from hpcinfer import array, collectives
 from hpcinfer.model.mla import latent_attention
 from hpcinfer.model.moe import moe_sum, routed_choices, shared_sum, spread_experts
 from hpcinfer.ops.norm import layer_norm, rms_norm
 from hpcinfer.ops.rope import rotate
 from hpcinfer.parallel import tensor
+
+# Tokens of a step up to which products round what they are given, as they read it.
+_FEW = 16
 
 
 def layer(model, n, x, step, cut, rotation):
@@ -41,16 +46,17 @@ def layer(model, n, x, step, cut, rotation):
         return x + cut.complete(x, both, _sum(w.o_bias, w.down_bias), "layer")
 
     # Attention half, then FFN half.
-    x = x + attention_half(model, n, x, step, cut, w, rotation)
+    x = _added(x, attention_half(model, n, x, step, cut, w, rotation))
     model.progress()
-    x = x + _ffn_half(model, n, x, step, cut, w)
+    x = _added(x, _ffn_half(model, n, x, step, cut, w))
     model.progress()
     return x
 
 
 def attention_half(model, n, x, step, cut, w, rotation):
     """What attention adds to x: (T/P, D) -> (T/P, D)."""
-    normed = norm(model.arch, x, w.norm1, w.norm1_bias)
+    first = w.qkv if model.arch.mla is None else w.latents
+    normed = norm(model.arch, x, w.norm1, w.norm1_bias, _type_of_input(step, first))
     attention = _attention(model, n, cut, w, step, rotation)
     y = cut.complete(normed, attention, w.o_bias, "attention")
     model.show("attention", n, y, step, "home")
@@ -59,7 +65,10 @@ def attention_half(model, n, x, step, cut, w, rotation):
 
 def _ffn_half(model, n, x, step, cut, w):
     """What the FFN adds to x: (T/P, D) -> (T/P, D)."""
-    y = _ffn_sum(model, n, norm(model.arch, x, w.norm2, w.norm2_bias), step, cut, w)
+    # A router takes what is not rounded.
+    first = None if model.arch.sparse[n] else w.up
+    normed = norm(model.arch, x, w.norm2, w.norm2_bias, _type_of_input(step, first))
+    y = _ffn_sum(model, n, normed, step, cut, w)
     model.show("ffn", n, y, step, "home")
     return y
 
@@ -87,11 +96,22 @@ def _ffn_sum(model, n, normed, step, cut, w):
     return cut.complete(normed, both, None, "ffn")
 
 
-def norm(arch, x, weight, bias):
-    """The family's norm."""
+def norm(arch, x, weight, bias, dtype=np.float32):
+    """The family's norm, rounded to a type."""
     if arch.norm == "layer":
-        return layer_norm(x, weight, bias, arch.eps)
-    return rms_norm(x, weight, arch.eps)
+        return layer_norm(x, weight, bias, arch.eps, dtype)
+    return rms_norm(x, weight, arch.eps, dtype)
+
+
+def _type_of_input(step, weight):
+    """Type in which a norm hands the tokens of a step to a product, the same on every rank."""
+    return np.float32 if weight is None or step.n_tokens <= _FEW else weight.dtype
+
+
+def _added(x, y):
+    """x + y, in the memory of y."""
+    y += x
+    return y
 
 
 def _attention(model, n, cut, w, step, rotation):

@@ -14,7 +14,7 @@ from hpcinfer import array
 from hpcinfer.model.sides import expert_shares
 from hpcinfer.ops.activation import sigmoid
 from hpcinfer.ops.experts import experts_ffn
-from hpcinfer.ops.linear import linear
+from hpcinfer.ops.linear import linear, linear_pair
 from hpcinfer.ops.route import route
 from hpcinfer.parallel import expert
 
@@ -61,7 +61,7 @@ def moe_sum(cut, w, x, ids, weights):
 
 def shared_sum(cut, w, x):
     """This rank's share of the experts that every token takes: (T, D) -> (T, D){sum}."""
-    y = linear(cut.shared_middle(linear(x, w.shared_up)), w.shared_down)
+    y = linear_pair(x, w.shared_up, cut.shared_middle, w.shared_down)
     if w.shared_gate is None:
         return y
     return y * sigmoid(linear(x, w.shared_gate))

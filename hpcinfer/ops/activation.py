@@ -1,6 +1,8 @@
 """Pointwise non-linearities of the FFN, in float32, and the gate."""
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from hpcinfer import array
 from hpcinfer.ops.fastest import fastest
@@ -95,3 +97,14 @@ def gated(gate_up, function, widths):
         y[:, start : start + width] = function(gate) * up
         start += width
     return y
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What stands between the products of a gated FFN: `gated` as a function of the first alone."""
+
+    function: Callable
+    widths: tuple
+
+    def __call__(self, gate_up):
+        return gated(gate_up, self.function, self.widths)

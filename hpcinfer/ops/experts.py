@@ -4,7 +4,7 @@ from itertools import pairwise
 
 from hpcinfer import array
 from hpcinfer.ops.fastest import fastest
-from hpcinfer.ops.linear import linear
+from hpcinfer.ops.linear import linear_pair
 
 
 @fastest
@@ -47,6 +47,6 @@ def experts_ffn(x, ids, weights, up, down, first, function):
         if start < stop:
             chosen = order[start:stop]
             tokens = chosen // k
-            hidden = function(linear(x[tokens], up[e]))
-            y[tokens] += linear(hidden, down[e]) * factors[chosen, None]
+            found = linear_pair(x[tokens], up[e], function, down[e])
+            y[tokens] += found * factors[chosen, None]
     return y

@@ -1,5 +1,7 @@
 """Matrix products of activations with weights stored (out, in)."""
 
+import numpy as np
+
 from hpcinfer import array
 from hpcinfer.ops.fastest import fastest
 from hpcinfer.ops.quantize import Quantized, dequantize
@@ -17,7 +19,7 @@ def linear(x, weight, bias=None):
 
     Parameters
     ----------
-    x : (T, I) float32
+    x : (T, I) float32, or rounded already
     weight : (O, I) float32, float16, bfloat16 or Quantized
     bias : (O,) float32, or None
 
@@ -26,14 +28,32 @@ def linear(x, weight, bias=None):
     (T, O) float32
     """
     quantized = isinstance(weight, Quantized)
-    if weight.dtype == x.dtype and not quantized:
-        y = x @ weight.T
+    if weight.dtype == np.float32 and not quantized:
+        y = array.widen(x) @ weight.T
     else:
         wide = dequantize if quantized else array.widen
         y = _widened(array.widen(array.narrow(x, weight.dtype)), weight, wide)
     if bias is not None:
         y += bias
     return y
+
+
+@fastest
+def linear_pair(x, first, middle, second, bias=None):
+    """Two products with something between: middle(x · firstᵀ + bias) · secondᵀ.
+
+    Parameters
+    ----------
+    x : (T, I) float32, or rounded already
+    first, second : (C, I), (O, M), as the weight of `linear`
+    middle : function (T, C) -> (T, M); fast forms know `activation.Gate`
+    bias : (C,) float32, or None
+
+    Returns
+    -------
+    (T, O) float32
+    """
+    return linear(middle(linear(x, first, bias)), second)
 
 
 def _widened(x, weight, wide):

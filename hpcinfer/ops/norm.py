@@ -1,11 +1,13 @@
 """Normalisation over the last axis, in float32."""
 
+import numpy as np
+
 from hpcinfer import array
 from hpcinfer.ops.fastest import fastest
 
 
 @fastest
-def rms_norm(x, weight, eps):
+def rms_norm(x, weight, eps, dtype=np.float32):
     """x / sqrt(mean(x²) + eps) · weight over the last axis (Zhang 2019, arXiv:1910.07467).
 
     Parameters
@@ -13,18 +15,19 @@ def rms_norm(x, weight, eps):
     x : (..., D) float32
     weight : (D,) float32
     eps : added to the mean square
+    dtype : type that the result is rounded to, where nothing but a product in it follows
 
     Returns
     -------
-    (..., D) float32
+    (..., D) of the type
     """
     xp = array.namespace(x)
     mean_square = xp.mean(x * x, axis=-1, keepdims=True)
-    return x / xp.sqrt(mean_square + xp.float32(eps)) * weight
+    return array.narrow(x / xp.sqrt(mean_square + xp.float32(eps)) * weight, dtype)
 
 
 @fastest
-def layer_norm(x, weight, bias, eps):
+def layer_norm(x, weight, bias, eps, dtype=np.float32):
     """(x - mean) / sqrt(variance + eps) · weight + bias, last axis (Ba 2016, arXiv:1607.06450).
 
     Parameters
@@ -32,13 +35,14 @@ def layer_norm(x, weight, bias, eps):
     x : (..., D) float32
     weight, bias : (D,) float32; bias may be None
     eps : added to the variance
+    dtype : as for `rms_norm`
 
     Returns
     -------
-    (..., D) float32
+    (..., D) of the type
     """
     xp = array.namespace(x)
     centred = x - xp.mean(x, axis=-1, keepdims=True)
     variance = xp.mean(centred * centred, axis=-1, keepdims=True)
     y = centred / xp.sqrt(variance + xp.float32(eps)) * weight
-    return y if bias is None else y + bias
+    return array.narrow(y if bias is None else y + bias, dtype)

@@ -15,7 +15,7 @@ divide by P, and a rank may have none; where tokens are fewer than ranks, `tenso
 """
 
 from hpcinfer import collectives
-from hpcinfer.ops.linear import linear
+from hpcinfer.ops.linear import linear_pair
 
 
 def half_layer(
@@ -37,7 +37,7 @@ def half_layer(
     """
 
     def products(x_all):
-        return linear(middle(linear(x_all, column, column_bias)), row)
+        return linear_pair(x_all, column, middle, row, column_bias)
 
     return complete(comm, x, counts, products, row_bias, purpose)
 

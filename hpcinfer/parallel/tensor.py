@@ -15,7 +15,7 @@ all; it then adds zeros.
 """
 
 from hpcinfer import collectives
-from hpcinfer.ops.linear import linear
+from hpcinfer.ops.linear import linear_pair
 
 
 def half_layer(comm, x, column, middle, row, column_bias=None, row_bias=None, purpose="tensor"):
@@ -58,4 +58,4 @@ def complete(comm, x, products, bias=None, purpose="tensor"):
 
 def partial_sum(x, column, middle, row, column_bias=None):
     """This rank's share of a half layer before the reduction: (T, D){sum}."""
-    return linear(middle(linear(x, column, column_bias)), row)
+    return linear_pair(x, column, middle, row, column_bias)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from hpcinfer.ops.linear import linear
+from hpcinfer.ops.linear import linear_pair
 
 # Choices up to which lists are faster than sorted arrays.
 _FEW = 64
@@ -22,7 +22,7 @@ def experts_ffn(x, ids, weights, up, down, first, function):
         # A slice where all tokens chose this expert: no copy of x, none of the sum.
         tokens, places = zip(*of_expert[e], strict=True)
         rows = slice(None) if len(tokens) == len(x) else list(tokens)
-        found = linear(function(linear(x[rows], up[e])), down[e])
+        found = linear_pair(x[rows], up[e], function, down[e])
         found *= weights[list(tokens), list(places), None]
         y[rows] += found
     return y

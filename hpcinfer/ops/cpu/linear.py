@@ -9,9 +9,10 @@ blocks for all caches is faster.
 import numpy as np
 
 from hpcinfer import array
-from hpcinfer.ops.cpu import codes, machine, onednn, parts
+from hpcinfer.ops.activation import Gate
+from hpcinfer.ops.cpu import activation, codes, machine, onednn, parts
 from hpcinfer.ops.cpu.compile import compiled
-from hpcinfer.ops.cpu.rounding import narrowed, prepared
+from hpcinfer.ops.cpu.rounding import bits, narrowed, prepared
 from hpcinfer.ops.cpu.simd import tile
 from hpcinfer.ops.quantize import Quantized
 
@@ -21,6 +22,9 @@ FEW = 16
 # Rows of x in a tile: as many as leave all sums in registers, of which AVX2 has half as many of
 # half the size.
 _COLUMNS = 8 if machine.has("avx512f") else 2
+
+# Rows of x, a thread, that the library multiplies at a time: its operands then stay in the caches.
+_BLOCK = 512
 
 _NONE = np.empty(0, np.float32)
 
@@ -35,9 +39,7 @@ def linear(x, weight, bias=None):
     """As `ops.linear.linear`, for 16-bit and quantised weights whose rows are contiguous."""
     if isinstance(weight, Quantized):
         return codes.linear(x, weight, bias)
-    if weight.itemsize != 2 or weight.strides[-1] != 2 or not (x.size and weight.size):
-        return NotImplemented
-    if x.shape[1] != weight.shape[1]:
+    if not _serves(x, weight):
         return NotImplemented
     T = len(x)
     if T > FEW and (y := _by_library(x, weight)) is not None:
@@ -49,10 +51,31 @@ def linear(x, weight, bias=None):
     return y
 
 
+def linear_pair(x, first, middle, second, bias=None):
+    """As `ops.linear.linear_pair`, for a gate between products with bfloat16 weights."""
+    if type(middle) is not Gate or bias is not None or not _serves(x, first):
+        return NotImplemented
+    columns = sum(middle.widths)
+    hidden = np.empty((len(x), columns), array.BFLOAT16)
+    if len(first) != 2 * columns or not _serves(hidden, second) or first.dtype != array.BFLOAT16:
+        return NotImplemented
+    kernel = activation.kernel_of(middle.function)
+    if kernel is None or second.dtype != first.dtype:
+        return NotImplemented
+    if len(x) > FEW:
+        return _pair_by_library(x, first, kernel, middle.widths, second, hidden)
+    if array.threads() > 1:
+        return NotImplemented  # a part for each thread, one product after the other
+    y = np.empty((len(x), len(second)), np.float32)
+    tanh, widths = kernel is activation.gelu_tanh, np.array(middle.widths)
+    _few_rows_pair(bits(x), first.view(np.uint16), tanh, widths, second.view(np.uint16), y)
+    return y
+
+
 def few_rows(x, weight, y, bias=None):
     """y = x · weightᵀ + bias, each weight read once for eight rows of x: (T, I), (O, I), (T, O)."""
     if weight.dtype == array.BFLOAT16:
-        w = weight.view(np.uint16)
+        w, x = weight.view(np.uint16), bits(x)
     else:
         w, x = weight.view(np.int16), array.widen(array.narrow(x, weight.dtype))
     parts.over_rows(
@@ -60,12 +83,64 @@ def few_rows(x, weight, y, bias=None):
     )
 
 
+def _serves(x, weight):
+    """True if the functions here know how both lie in memory."""
+    if isinstance(weight, Quantized) or weight.dtype.itemsize != 2 or weight.strides[-1] != 2:
+        return False
+    if x.dtype not in (np.float32, array.BFLOAT16):
+        return False
+    return bool(x.size and weight.size) and x.shape[1] == weight.shape[1]
+
+
 def _by_library(x, weight):
     """The product by the library; None if it does not serve the type here."""
     if not onednn.serves(weight.dtype):
         return None
-    y = np.empty((len(x), len(weight)), np.float32)
-    return y if onednn.product(narrowed(x, weight.dtype), weight.T, y) else None
+    x, y = narrowed(x, weight.dtype), np.empty((len(x), len(weight)), np.float32)
+    done = all(onednn.product(x[rows], weight.T, y[rows]) for rows in _blocks(len(x)))
+    return y if done else None
+
+
+def _pair_by_library(x, first, kernel, widths, second, hidden):
+    """As `linear_pair`, of many rows; what stands between is rounded twice, as `hidden` is."""
+    if not onednn.serves(first.dtype):
+        return NotImplemented
+    x, y = narrowed(x, first.dtype), np.empty((len(x), len(second)), np.float32)
+    gate_up = np.empty((_BLOCK * array.threads() * 3 // 2, len(first)), first.dtype)
+    for rows in _blocks(len(x)):
+        of_block = gate_up[: rows.stop - rows.start]
+        if not onednn.product(x[rows], first.T, of_block):
+            return NotImplemented
+        activation.gate_into(kernel, of_block, widths, hidden[rows])
+        onednn.multiply(hidden[rows], second.T, y[rows])
+    return y
+
+
+def _blocks(T):
+    """Slices of T rows that the library multiplies faster one by one, none of them much smaller."""
+    block, start = _BLOCK * array.threads(), 0
+    while start < T:
+        stop = T if T - start <= block * 3 // 2 else start + block
+        yield slice(start, stop)
+        start = stop
+
+
+@compiled
+def _few_rows_pair(x, first, tanh, widths, second, y):
+    """Both products and the gate between them, for a few rows of x."""
+    T, none = len(x), np.empty(0, np.float32)
+    gate_up = np.empty((T, len(first)), np.float32)
+    hidden = np.empty((T, second.shape[1]), np.float32)
+    _few_rows(0, len(first), x, first, gate_up, none)
+    start = 0
+    for width in widths:
+        block, out = gate_up[:, 2 * start : 2 * (start + width)], hidden[:, start : start + width]
+        if tanh:
+            activation.gelu_tanh(0, T, block, out)
+        else:
+            activation.silu(0, T, block, out)
+        start += width
+    _few_rows(0, len(second), hidden, second, y, none)
 
 
 @compiled

@@ -2,27 +2,33 @@
 
 import numpy as np
 
+from hpcinfer import array
 from hpcinfer.ops.cpu import parts
 from hpcinfer.ops.cpu.compile import compiled
+from hpcinfer.ops.cpu.rounding import as_item, bits
+
+_TYPES = (np.float32, array.BFLOAT16)  # of results
 
 
-def rms_norm(x, weight, eps):
+def rms_norm(x, weight, eps, dtype=np.float32):
     """As `ops.norm.rms_norm`, for weights of one row's length."""
-    if x.dtype != np.float32 or weight.shape != x.shape[-1:]:
+    if x.dtype != np.float32 or weight.shape != x.shape[-1:] or dtype not in _TYPES:
         return NotImplemented
-    y = np.empty(x.shape, np.float32)
+    y = np.empty(x.shape, dtype)
     rows = x if x.ndim == 3 else x.reshape(-1, 1, x.shape[-1])
-    out = y.reshape(rows.shape)
+    out = bits(y).reshape(rows.shape)
     parts.over_rows(_rms, len(rows), rows, weight, np.float32(eps), out, work_bytes=x.nbytes)
     return y
 
 
-def layer_norm(x, weight, bias, eps):
+def layer_norm(x, weight, bias, eps, dtype=np.float32):
     """As `ops.norm.layer_norm`."""
     if x.dtype != np.float32 or bias is None or not weight.shape == bias.shape == x.shape[-1:]:
         return NotImplemented
-    y = np.empty(x.shape, np.float32)
-    rows, out = (a.reshape(-1, x.shape[-1]) for a in (x, y))
+    if dtype not in _TYPES:
+        return NotImplemented
+    y = np.empty(x.shape, dtype)
+    rows, out = (a.reshape(-1, x.shape[-1]) for a in (x, bits(y)))
     parts.over_rows(
         _layer, len(rows), rows, weight, bias, np.float32(eps), out, work_bytes=x.nbytes
     )
@@ -39,7 +45,7 @@ def _rms(start, stop, x, weight, eps, y):
                 total += x[row, h, i] * x[row, h, i]
             factor = np.float32(1) / np.sqrt(total / np.float32(n) + eps)
             for i in range(n):
-                y[row, h, i] = x[row, h, i] * factor * weight[i]
+                y[row, h, i] = as_item(x[row, h, i] * factor * weight[i], y)
 
 
 @compiled
@@ -54,4 +60,4 @@ def _layer(start, stop, x, weight, bias, eps, y):
             squares += (x[row, i] - mean) * (x[row, i] - mean)
         factor = np.float32(1) / np.sqrt(squares / np.float32(n) + eps)
         for i in range(n):
-            y[row, i] = (x[row, i] - mean) * factor * weight[i] + bias[i]
+            y[row, i] = as_item((x[row, i] - mean) * factor * weight[i] + bias[i], y)

@@ -68,13 +68,14 @@ def product(a, b, y):
     ----------
     a : (M, K) of 16 bits or float32, any strides with one of them 1
     b : (K, N) of the same type, likewise
-    y : (M, N) float32, rows contiguous
+    y : (M, N) float32, or of the 16-bit type to be rounded to it; rows contiguous
 
     Returns
     -------
     False if the library cannot do this
     """
-    key = (*a.shape, b.shape[1], *_strides(a), *_strides(b), y.strides[0] // 4, _name(a))
+    strides = *_strides(a), *_strides(b), y.strides[0] // y.itemsize
+    key = (*a.shape, b.shape[1], *strides, _name(a), _name(y))
     primitive = _primitive(*key)
     if primitive is None:
         return False
@@ -106,9 +107,9 @@ def _engine():
 
 
 @lru_cache(_PRIMITIVES)
-def _primitive(M, K, N, a_row, a_column, b_row, b_column, y_row, name):
+def _primitive(M, K, N, a_row, a_column, b_row, b_column, y_row, *names):
     try:
-        return _Primitive(M, K, N, (a_row, a_column), (b_row, b_column), y_row, name)
+        return _Primitive(M, K, N, (a_row, a_column), (b_row, b_column), y_row, *names)
     except _Refused:
         return None
 
@@ -120,13 +121,13 @@ class _Refused(Exception):
 class _Primitive:
     """One prepared product, and the memories that it reads and writes."""
 
-    def __init__(self, M, K, N, a_strides, b_strides, y_row, name):
+    def __init__(self, M, K, N, a_strides, b_strides, y_row, name, y_name):
         dnnl, (engine, self._stream) = library(), _engine()
         kind = _TYPES[name]
         descriptors = [
             _descriptor((M, K), a_strides, kind),
             _descriptor((K, N), b_strides, kind),
-            _descriptor((M, N), (y_row, 1), _TYPES["float32"]),
+            _descriptor((M, N), (y_row, 1), _TYPES[y_name]),
         ]
         described, self._primitive = ctypes.c_void_p(), ctypes.c_void_p()
         a, b, y = descriptors

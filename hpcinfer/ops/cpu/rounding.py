@@ -11,10 +11,15 @@ from hpcinfer.ops.cpu.compile import compiled
 from hpcinfer.ops.cpu.simd import Bfloat16Pairs, bits_of, float_of, kind_of
 
 
+def bits(x):
+    """An array as compiled functions know its type: bfloat16 as uint16, others as they are."""
+    return x.view(np.uint16) if x.dtype == array.BFLOAT16 else x
+
+
 def narrowed(x, dtype):
-    """x (n, m) float32 rounded to a 16-bit type, nearest even."""
-    if dtype != array.BFLOAT16:
-        return x.astype(dtype)
+    """x (n, m) float32 rounded to a 16-bit type, nearest even; as it is if it has the type."""
+    if x.dtype != np.float32 or dtype != array.BFLOAT16:
+        return array.narrow(array.widen(x) if x.dtype != dtype else x, dtype)
     y = np.empty(x.shape, dtype)
     parts.over_rows(narrow_rows, len(x), x, y.view(np.uint16), work_bytes=x.nbytes)
     return y
@@ -26,6 +31,17 @@ def bfloat16_bits(value):
     bits = bits_of(value)
     up = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     return np.uint16(up if value == value else np.uint32(0x7FC0))
+
+
+def as_item(value, y):
+    """A float32 as an item of y: rounded to bfloat16's bits where those are uint16."""
+
+
+@overload(as_item, inline="always")
+def _as_item(value, y):
+    if y.dtype == types.uint16:
+        return lambda value, y: bfloat16_bits(value)
+    return lambda value, y: value
 
 
 @compiled
@@ -44,6 +60,8 @@ def prepared(x, w):
 def _prepared_as(x, w):
     dtype = np.uint16 if kind_of(w.dtype) is Bfloat16Pairs else np.float32
     round_to = _ROUND[kind_of(w.dtype) is Bfloat16Pairs, w.dtype == types.uint16]
+    if x.dtype == types.uint16:
+        round_to = _same if kind_of(w.dtype) is Bfloat16Pairs else _widened
 
     def rounded_rows(x, w):
         T, n = x.shape
@@ -62,6 +80,11 @@ def _prepared_as(x, w):
 @numba.njit(inline="always")
 def _rounded(value):
     return float_of(np.uint32(bfloat16_bits(value)) << np.uint32(16))
+
+
+@numba.njit(inline="always")
+def _widened(bits_of_value):
+    return float_of(np.uint32(bits_of_value) << np.uint32(16))
 
 
 @numba.njit(inline="always")

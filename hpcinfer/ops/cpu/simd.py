@@ -639,7 +639,10 @@ def exponentials(half):
 
 
 def gate(twice):
-    """Intrinsic (row, up, n, out): out = g / (1 + e^-twice(g)) · up of n float32 each, by address.
+    """Intrinsic (x, y, row, n, out): out = g / (1 + e^-twice(g)) · up of n numbers each.
+
+    row is the address of n numbers g and n numbers up. x and y are arrays, for their types alone:
+    what is read and written is bfloat16 where they are uint16, float32 otherwise.
 
     Parameters
     ----------
@@ -647,41 +650,50 @@ def gate(twice):
     """
 
     @intrinsic
-    def gate_of(typing, row, up, n, out):
+    def gate_of(typing, x, y, row, n, out):
+        load, x_bytes, _ = _AS_FLOAT[x.dtype == types.uint16]
+        _, y_bytes, turned = _AS_FLOAT[y.dtype == types.uint16]
+
         def generate(context, builder, signature, arguments):
-            row, up, n, out = arguments
+            _, _, row, n, out = arguments
+            up = builder.add(row, builder.mul(n, I64(x_bytes)))
 
             def number(value):
                 return ir.Constant(VECTOR, [float(np.float32(value))] * LANES)
 
-            def turn(address, mask):
-                offset = builder.sub(address, row)
-                g = _load(builder, address, FLOAT, LANES, mask)
-                factor = _load(builder, builder.add(up, offset), FLOAT, LANES, mask)
+            def turn(i, mask):
+                g = _at(load, builder, row, i, x_bytes, mask)
+                factor = _at(load, builder, up, i, x_bytes, mask)
                 e = _exponential(builder, builder.fneg(twice(builder, number, g)))
-                y = builder.fmul(builder.fdiv(g, builder.fadd(e, number(1))), factor)
-                _store_lanes(builder, y, builder.add(out, offset), mask)
+                value = builder.fmul(builder.fdiv(g, builder.fadd(e, number(1))), factor)
+                place = builder.add(out, builder.mul(i, I64(y_bytes)))
+                _store_lanes(builder, turned(builder, value), place, mask)
 
-            _over_vectors(builder, row, n, turn)
+            _over_lanes(builder, n, turn)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 4), generate
+        return types.void(x, y, *[types.int64] * 3), generate
 
     return gate_of
 
 
 def _over_vectors(builder, row, n, turn):
     """turn(address, mask) for every vector of a row of n float32, the last one behind a mask."""
+    _over_lanes(builder, n, lambda i, mask: turn(builder.add(row, builder.mul(i, I64(4))), mask))
+
+
+def _over_lanes(builder, n, turn):
+    """turn(i, mask) for every LANES of n numbers, the last ones behind a mask."""
     whole = builder.mul(builder.udiv(n, I64(LANES)), I64(LANES))
     with cgutils.for_range_slice(builder, I64(0), whole, I64(LANES), I64) as (i, _):
-        turn(builder.add(row, builder.mul(i, I64(4))), None)
+        turn(i, None)
     left = builder.sub(n, whole)
     with builder.if_then(builder.icmp_signed(">", left, I64(0)), likely=False):
-        turn(builder.add(row, builder.mul(whole, I64(4))), lane_mask(builder, left, LANES))
+        turn(whole, lane_mask(builder, left, LANES))
 
 
 def _as_bfloat16(builder, x):
-    """Numbers that are not NaN rounded to bfloat16, nearest even, as i16."""
+    """Numbers rounded to bfloat16, nearest even, as i16."""
     if machine.has("avx512_bf16"):
         kind = ir.VectorType(_Bfloat(), LANES)
         function = cgutils.get_or_insert_function(
@@ -697,8 +709,9 @@ def _as_bfloat16(builder, x):
 
     bits = builder.bitcast(x, kind)
     odd = builder.and_(builder.lshr(bits, number(16)), number(1))
-    bits = builder.add(builder.add(bits, number(0x7FFF)), odd)
-    return builder.trunc(builder.lshr(bits, number(16)), ir.VectorType(I16, x.type.count))
+    up = builder.add(builder.add(bits, number(0x7FFF)), odd)
+    up = builder.select(builder.fcmp_unordered("uno", x, x), number(0x7FC00000), up)
+    return builder.trunc(builder.lshr(up, number(16)), ir.VectorType(I16, x.type.count))
 
 
 def _store_lanes(builder, value, address, mask):
@@ -715,3 +728,10 @@ def _store_lanes(builder, value, address, mask):
         f"llvm.masked.store.v{lanes}{item}.p0",
     )
     builder.call(function, (value, pointer, I32(1), mask))
+
+
+# By bfloat16 or float32: how numbers are read as float32, their bytes, how float32 is rounded.
+_AS_FLOAT = {
+    True: (Bfloat16.load_w, 2, _as_bfloat16),
+    False: (Float32.load_w, 4, lambda builder, value: value),
+}

@@ -23,7 +23,7 @@ _ONE, _ZERO = np.ones(1, np.float32), np.zeros(1, np.float32)
 def linear(x, weight, bias=None):
     """As `ops.linear.linear`, for 16-bit weights."""
     name = weight.dtype.name
-    if isinstance(weight, Quantized) or name not in _TYPES or x.dtype != np.float32:
+    if isinstance(weight, Quantized) or name not in _TYPES:
         return NotImplemented
     if not (x.size and weight.size and weight.flags.c_contiguous):
         return NotImplemented
@@ -35,7 +35,7 @@ def linear(x, weight, bias=None):
 
 def _by_rows(x, weight, bias, name):
     """Products of few tokens: a warp for one or more outputs."""
-    (T, n_in), n_out = x.shape, len(weight)
+    (T, n_in), n_out, x = x.shape, len(weight), array.widen(x)
     y = array.namespace(x).empty((T, n_out), np.float32)
     fused = bias is not None and bias.dtype == np.float32 and bias.flags.c_contiguous
 

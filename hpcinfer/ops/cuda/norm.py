@@ -11,17 +11,17 @@ KERNELS = ("rms_norm_1", "rms_norm_4", "layer_norm_1", "layer_norm_4")
 _MOST_THREADS = 256
 
 
-def rms_norm(x, weight, eps):
+def rms_norm(x, weight, eps, dtype=np.float32):
     """As `ops.norm.rms_norm`."""
-    return _normed("rms_norm", x, (weight,), eps)
+    return _normed("rms_norm", x, (weight,), eps, dtype)
 
 
-def layer_norm(x, weight, bias, eps):
+def layer_norm(x, weight, bias, eps, dtype=np.float32):
     """As `ops.norm.layer_norm`."""
-    return _normed("layer_norm", x, (weight, bias), eps)
+    return _normed("layer_norm", x, (weight, bias), eps, dtype)
 
 
-def _normed(kernel, x, parameters, eps):
+def _normed(kernel, x, parameters, eps, dtype):
     placed, D = rows_of(x), x.shape[-1]
     if placed is None or not all(p is None or _is_vector(p, D) for p in parameters):
         return NotImplemented
@@ -36,7 +36,7 @@ def _normed(kernel, x, parameters, eps):
         "norm", f"{kernel}_{width}", (x.size // D,), threads,
         x, *parameters, y, D, inner, *strides, float(eps),
     )  # fmt: skip
-    return y
+    return array.narrow(y, dtype)
 
 
 def _is_vector(x, n):
