@@ -124,6 +124,9 @@ class Context:
 
     def _ring(self, n, q, step, phase):
         """Keys and values, or queries, pass around, whichever are fewer bytes."""
+        if self.kv.size == 1:  # spares the keys their way into a message
+            pages, local = self._cache(n), self._local(n)
+            return ops.paged_attention(q, phase.tokens, *pages, step.books, **local)
         q_tokens, counts = phase.tokens[phase.chosen], self._key_counts(n, step, phase)
         if self.sharers == 1 and self._cheaper_to_move_queries(n, phase, counts):
 
@@ -226,11 +229,16 @@ class Context:
             (b, *ops.cached(*pages, step.books, b, start)) for b, start in self._sequences(n, phase)
         ]
         xp = array.namespace(pages[0])
-        k, v = (xp.concatenate([part[i] for part in parts]) for i in (1, 2))
+        k, v = (_joined(xp, [part[i] for part in parts]) for i in (1, 2))
         k_tokens = np.concatenate(
             [np.stack([np.full(len(k_pos), b), k_pos], axis=1) for b, _, _, k_pos in parts]
         )
         return k, v, k_tokens.astype(np.int32)
+
+
+def _joined(xp, parts):
+    """Arrays end to end; no copy of a single one."""
+    return parts[0] if len(parts) == 1 else xp.concatenate(parts)
 
 
 def _kv_comm(grid, sharers):

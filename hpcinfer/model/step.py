@@ -7,7 +7,7 @@ import numpy as np
 
 from hpcinfer import partition
 from hpcinfer.model.cache import PAGE
-from hpcinfer.ops.attention import reach
+from hpcinfer.ops.attention import reach, seen, sequences
 
 
 @dataclass
@@ -53,9 +53,9 @@ class Books:
         tokens : (T, 2) int, sequence and position of every query, sequences ascending
         window : positions that a query looks back, its own included; None for all
         """
-        key = tokens.ctypes.data, len(tokens), window
+        key = id(tokens), window
         if key not in self._tables:
-            self._tables[key] = Table.of(self, tokens, window)
+            self._tables[key] = Table(self, tokens, window)
         return self._tables[key]
 
     def keys(self, b, start=0):
@@ -73,42 +73,39 @@ class Books:
         return partition.dealt(start // PAGE, last, self.pools, int(self.first[b]), pool)
 
 
-@dataclass
 class Table:
-    """The pages that each of some queries meets on this rank, as arrays.
+    """The pages that some queries meet on this rank, as arrays; each is made when it is asked for.
+
+    Parameters
+    ----------
+    books : Books
+    tokens : what it is made for; held, as `Books.table` knows it by its identity
+    window : as for `Books.table`
 
     Attributes
     ----------
-    tokens : what it was made for; held, as `Books.table` knows it by its address
     positions : (T,) int64, of the queries
-    bounds : (T+1,) int64, where each query's pages begin in `places`, `numbers`
-    places, numbers : (n,) int64, in this rank's pool, and in the sequence
     most_queries : of one sequence
     """
 
-    tokens: np.ndarray
-    positions: np.ndarray
-    bounds: np.ndarray
-    places: np.ndarray
-    numbers: np.ndarray
-    most_queries: int
+    def __init__(self, books, tokens, window):
+        self.tokens, self._books, self._window = tokens, books, window
+        self.positions = tokens[:, 1].astype(np.int64)
+        self._sequences = list(sequences(tokens))
+        self.most_queries = max((rows.stop - rows.start for _, rows in self._sequences), default=0)
 
-    @classmethod
-    def of(cls, books, tokens, window):
-        """The table of some queries: of a sequence's, each meets the pages that the first one does.
+    @cached_property
+    def pages(self):
+        """Pages of each query: of a sequence's, each meets those that the first one does.
 
-        Parameters
-        ----------
-        books : Books
-        tokens, window : as for `Books.table`
+        Returns
+        -------
+        bounds : (T+1,) int64, where each query's pages begin in `places`, `numbers`
+        places, numbers : (n,) int64, in this rank's pool, and in the sequence
         """
-        positions = tokens[:, 1].astype(np.int64)
-        numbers_of, firsts = np.unique(tokens[:, 0], return_index=True)
-        queries = np.diff(firsts, append=len(tokens))
         pages = []
-        for b, first, n in zip(numbers_of, firsts, queries, strict=True):
-            start = reach(positions[first : first + n], window)
-            pages += [books.pages(int(b), start)] * n
+        for b, rows in self._sequences:
+            pages += [self._pages(b, rows)] * (rows.stop - rows.start)
         bounds = np.cumsum([0] + [len(places) for places, _ in pages])
         places, numbers = (
             np.concatenate([page[i] for page in pages]).astype(np.int64)
@@ -116,7 +113,28 @@ class Table:
             else np.empty(0, np.int64)
             for i in (0, 1)
         )
-        return cls(tokens, positions, bounds, places, numbers, int(queries.max(initial=0)))
+        return bounds, places, numbers
+
+    @cached_property
+    def spans(self):
+        """What the queries of each sequence meet, for attention of many at a time.
+
+        Returns
+        -------
+        list of (rows, places, L, first, last): slice of the queries; (n,) int64, places of the
+        pages; the keys in them; and (s,) int64, first key that each query sees, one behind the last
+        """
+        spans = []
+        for b, rows in self._sequences:
+            places, numbers = self._pages(b, rows)
+            k_pos = (numbers[:, None] * PAGE + np.arange(PAGE)).reshape(-1)
+            L = int(np.searchsorted(k_pos, self._books.lengths[b]))
+            first, last = seen(self.positions[rows], k_pos[:L], self._window)
+            spans.append((rows, places.astype(np.int64), L, first, last))
+        return spans
+
+    def _pages(self, b, rows):
+        return self._books.pages(b, reach(self.positions[rows], self._window))
 
 
 @dataclass

@@ -372,13 +372,33 @@ def cached(k_pages, v_pages, books, b, start=0):
     if length and k_pos[-1] >= books.lengths[b]:
         length -= int(k_pos[-1]) + 1 - int(books.lengths[b])
     places = array.namespace(k_pages).asarray(places)
-    k, v = (_flat(pool[places])[:length] for pool in (k_pages, v_pages))
+    k, v = (_flat(_taken(pool, places))[:length] for pool in (k_pages, v_pages))
     return k, v, k_pos[:length]
 
 
 def reach(q_pos, window):
     """First position that the queries at `q_pos` see: 0, or where the first one's window begins."""
     return 0 if window is None else max(0, int(q_pos.min()) - window + 1)
+
+
+def seen(q_pos, k_pos, window):
+    """Which keys each query sees, of keys whose positions ascend.
+
+    Returns
+    -------
+    first, last : (S,) int64, the first of them, and one behind the last one; equal for none
+    """
+    last = np.searchsorted(k_pos, q_pos, side="right")
+    if window is None:
+        return np.zeros(len(q_pos), np.int64), last
+    return np.searchsorted(k_pos, q_pos - window, side="right"), last
+
+
+def _taken(pool, places):
+    """Pages of a pool; as plain 16 bits, which NumPy copies many times faster than bfloat16."""
+    if pool.dtype != array.BFLOAT16:
+        return pool[places]
+    return pool.view(np.uint16)[places].view(pool.dtype)
 
 
 def _flat(gathered):

@@ -1,57 +1,77 @@
 """Attention: one query of a sequence after the other over cached pages, or blocks of many queries.
 
 Decoding reads every cached key and value once, for all query heads that share it. Many queries of a
-sequence are blocks of two matrix products, which oneDNN computes on 16-bit operands; what stands
-between the products is one pass over the scores.
+sequence meet keys and values that were packed for products of pairs, which costs one pass over
+them: a block of queries at a time, and no key behind the last that one of them sees. Its scores
+stay in the cache of a core. Where a processor has an instruction for products of whole tiles,
+oneDNN computes them.
 """
 
 from functools import cache
 
 import numpy as np
+from numba import types
+from numba.extending import overload
 
 from hpcinfer import array
 from hpcinfer.ops import attention as plain
-from hpcinfer.ops.cpu import onednn, parts
+from hpcinfer.ops.cpu import machine, onednn, parts
 from hpcinfer.ops.cpu.compile import compiled
-from hpcinfer.ops.cpu.rounding import narrowed, prepared
-from hpcinfer.ops.cpu.simd import exp, exponentials, largest_of, tile, weigh
+from hpcinfer.ops.cpu.rounding import bfloat16_bits, narrowed, prepared
+from hpcinfer.ops.cpu.simd import Bfloat16Pairs, exp, float_of, kind_of, largest_of
+from hpcinfer.ops.cpu.simd_attention import (
+    pack_keys,
+    pack_values,
+    page_scores,
+    paired_product,
+    soften,
+    weigh,
+    weights_of,
+)
 
 # Queries of one sequence up to which each is computed by itself.
 _SINGLE = 8
 
-_KEYS = 512  # cached keys whose scores are held at a time
 _LOWEST = np.float32(np.finfo(np.float32).min)
-_SIZE = 1024, 512, 1024  # rows and keys of a block of many queries, most keys of a smaller one
 
-_SCORES = tile(16, 1)
-_WEIGH_1_4, _WEIGH_2_4, _WEIGH_4_4 = (weigh(columns, 4) for columns in (1, 2, 4))
-_WEIGH_1_1 = weigh(1, 1)
-_WEIGHTS, _WEIGHTS_BFLOAT16 = exponentials(half=False), exponentials(half=True)
+
+# ---- one query after the other ----
+
+_KEYS = 256  # cached keys whose scores are held at a time
+_SCORES_1, _SCORES_2, _SCORES_4, _SCORES_8 = (page_scores(heads) for heads in (1, 2, 4, 8))
+_SOFTEN_1, _SOFTEN_2, _SOFTEN_4, _SOFTEN_8 = (soften(heads) for heads in (1, 2, 4, 8))
+_WEIGH_1, _WEIGH_2, _WEIGH_4, _WEIGH_8 = (weigh(heads, 2) for heads in (1, 2, 4, 8))
+_WEIGH_1_1, _WEIGH_2_1, _WEIGH_4_1, _WEIGH_8_1 = (weigh(heads, 1) for heads in (1, 2, 4, 8))
 
 
 def paged_attention(
     q, q_tokens, k_pages, v_pages, books, *, scale, groups, window=None, v_columns=None
 ):
-    """As `ops.attention.paged_attention`, for a few queries of each sequence."""
+    """As `ops.attention.paged_attention`."""
     T, H, K = q.shape
     page = k_pages.shape[2]
     width = v_pages.shape[-1] if v_columns is None else v_columns
-    if page % 16 or K % 16 or width % 16 or not T or not groups:
+    if page % 32 or K % 16 or width % 16 or not T or not groups:
         return NotImplemented
     bounds = _group_bounds(tuple(groups))
     if bounds is None or bounds[-1] != H or k_pages.shape[1:] != (len(groups), page, K):
         return NotImplemented
     table = books.table(q_tokens, window)
-    if table.most_queries > _SINGLE:
+    if table.most_queries > _SINGLE and not _packs(k_pages.dtype):
         return NotImplemented
     o, lse = np.empty((T, H, width), np.float32), np.empty((T, H), np.float32)
     keys = _bits(k_pages)
     values = keys if v_columns is not None else _bits(v_pages)
+    if table.most_queries > _SINGLE:
+        for rows, *span in table.spans:
+            _blocks(q[rows], keys, values, *span, bounds, scale, None, None, o[rows], lse[rows])
+        return o, lse
+    starts, places, numbers = table.pages
     parts.over_rows(
         _single_queries, T * len(groups),
-        q, table.positions, table.bounds, table.places, table.numbers, keys, values,
+        q, table.positions, starts, places, numbers, keys, values,
         bounds, np.float32(scale), -1 if window is None else window, o, lse,
-        work_bytes=table.places.size * page * (K + width) * k_pages.itemsize * len(groups),
+        work_bytes=places.size * page * (K + width) * k_pages.itemsize * len(groups),
     )  # fmt: skip
     return o, lse
 
@@ -75,17 +95,26 @@ def _bits(pages):
 def _single_queries(
     start, stop, q, positions, bounds, places, numbers, k, v, groups, scale, window, o, lse
 ):
-    G, page, width = k.shape[1], k.shape[2], o.shape[2]
+    G, page, K, width = k.shape[1], k.shape[2], k.shape[3], o.shape[2]
     most = 0
     for g in range(G):
         most = max(most, groups[g + 1] - groups[g])
-    scores = np.empty((most, _KEYS), np.float32)
-    m, total = np.empty(most, np.float32), np.empty(most, np.float32)
+
+    n_items = K // 2 if _in_pairs(k) else K
+
+    # Lanes are dealt to so many heads at a time; more of them in turns.
+    lanes = 1
+    while lanes < min(most, 8) or (lanes == 1 and K % 32):
+        lanes *= 2
+    turns = (most + lanes - 1) // lanes
+    queries, scores = _aligned(turns, K * lanes), _aligned(turns, _KEYS * lanes)
+    state, out = _aligned(turns, 48), _aligned(turns * lanes, width)
     for task in range(start, stop):
         t, g = task // G, task % G
         first, n, position = groups[g], groups[g + 1] - groups[g], positions[t]
-        qs, out = prepared(q[t, first : first + n], k), o[t, first : first + n]
-        m[:], total[:], out[:] = _LOWEST, np.float32(0), np.float32(0)
+        _fill_lanes(prepared(q[t, first : first + n], k), n_items, lanes, queries)
+        state[:], out[:] = np.float32(0), np.float32(0)
+        state[:, :16] = _LOWEST
         begin = position - window if window >= 0 else -1
         i = bounds[t]
         while i < bounds[t + 1]:
@@ -95,82 +124,328 @@ def _single_queries(
                 key_position = numbers[i] * page
                 if key_position > position:
                     break
-                _page_scores(qs, n, k, places[i], g, scores, n_keys)
+                _page_scores(k, v, queries, lanes, places, bounds, t, i, g, scores, n_keys)
                 seen = min(page, position + 1 - key_position)
                 if seen < page or key_position <= begin:
-                    for c in range(n):
-                        for j in range(page):
-                            if j >= seen or key_position + j <= begin:
-                                scores[c, n_keys + j] = -np.inf
+                    for j in range(page):
+                        if j >= seen or key_position + j <= begin:
+                            scores[:, (n_keys + j) * lanes : (n_keys + j + 1) * lanes] = -np.inf
                 n_keys += page
                 i += 1
             if i == i_first:
                 break
 
             # Weights relative to the largest score so far; what was summed is corrected to it.
-            for c in range(n):
-                row = scores[c].ctypes.data
-                largest = max(m[c], largest_of(row, n_keys) * scale)
-                correction = exp(m[c] - largest)
-                total[c] = total[c] * correction + _WEIGHTS(row, n_keys, scale, largest, row)
-                m[c] = largest
-                for d in range(width):
-                    out[c, d] *= correction
+            for turn in range(turns):
+                at = state[turn].ctypes.data
+                _soften_scores(k, scores[turn].ctypes.data, n_keys, scale, at, lanes)
+                for c in range(lanes):
+                    for d in range(width):
+                        out[turn * lanes + c, d] *= state[turn, 32 + c]
             for u in range(i_first, i):
                 seen = min(page, position + 1 - numbers[u] * page)
-                _add_values(scores, n, (u - i_first) * page, seen, v, places[u], g, width, out)
+                row = v.ctypes.data + places[u] * v.strides[0] + g * v.strides[1]
+                _add_values(scores, (u - i_first) * page, seen, v, row, lanes, out)
         for c in range(n):
-            empty = total[c] == 0
-            divisor = np.float32(1) if empty else total[c]
+            turn, lane = c // lanes, c % lanes
+            total = np.float32(0)
+            for part in range(lane, 16, lanes):
+                total += state[turn, 16 + part]
+            empty = total == 0
+            factor = np.float32(1) / (np.float32(1) if empty else total)
             for d in range(width):
-                out[c, d] /= divisor
-            lse[t, first + c] = -np.inf if empty else m[c] + np.log(divisor)
+                o[t, first + c, d] = out[c, d] * factor
+            lse[t, first + c] = -np.inf if empty else state[turn, lane] + np.log(total)
 
 
 @compiled
-def _page_scores(qs, n, k, place, g, scores, at):
-    """Scores of n queries with the keys of one page, written from column `at` on."""
-    K, page, next_key = k.shape[3], k.shape[2], k.strides[2]
-    start = k.ctypes.data + place * k.strides[0] + g * k.strides[1]
-    for j in range(0, page, 16):
-        for c in range(n):
-            query, out = qs.ctypes.data + c * qs.strides[0], scores[c, at + j :].ctypes.data
-            _SCORES(k, query, qs.strides[0], start + j * next_key, next_key, K, out, 0, 0)
+def _aligned(rows, columns):
+    """Memory (rows, columns) float32; it begins a line of the cache."""
+    room = np.empty(rows * columns + 16, np.float32)
+    first = (-room.ctypes.data % 64) // 4
+    return room[first : first + rows * columns].reshape(rows, columns)
+
+
+def _item(rows, c, i):
+    """What a lane takes of row c: pair i of 16-bit numbers, or number i."""
+
+
+@overload(_item, inline="always")
+def _item_as(rows, c, i):
+    if rows.dtype == types.uint16:
+        return lambda rows, c, i: float_of(
+            np.uint32(rows[c, 2 * i]) | (np.uint32(rows[c, 2 * i + 1]) << np.uint32(16))
+        )
+    return lambda rows, c, i: rows[c, i]
+
+
+def _in_pairs(x):
+    """True if numbers of the type of x are multiplied in pairs."""
+
+
+@overload(_in_pairs, inline="always")
+def _in_pairs_as(x):
+    paired = kind_of(x.dtype) is Bfloat16Pairs
+    return lambda x: paired
 
 
 @compiled
-def _add_values(p, n, at, n_keys, v, place, g, width, out):
-    """out += p · v over the first n_keys keys of one page, whose weights begin at column `at`."""
-    start, next_key = v.ctypes.data + place * v.strides[0] + g * v.strides[1], v.strides[2]
-    p_next, o_next = p.strides[0], out.strides[0]
-    wide = width // 64 * 64
-    for d in range(0, wide, 64):
-        row, c = start + d * v.itemsize, 0
-        while c < n:
-            p_at, o_at = p[c, at:].ctypes.data, out[c, d:].ctypes.data
-            if n - c >= 4:
-                _WEIGH_4_4(v, p_at, p_next, n_keys, row, next_key, o_at, o_next)
-                c += 4
-            elif n - c >= 2:
-                _WEIGH_2_4(v, p_at, p_next, n_keys, row, next_key, o_at, o_next)
-                c += 2
+def _fill_lanes(rows, n_items, lanes, queries):
+    """Rows of query heads as `page_scores` takes them: some items of each head in turn."""
+    each = 16 // lanes
+    for turn in range(len(queries)):
+        for i in range(n_items):
+            for c in range(lanes):
+                head, at = turn * lanes + c, i // each * 16 + c * each + i % each
+                queries[turn, at] = _item(rows, head, i) if head < len(rows) else np.float32(0)
+
+
+@compiled
+def _page_scores(k, v, queries, lanes, places, bounds, t, i, g, scores, at):
+    """Scores with the keys of page i, from key `at` on; fetches its values, and the next page."""
+    page, next_key = k.shape[2], k.strides[2]
+    row = k.ctypes.data + places[i] * k.strides[0] + g * k.strides[1]
+    values = v.ctypes.data + places[i] * v.strides[0] + g * v.strides[1]
+    if i + 1 < bounds[t + 1]:
+        ahead = places[i + 1] * k.strides[0] + g * k.strides[1]
+    elif g + 1 < k.shape[1]:
+        ahead = places[bounds[t]] * k.strides[0] + (g + 1) * k.strides[1]
+    else:
+        ahead = places[min(i + 1, len(places) - 1)] * k.strides[0]
+    ahead += k.ctypes.data
+    n = k.shape[3] // 2 if _in_pairs(k) else k.shape[3]
+    for turn in range(len(queries)):
+        query = queries[turn].ctypes.data
+        for j in range(0, page, 16):
+            out, offset = scores[turn, (at + j) * lanes :].ctypes.data, j * next_key
+            further, too = ahead + offset, values + offset
+            if turn:
+                further = too = row
+            if lanes == 8:
+                _SCORES_8(k, query, row + offset, next_key, n, out, further, too)
+            elif lanes == 4:
+                _SCORES_4(k, query, row + offset, next_key, n, out, further, too)
+            elif lanes == 2:
+                _SCORES_2(k, query, row + offset, next_key, n, out, further, too)
             else:
-                _WEIGH_1_4(v, p_at, p_next, n_keys, row, next_key, o_at, o_next)
-                c += 1
-    for d in range(wide, width, 16):
-        for c in range(n):
-            p_at, o_at, row = p[c, at:].ctypes.data, out[c, d:].ctypes.data, start + d * v.itemsize
-            _WEIGH_1_1(v, p_at, p_next, n_keys, row, next_key, o_at, o_next)
+                _SCORES_1(k, query, row + offset, next_key, n, out, further, too)
+
+
+@compiled
+def _soften_scores(k, scores, n_keys, scale, state, lanes):
+    if lanes == 8:
+        _SOFTEN_8(k, scores, n_keys, scale, state)
+    elif lanes == 4:
+        _SOFTEN_4(k, scores, n_keys, scale, state)
+    elif lanes == 2:
+        _SOFTEN_2(k, scores, n_keys, scale, state)
+    else:
+        _SOFTEN_1(k, scores, n_keys, scale, state)
+
+
+@compiled
+def _add_values(weights, at, n_keys, v, row, lanes, out):
+    """out += weights · the values of one page's first n_keys keys, which begin at key `at`."""
+    next_key, next_weight, next_out = v.strides[2], 4 * lanes, out.strides[0]
+    for turn in range(len(weights)):
+        weight = weights[turn].ctypes.data + at * lanes * (2 if _in_pairs(v) else 4)
+        width = out.shape[1]
+        for d in range(0, width - 16, 32):
+            value, to = row + d * v.itemsize, out[turn * lanes, d:].ctypes.data
+            if lanes == 8:
+                _WEIGH_8(v, weight, next_weight, n_keys, value, next_key, to, next_out)
+            elif lanes == 4:
+                _WEIGH_4(v, weight, next_weight, n_keys, value, next_key, to, next_out)
+            elif lanes == 2:
+                _WEIGH_2(v, weight, next_weight, n_keys, value, next_key, to, next_out)
+            else:
+                _WEIGH_1(v, weight, next_weight, n_keys, value, next_key, to, next_out)
+        if width % 32:
+            d = width - 16
+            value, to = row + d * v.itemsize, out[turn * lanes, d:].ctypes.data
+            if lanes == 8:
+                _WEIGH_8_1(v, weight, next_weight, n_keys, value, next_key, to, next_out)
+            elif lanes == 4:
+                _WEIGH_4_1(v, weight, next_weight, n_keys, value, next_key, to, next_out)
+            elif lanes == 2:
+                _WEIGH_2_1(v, weight, next_weight, n_keys, value, next_key, to, next_out)
+            else:
+                _WEIGH_1_1(v, weight, next_weight, n_keys, value, next_key, to, next_out)
+
+
+# ---- many queries, keys and values packed ----
+
+# Rows (queries times heads of a group) and keys of a block; rows and keys of a tile of products.
+_ROWS, _BLOCK, _TILE_ROWS, _TILE = 112, 256, 6, 64
+_PRODUCT, _ADD_PRODUCT = paired_product(6, 4, add=False), paired_product(6, 4, add=True)
+_ADD_COLUMN = paired_product(6, 1, add=True)
+
+
+def _packs(dtype):
+    """True if keys and values of this type are packed here for products of pairs."""
+    tiles = machine.has("amx_bf16") and onednn.library() is not None
+    return dtype == array.BFLOAT16 and machine.has("avx512_bf16") and not tiles
+
+
+def _blocks(q, k, v, places, L, first, last, bounds, scale, softcap, between, o, lse):
+    """Attention of many queries of a sequence to L keys in pages, in o and lse.
+
+    Parameters
+    ----------
+    q : (S, H, K) float32
+    k, v : (pages, G, page, K) uint16; the page a multiple of 16, or a single one
+    places : (n,) int64, pages of the sequence
+    first, last : (S,) int64, first key that each query sees, one behind the last
+    bounds : (G+1,) query heads at which the groups begin and end
+    """
+    G, K = k.shape[1], q.shape[2]
+    tiles, n_pairs = -(-L // _TILE), -(-K // 32) * 16
+    keys = array.large_empty((G, tiles, n_pairs, _TILE), np.uint32)
+    values = array.large_empty((G, tiles * _TILE // 2, o.shape[2]), np.uint32)
+    parts.over_rows(
+        _pack, G * tiles, k, v, places, L, keys, values, work_bytes=keys.nbytes + values.nbytes
+    )
+    of_block = max(1, _ROWS // int(np.diff(bounds).max()))
+    tasks = -(-len(q) // of_block) * G
+    step = tasks if between is None else 8
+    for start in range(0, tasks, step):
+        parts.over_rows(
+            _many_queries, min(step, tasks - start),
+            start, of_block, q, keys, values, first, last, bounds, np.float32(scale),
+            np.float32(softcap or 0), o, lse, work_bytes=q.nbytes * L,
+        )  # fmt: skip
+        if between is not None:
+            between()
+
+
+@compiled
+def _pack(start, stop, k, v, places, L, keys, values):
+    """Tiles start..stop of 64 keys each, of the first group, then of the next ones."""
+    page, tiles, width = k.shape[2], keys.shape[1], values.shape[2]
+    for task in range(start, stop):
+        g, tile = task // tiles, task % tiles
+        for run in range(_TILE // 16):
+            j = tile * _TILE + run * 16
+            n = max(0, min(16, L - j))
+            place, offset = (places[j // page], j % page) if n else (places[0], 0)
+            row = k.ctypes.data + place * k.strides[0] + g * k.strides[1] + offset * k.strides[2]
+            to = keys[g, tile].ctypes.data + run * 64
+            pack_keys(row, k.strides[2], n, k.shape[3] // 2, to, _TILE * 4)
+            row = v.ctypes.data + place * v.strides[0] + g * v.strides[1] + offset * v.strides[2]
+            pack_values(row, v.strides[2], n, width, values[g, j // 2].ctypes.data)
+
+
+@compiled
+def _many_queries(
+    start, stop, before, of_block, q, keys, values, first, last, bounds, scale, softcap, o, lse
+):
+    """Blocks of queries; each for the first group, then for the next ones."""
+    S, G, K, width = len(q), len(keys), q.shape[2], o.shape[2]
+    most = 0
+    for g in range(G):
+        most = max(most, bounds[g + 1] - bounds[g])
+    rows = (of_block * most + _TILE_ROWS - 1) // _TILE_ROWS * _TILE_ROWS
+    queries = np.zeros((rows, K), np.uint16)
+    scores, out, state = _aligned(rows, _BLOCK), _aligned(rows, width), _aligned(3, rows)
+    weights = np.zeros((rows, _BLOCK), np.uint16)
+    for task in range(before + start, before + stop):
+        block, g = task // G, task % G
+        s, s_stop = block * of_block, min(S, (block + 1) * of_block)
+        head, n = bounds[g], bounds[g + 1] - bounds[g]
+        n_rows = (s_stop - s) * n
+        for row in range(n_rows):
+            for d in range(K):
+                queries[row, d] = bfloat16_bits(q[s + row // n, head + row % n, d])
+        out[:], state[0], state[1] = np.float32(0), _LOWEST, np.float32(0)
+        at, stop_at = first[s:s_stop].min() // _TILE * _TILE, last[s:s_stop].max()
+        while at < stop_at:
+            L = min(_BLOCK, stop_at - at)
+            _block_scores(queries, n_rows, keys[g], at, L, scores)
+            if softcap > 0:
+                _cap(scores[:n_rows, :L], scale, softcap)
+            factor = np.float32(1) if softcap > 0 else scale
+            _block_weights(scores, n_rows, n, first[s:s_stop], last[s:s_stop], at, L, factor,
+                           state, weights)  # fmt: skip
+            _block_values(weights, n_rows, values[g], at, L, state[2], out)
+            at += L
+        for row in range(n_rows):
+            total = state[1, row]
+            empty = total == 0
+            divisor = np.float32(1) / (np.float32(1) if empty else total)
+            query, c = s + row // n, head + row % n
+            for d in range(width):
+                o[query, c, d] = out[row, d] * divisor
+            lse[query, c] = -np.inf if empty else state[0, row] + np.log(total)
+
+
+@compiled
+def _block_scores(queries, n_rows, keys, at, L, scores):
+    """Products of queries with the L keys from key `at` on, which begins a tile."""
+    n_pairs, next_query, next_row = queries.shape[1] // 2, queries.strides[0], scores.strides[0]
+    for j in range(0, L, _TILE):
+        tile = keys[(at + j) // _TILE].ctypes.data
+        for row in range(0, n_rows, _TILE_ROWS):
+            query, out = queries[row].ctypes.data, scores[row, j:].ctypes.data
+            _PRODUCT(query, next_query, n_pairs, tile, _TILE * 4, out, next_row, 0)
+
+
+@compiled
+def _cap(scores, scale, softcap):
+    for row in range(scores.shape[0]):
+        for j in range(scores.shape[1]):
+            scores[row, j] = softcap * np.tanh(scores[row, j] * scale / softcap)
+
+
+@compiled
+def _block_weights(scores, n_rows, n, first, last, at, L, scale, state, weights):
+    """Weights of the keys that are seen, relative to the largest score so far; 0 of the others."""
+    m, total, corrections = state[0], state[1], state[2]
+    for row in range(n_rows):
+        begin = min(max(first[row // n] - at, 0), L)
+        end = max(min(last[row // n] - at, L), begin)
+        score, weight = scores[row, begin:].ctypes.data, weights[row, begin:].ctypes.data
+        largest = max(m[row], largest_of(score, end - begin) * scale)
+        corrections[row] = exp(m[row] - largest)
+        found = weights_of(score, end - begin, scale, largest, weight)
+        total[row], m[row] = total[row] * corrections[row] + found, largest
+        weights[row, :begin] = 0
+        weights[row, end : L + L % 2] = 0
+
+
+@compiled
+def _block_values(weights, n_rows, values, at, L, corrections, out):
+    """out = out · correction + weights · the L values from key `at` on."""
+    n_pairs, width, next_value = (L + 1) // 2, out.shape[1], values.strides[0]
+    next_weight, next_out, wide = weights.strides[0], out.strides[0], width // _TILE * _TILE
+    for row in range(0, n_rows, _TILE_ROWS):
+        weight, factors = weights[row].ctypes.data, corrections[row:].ctypes.data
+        for d in range(0, wide, _TILE):
+            value, to = values[at // 2, d:].ctypes.data, out[row, d:].ctypes.data
+            _ADD_PRODUCT(weight, next_weight, n_pairs, value, next_value, to, next_out, factors)
+        for d in range(wide, width, 16):
+            value, to = values[at // 2, d:].ctypes.data, out[row, d:].ctypes.data
+            _ADD_COLUMN(weight, next_weight, n_pairs, value, next_value, to, next_out, factors)
+
+
+# ---- many queries, products by oneDNN ----
+
+# Rows and keys of a block of many queries, most keys of a smaller one.
+_SIZE = 1024, 512, 1024
 
 
 def attention(
     q, k, v, q_pos, k_pos, *, scale, groups, window=None, softcap=None, between=None, v_columns=None
 ):
-    """As `ops.attention.attention`, for 16-bit keys and values; queries and weights are rounded."""
+    """As `ops.attention.attention`, for bfloat16 keys; queries and weights are rounded."""
     S, H, K = q.shape
-    if not onednn.serves(k.dtype) or k.dtype != array.BFLOAT16 or not (S and len(k) and groups):
+    if k.dtype != array.BFLOAT16 or not (S and len(k) and groups):
         return NotImplemented
     width = v.shape[-1] if v_columns is None else v_columns
+    bounds = _group_bounds(tuple(groups))
+    if _packs(k.dtype) and bounds is not None and bounds[-1] == H and not (K % 2 or width % 16):
+        return _packed(q, k, v, q_pos, k_pos, bounds, scale, window, softcap, between, width)
+    if not onednn.serves(k.dtype):
+        return NotImplemented
     o, lse = np.zeros((S, H, width), np.float32), np.full((S, H), -np.inf, np.float32)
     running = [_Running(S, stop - start, width) for start, stop in groups]
     queries = [_rows(q[:, start:stop], k.dtype) for start, stop in groups]
@@ -186,6 +461,26 @@ def attention(
     for (start, stop), state in zip(groups, running, strict=True):
         o[:, start:stop], lse[:, start:stop] = state.result()
     return o, lse
+
+
+def _packed(q, k, v, q_pos, k_pos, bounds, scale, window, softcap, between, width):
+    """Attention by packed keys and values; v (L, G, 0) if the values are columns of k."""
+    if (np.diff(k_pos) < 0).any():
+        order = np.argsort(k_pos, kind="stable")
+        k, v, k_pos = k[order], v[order], k_pos[order]
+    v = v if v.shape[-1] else k
+    k, v = (x if x.strides[-1] == 2 else np.ascontiguousarray(x) for x in (k, v))
+    o = np.empty((*q.shape[:2], width), np.float32)
+    lse = np.empty(q.shape[:2], np.float32)
+    first, last = plain.seen(q_pos, k_pos, window)
+
+    # All keys are one page.
+    pages = (x.view(np.uint16)[None].swapaxes(1, 2) for x in (k, v))
+    _blocks(q, *pages, _FIRST, len(k), first, last, bounds, scale, softcap, between, o, lse)
+    return o, lse
+
+
+_FIRST = np.zeros(1, np.int64)
 
 
 def _rows(q, dtype):
@@ -265,7 +560,7 @@ def _soften(start, stop, scores, hidden, n, scale, softcap, m, total, correction
         score, weight = scores[row].ctypes.data, weights[row].ctypes.data
         largest = max(m[row], largest_of(score, L) * factor)
         corrections[row] = exp(m[row] - largest)
-        found = _WEIGHTS_BFLOAT16(score, L, factor, largest, weight)
+        found = weights_of(score, L, factor, largest, weight)
         total[row], m[row] = total[row] * corrections[row] + found, largest
 
 
