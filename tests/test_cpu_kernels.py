@@ -12,8 +12,8 @@ pytest.importorskip("numba")
 from hpcinfer import array
 from hpcinfer.model.step import Books
 from hpcinfer.ops import activation, attention, fastest, linear, norm, quantize, rope, store
+from hpcinfer.ops.cpu import codes, machine, onednn, parts, rounding
 from hpcinfer.ops.cpu import linear as cpu_linear
-from hpcinfer.ops.cpu import machine, onednn, parts, rounding
 
 pytestmark = pytest.mark.single
 
@@ -84,24 +84,74 @@ def test_rounding_to_bfloat16_is_that_of_the_type():
 
 
 def coded(n_out, n_in, bits, group, dtype, seed=3):
-    codes, scales = quantize.quantize(normal((n_out, n_in), seed), bits, group)
+    numbers, scales = quantize.quantize(normal((n_out, n_in), seed), bits, group)
     form = quantize.Form(bits, group, n_in, 0, np.dtype(dtype))
     held = np.zeros((n_out, form.groups), np.float16)
     held[:, : scales.shape[1]] = scales
-    return quantize.Quantized(form, quantize.pack(codes, bits), held)
+    return quantize.Quantized(form, quantize.pack(numbers, bits), held)
+
+
+def agree_by_sizes(w, x, bias=None):
+    """The product of x with codes is that of the plain form, beside the sizes of what is summed."""
+    few = len(x) <= (codes.FEW_PAIRS if machine.has("avx512_bf16") else codes.FEW)
+    tolerance = 1e-6 if few or w.dtype != BF16 else ROUNDED[BF16] / 2
+    sizes = np.abs(array.widen(x)) @ np.abs(quantize.dequantize(w)).T + 1
+    got, expected = linear.linear(x, w, bias), linear.linear.plain(x, w, bias)
+    assert got.shape == expected.shape and got.dtype == expected.dtype
+    assert (np.abs(got - expected) <= tolerance * sizes).all()
 
 
 @pytest.mark.parametrize("dtype", [BF16, np.dtype(np.float16), np.dtype(np.float32)])
 @pytest.mark.parametrize("group", quantize.GROUPS)
 @pytest.mark.parametrize("bits", quantize.BITS)
 def test_products_with_codes(bits, group, dtype):
-    whole = coded(21, 400, bits, group, dtype)
-    for w in (whole, whole[2:9], whole[:, 70:333]):
-        for T in (1, 2, 3, 4, 9, 20):
-            x, bias = normal((T, w.shape[1])), normal(len(w), 5)
-            exact = T <= 16 or dtype != BF16
-            tolerance = 3e-6 if exact else ROUNDED[BF16]
-            agree(linear.linear(x, w, bias), linear.linear.plain(x, w, bias), tolerance)
+    whole = coded(75, 900, bits, group, dtype)
+    for w in (whole, whole[2:9], whole[:1], whole[::3], whole[:, 70:333], whole[::2, 391:]):
+        for T in (*range(1, 10), 16, 20, 49):
+            agree_by_sizes(w, normal((T, w.shape[1])), normal(len(w), 5))
+
+
+@pytest.mark.parametrize("n_in", [1, 31, 32, 64, 65, 128, 256, 500, 512, 513, 640])
+@pytest.mark.parametrize("bits", quantize.BITS)
+def test_products_with_codes_of_any_number_of_blocks(bits, n_in):
+    """Four blocks are met at a time: rows end with any number of them, or inside a block."""
+    for n_out in (1, 2, 33):
+        agree_by_sizes(coded(n_out, n_in, bits, 32, BF16), normal((3, n_in)))
+
+
+@pytest.mark.parametrize("bits", quantize.BITS)
+def test_products_with_all_codes(bits):
+    """Every code is what it says, whichever word and place it has."""
+    numbers = np.arange(512).reshape(2, 256).astype(np.uint8).view(np.int8)
+    numbers = numbers if bits == 8 else ((numbers & 15) ^ 8) - 8
+    form = quantize.Form(bits, 32, 256, 0, BF16)
+    scales = (1 + np.arange(16).reshape(2, 8)).astype(np.float16)
+    scales = np.pad(scales, ((0, 0), (0, form.groups - 8)))
+    w = quantize.Quantized(form, quantize.pack(numbers, bits), scales)
+    expected = numbers * np.repeat(scales.astype(np.float32), 32, axis=1)[:, :256]
+    for start in range(0, 256, 8):
+        np.testing.assert_array_equal(
+            linear.linear(np.eye(256, dtype=np.float32)[start : start + 8], w),
+            expected.T[start : start + 8],
+        )
+
+
+@pytest.mark.parametrize("bits", quantize.BITS)
+def test_products_with_codes_of_what_is_rounded_or_not_finite(bits):
+    w, x = coded(9, 300, bits, 32, BF16), normal((5, 700))[::2, 100:400]
+    agree_by_sizes(w, x)
+    assert (linear.linear(x.astype(BF16), w) == linear.linear(x, w)).all()
+    x[1, 5] = np.nan
+    y = linear.linear(x, w)
+    assert np.isnan(y[1]).all() and np.isfinite(y[[0, 2]]).all()
+
+
+@pytest.mark.parametrize("bits", quantize.BITS)
+def test_threads_share_the_rows_of_codes(bits):
+    x, w = normal((9, 2048)), coded(1157, 2048, bits, 32, BF16)
+    one = linear.linear(x, w)
+    array.use_threads(3)
+    assert (linear.linear(x, w) == one).all()
 
 
 # ---- passes over rows ----

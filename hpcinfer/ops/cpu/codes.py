@@ -1,6 +1,6 @@
 """Products of activations with quantised weights, whose codes are widened in registers or in cache.
 
-Few rows meet each code once it is in a register; many meet rows of the weight that were made
+Few rows of x meet each code once it is in a register; many meet rows of the weight that were made
 bfloat16 a megabyte at a time, by oneDNN.
 """
 
@@ -9,12 +9,19 @@ import numpy as np
 from hpcinfer import array
 from hpcinfer.ops.cpu import machine, onednn, parts
 from hpcinfer.ops.cpu.compile import compiled
-from hpcinfer.ops.cpu.rounding import narrowed
-from hpcinfer.ops.cpu.simd import coded_tile, widen_codes
+from hpcinfer.ops.cpu.rounding import bits, narrowed
+from hpcinfer.ops.cpu.simd_codes import BLOCKS, MOST, arranged, coded_rows, coded_tile, widen_codes
 from hpcinfer.ops.quantize import LANES, place
 
-# Rows of x up to which the code here is faster than the library.
-FEW = 16
+# Rows of x up to which the code here is faster than the library, in pairs of bfloat16 and in
+# float32.
+FEW_PAIRS, FEW = 48, 16
+
+# Rows of the weight that all rows of x meet, a few at a time, while they are in the cache.
+_ROWS = 32
+
+# How far ahead of the codes in use others are fetched: memory takes as long as reading about this.
+_AHEAD_BYTES = 8192
 
 _NONE = np.empty(0, np.float32)
 
@@ -28,18 +35,40 @@ _WIDENED_BYTES = 1 << 20
 
 def linear(x, weight, bias):
     """As `ops.linear.linear`, for a quantised weight."""
-    form, T = weight.form, len(x)
     if not (x.size and len(weight)) or x.shape[1] != weight.shape[1]:
         return NotImplemented
-    if T > FEW:
-        served = form.dtype == array.BFLOAT16 and onednn.serves(form.dtype)
-        return _by_widened_rows(x, weight, bias) if served else NotImplemented
-    xs, half = place(x, form), form.dtype == array.BFLOAT16
-    if half and machine.has("avx512_bf16"):
-        xs = narrowed(xs, form.dtype).view(np.uint16)
-    else:
-        xs = array.widen(array.narrow(xs, form.dtype))
+    half = weight.form.dtype == array.BFLOAT16
+    if half and machine.has("avx512_bf16") and len(x) <= FEW_PAIRS:
+        return _by_pairs(x, weight, bias)
+    if len(x) <= FEW:
+        return _by_float32(x, weight, bias)
+    if half and onednn.serves(weight.form.dtype):
+        return _by_widened_rows(x, weight, bias)
+    return NotImplemented
+
+
+def _by_pairs(x, weight, bias):
+    """As `linear` for few rows of x, rounded to bfloat16."""
+    form, T = weight.form, len(x)
+    x = np.ascontiguousarray(bits(x if x.dtype == form.dtype else array.widen(x)))
+    words = weight.words.view(np.uint8) if form.bits == 8 else weight.words
+    width = -(-form.blocks // BLOCKS) * BLOCKS * form.block
+    xs = array.large_empty((T, width), np.uint16)
     y = np.empty((T, len(weight)), np.float32)
+    parts.over_rows(
+        _arranged_rows, T, x, form.offset, form.blocks, 16 // form.bits, xs, work_bytes=x.nbytes
+    )
+    parts.over_rows(
+        _pairs_of_rows, len(weight), xs, words, weight.scales.view(np.uint16), form.blocks,
+        _shift(form), y, work_bytes=weight.nbytes,
+    )  # fmt: skip
+    return y if bias is None else np.add(y, bias, out=y)
+
+
+def _by_float32(x, weight, bias):
+    """As `linear` for few rows of x, where it is float32 or there is nothing better."""
+    form, y = weight.form, np.empty((len(x), len(weight)), np.float32)
+    xs = array.widen(array.narrow(place(x, form), form.dtype))
     parts.over_rows(
         _few_coded_rows, len(weight), xs, weight.words, weight.scales.view(np.uint16),
         form.bits, _shift(form), y, _NONE if bias is None else bias, work_bytes=weight.nbytes,
@@ -71,8 +100,46 @@ def _by_widened_rows(x, weight, bias):
 
 
 @compiled
+def _arranged_rows(start, stop, x, offset, blocks, per_word, out):
+    """Rows start..stop of x (T, I) as `coded_rows` wants them: out (T, places) bfloat16's bits."""
+    for t in range(start, stop):
+        x_at, out_at = x.ctypes.data + t * x.strides[0], out.ctypes.data + t * out.strides[0]
+        arranged(x, x_at, x.shape[1], offset, blocks, per_word, out_at)
+
+
+@compiled
+def _pairs_of_rows(start, stop, x, words, scales, blocks, shift, y):
+    """y[:, start:stop] = x · wᵀ for rows of x as `_arranged_rows` made them."""
+    alone = np.empty((MOST, 2), np.float32)
+    for first in range(start, stop, _ROWS):
+        pairs = min(stop - first, _ROWS) // 2
+        for t in range(0, len(x), MOST):
+            xs, out = x[t : t + MOST], y.ctypes.data + t * y.strides[0] + 4 * first
+            _times_some(xs, words, scales, first, 1, pairs, blocks, shift, out, y.strides[0])
+
+    # A last row without another meets x as a pair with itself.
+    if (stop - start) % 2:
+        for t in range(0, len(x), MOST):
+            xs, row = x[t : t + MOST], stop - 1
+            _times_some(xs, words, scales, row, 0, 1, blocks, shift, alone.ctypes.data, 8)
+            y[t : t + MOST, row] = alone[: len(xs), 0]
+
+
+@compiled
+def _times_some(x, words, scales, row, step, pairs, blocks, shift, y, y_next):
+    """Pairs of rows of a weight, from number `row` on, times up to MOST rows of x."""
+    w, w_next = words.ctypes.data + row * words.strides[0], step * words.strides[0]
+    s, s_next = scales.ctypes.data + row * scales.strides[0], step * scales.strides[0]
+    groups, ahead = scales.shape[1], 2 * max(1, _AHEAD_BYTES // (128 * blocks))
+    coded_rows(
+        len(x), words, x.ctypes.data, x.strides[0], w, w_next, s, s_next, pairs, blocks, groups,
+        shift, ahead, y, y_next,
+    )  # fmt: skip
+
+
+@compiled
 def _few_coded_rows(start, stop, x, words, scales, bits, shift, y, bias):
-    """Codes of a row widened in registers; x as bfloat16's bits or float32."""
+    """Codes of a row widened in registers; x float32."""
     T, blocks, x_next, y_next = len(x), words.shape[1] // LANES, x.strides[0], y.strides[0]
     for row in range(start, stop):
         b = bias.ctypes.data + 4 * row if bias.size else 0
@@ -84,17 +151,17 @@ def _few_coded_rows(start, stop, x, words, scales, bits, shift, y, bias):
             columns = 4 if T - t >= 4 else 2 if T - t >= 2 else 1
             if bits == 4:
                 if columns == 4:
-                    _FOUR_4(x, xt, x_next, w, s, blocks, shift, out, y_next, b)
+                    _FOUR_4(xt, x_next, w, s, blocks, shift, out, y_next, b)
                 elif columns == 2:
-                    _FOUR_2(x, xt, x_next, w, s, blocks, shift, out, y_next, b)
+                    _FOUR_2(xt, x_next, w, s, blocks, shift, out, y_next, b)
                 else:
-                    _FOUR_1(x, xt, x_next, w, s, blocks, shift, out, y_next, b)
+                    _FOUR_1(xt, x_next, w, s, blocks, shift, out, y_next, b)
             elif columns == 4:
-                _EIGHT_4(x, xt, x_next, w, s, blocks, shift, out, y_next, b)
+                _EIGHT_4(xt, x_next, w, s, blocks, shift, out, y_next, b)
             elif columns == 2:
-                _EIGHT_2(x, xt, x_next, w, s, blocks, shift, out, y_next, b)
+                _EIGHT_2(xt, x_next, w, s, blocks, shift, out, y_next, b)
             else:
-                _EIGHT_1(x, xt, x_next, w, s, blocks, shift, out, y_next, b)
+                _EIGHT_1(xt, x_next, w, s, blocks, shift, out, y_next, b)
             t += columns
 
 
