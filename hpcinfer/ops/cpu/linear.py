@@ -13,7 +13,7 @@ from hpcinfer.ops.activation import Gate
 from hpcinfer.ops.cpu import activation, codes, machine, onednn, parts
 from hpcinfer.ops.cpu.compile import compiled
 from hpcinfer.ops.cpu.rounding import bits, narrowed, prepared
-from hpcinfer.ops.cpu.simd import tile
+from hpcinfer.ops.cpu.simd import tiles
 from hpcinfer.ops.quantize import Quantized
 
 # Rows of x up to which the code here is faster than the library.
@@ -28,11 +28,11 @@ _BLOCK = 512
 
 _NONE = np.empty(0, np.float32)
 
-# Tiles of two rows of the weight by 1 to 8 of x; one row is read fastest where x has one row.
-_ONE = tile(1, 1, unroll=4)
-_T1, _T2, _T3, _T4 = (tile(2, n, ahead=2) for n in (1, 2, 3, 4))
-_T5, _T6, _T7, _T8 = (tile(2, n, ahead=2) for n in (5, 6, 7, 8))
-_LAST = tile(1, 1)
+# Bytes of x up to which it stays in the first cache beside what streams through. One row of the
+# weight at a time is then read fastest; otherwise two rows share what is loaded of x.
+_SMALL = 24 << 10
+_ONE_ROW = tiles(1, _COLUMNS, unroll=4, lead=4096)
+_TWO_ROWS = tiles(2, _COLUMNS, ahead=2)
 
 
 def linear(x, weight, bias=None):
@@ -146,60 +146,34 @@ def _few_rows_pair(x, first, tanh, widths, second, y):
 @compiled
 def _few_rows(start, stop, x, w, y, bias):
     xs = prepared(x, w)
-    w_next, bias_at = w.strides[0], bias.ctypes.data if bias.size else 0
-    if len(xs) == 1:
-        _times_one(start, stop, xs, w, y, bias_at)
+    if xs.size * xs.itemsize <= _SMALL:
+        _by_one_row(start, stop, xs, w, y, bias)
         return
-    for row in range(start, stop - 1, 2):
-        b = bias_at + 4 * row if bias_at else 0
-        _two_rows(xs, w, w.ctypes.data + row * w_next, w_next, y, row, b)
-    if (stop - start) % 2:
-        b = bias_at + 4 * (stop - 1) if bias_at else 0
-        _one_row(xs, w, w.ctypes.data + (stop - 1) * w_next, y, stop - 1, b)
+    last = stop - (stop - start) % 2
+    _by_two_rows(start, last, xs, w, y, bias)
+    _by_one_row(last, stop, xs, w, y, bias)
 
 
 @compiled
-def _times_one(start, stop, xs, w, y, bias_at):
-    """Rows of a weight times one row of x.
+def _by_one_row(start, stop, xs, w, y, bias):
+    """Rows of a weight times all rows of x.
 
-    A function of its own, as those below, so that xs is held while there is but its address.
+    A function of its own, as the next, so that xs is held while there is but its address.
     """
-    x, n, w_next = xs.ctypes.data, xs.shape[1], w.strides[0]
+    (T, n), x_next, w_next, y_next = xs.shape, xs.strides[0], w.strides[0], y.strides[0]
     for row in range(start, stop):
-        b = bias_at + 4 * row if bias_at else 0
-        _ONE(w, x, 0, w.ctypes.data + row * w_next, 0, n, y.ctypes.data + 4 * row, 0, b)
+        at, b = w.ctypes.data + row * w_next, bias.ctypes.data + 4 * row if bias.size else 0
+        for t in range(0, T, _COLUMNS):
+            x, out = xs.ctypes.data + t * x_next, y.ctypes.data + t * y_next + 4 * row
+            _ONE_ROW(min(T - t, _COLUMNS), w, x, x_next, at, w_next, n, out, y_next, b)
 
 
 @compiled
-def _two_rows(xs, w, w_at, w_next, y, row, b):
-    """Two rows of a weight, from address w_at on, times all rows of x; w is there for its type."""
-    T, n = xs.shape
-    x_next, y_next = xs.strides[0], y.strides[0]
-    for t in range(0, T, _COLUMNS):
-        x, out = xs.ctypes.data + t * x_next, y.ctypes.data + t * y_next + 4 * row
-        columns = min(T - t, _COLUMNS)
-        if columns == 8:
-            _T8(w, x, x_next, w_at, w_next, n, out, y_next, b)
-        elif columns == 1:
-            _T1(w, x, x_next, w_at, w_next, n, out, y_next, b)
-        elif columns == 2:
-            _T2(w, x, x_next, w_at, w_next, n, out, y_next, b)
-        elif columns == 3:
-            _T3(w, x, x_next, w_at, w_next, n, out, y_next, b)
-        elif columns == 4:
-            _T4(w, x, x_next, w_at, w_next, n, out, y_next, b)
-        elif columns == 5:
-            _T5(w, x, x_next, w_at, w_next, n, out, y_next, b)
-        elif columns == 6:
-            _T6(w, x, x_next, w_at, w_next, n, out, y_next, b)
-        else:
-            _T7(w, x, x_next, w_at, w_next, n, out, y_next, b)
-
-
-@compiled
-def _one_row(xs, w, w_at, y, row, b):
-    """As `_two_rows` for one."""
-    T, n = xs.shape
-    for t in range(T):
-        x, out = xs.ctypes.data + t * xs.strides[0], y.ctypes.data + t * y.strides[0] + 4 * row
-        _LAST(w, x, 0, w_at, 0, n, out, 0, b)
+def _by_two_rows(start, stop, xs, w, y, bias):
+    """As `_by_one_row` for two at a time."""
+    (T, n), x_next, w_next, y_next = xs.shape, xs.strides[0], w.strides[0], y.strides[0]
+    for row in range(start, stop, 2):
+        at, b = w.ctypes.data + row * w_next, bias.ctypes.data + 4 * row if bias.size else 0
+        for t in range(0, T, _COLUMNS):
+            x, out = xs.ctypes.data + t * x_next, y.ctypes.data + t * y_next + 4 * row
+            _TWO_ROWS(min(T - t, _COLUMNS), w, x, x_next, at, w_next, n, out, y_next, b)

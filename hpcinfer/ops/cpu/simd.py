@@ -111,7 +111,7 @@ def kind_of(dtype):
     return Float16 if dtype == types.int16 else Float32
 
 
-def tile(rows, columns, unroll=1, ahead=0):
+def tile(rows, columns, unroll=1, ahead=0, lead=0):
     """Intrinsic (w, x, x_stride, row, w_stride, n, y, y_stride, bias): part of y = x · wᵀ + bias.
 
     w is an array, for its type alone: how it is multiplied is `kind_of` its items. x, row, y and
@@ -124,6 +124,7 @@ def tile(rows, columns, unroll=1, ahead=0):
     unroll : vectors of the inner axis in a turn of the loop, each with sums of its own
     ahead : rows of w further on, the same columns of which are fetched into the cache meanwhile;
         what the processor fetches by itself follows a row to its end and no further
+    lead : the same by bytes in place of rows, where rows lie one behind the other
     """
 
     @intrinsic
@@ -131,7 +132,7 @@ def tile(rows, columns, unroll=1, ahead=0):
         kind = kind_of(w.dtype)
 
         def generate(context, builder, signature, arguments):
-            _tile(builder, arguments[1:], kind, rows, columns, unroll, ahead)
+            _tile(builder, arguments[1:], kind, rows, columns, unroll, ahead, lead)
             return context.get_dummy_value()
 
         return types.void(w, *[types.int64] * 8), generate
@@ -139,7 +140,35 @@ def tile(rows, columns, unroll=1, ahead=0):
     return tile_of
 
 
-def _tile(builder, arguments, kind, rows, columns, unroll, ahead):
+def tiles(rows, most, unroll=1, ahead=0, lead=0):
+    """Intrinsic (columns, w, ...): a `tile` of 1 to `most` rows of x, as many as `columns` says.
+
+    Tiles of few columns have sums enough for a turn of `unroll` vectors, the others of one.
+    """
+
+    @intrinsic
+    def tiles_of(typing, columns, w, x, x_stride, row, w_stride, n, y, y_stride, bias):
+        kind = kind_of(w.dtype)
+
+        def generate(context, builder, signature, arguments):
+            end = builder.append_basic_block("tiles.end")
+            switch = builder.switch(arguments[0], end)
+            for c in range(1, most + 1):
+                block = builder.append_basic_block(f"tiles.{c}")
+                switch.add_case(I64(c), block)
+                builder.position_at_end(block)
+                turn = unroll if c * unroll <= 8 else 1
+                _tile(builder, arguments[2:], kind, rows, c, turn, ahead, lead)
+                builder.branch(end)
+            builder.position_at_end(end)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, w, *[types.int64] * 8), generate
+
+    return tiles_of
+
+
+def _tile(builder, arguments, kind, rows, columns, unroll, ahead, lead):
     x, x_stride, w, w_stride, n, y, y_stride, bias = arguments
     sums = [
         [[cgutils.alloca_once_value(builder, ir.Constant(VECTOR, None)) for _ in range(unroll)]
@@ -158,8 +187,9 @@ def _tile(builder, arguments, kind, rows, columns, unroll, ahead):
             at = builder.add(k, I64(u * kind.step))
             xs = [_at(kind.load_x, builder, a, at, kind.x_bytes, mask) for a in x_rows]
             for r in range(rows):
-                if ahead:
-                    further = builder.add(w_rows[r], builder.mul(w_stride, I64(ahead)))
+                if ahead or lead:
+                    distance = builder.add(builder.mul(w_stride, I64(ahead)), I64(lead))
+                    further = builder.add(w_rows[r], distance)
                     _at(_prefetch, builder, further, at, kind.w_bytes, None)
                 w_vector = _at(kind.load_w, builder, w_rows[r], at, kind.w_bytes, mask)
                 for c in range(columns):
@@ -434,10 +464,11 @@ def _load(builder, address, item, lanes, mask=None):
 
 
 def _prefetch(builder, address, mask):
+    """Fetch a line that is read once: past the second cache, which keeps what it has."""
     pointer = ir.IntType(8).as_pointer()
     kind = ir.FunctionType(ir.VoidType(), (pointer, I32, I32, I32))
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(function, (builder.inttoptr(address, pointer), I32(0), I32(3), I32(1)))
+    builder.call(function, (builder.inttoptr(address, pointer), I32(0), I32(0), I32(1)))
 
 
 def lane_mask(builder, n, lanes):
