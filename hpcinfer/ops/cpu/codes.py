@@ -49,18 +49,12 @@ def linear(x, weight, bias):
 
 def _by_pairs(x, weight, bias):
     """As `linear` for few rows of x, rounded to bfloat16."""
-    form, T = weight.form, len(x)
+    form, y = weight.form, np.empty((len(x), len(weight)), np.float32)
     x = np.ascontiguousarray(bits(x if x.dtype == form.dtype else array.widen(x)))
     words = weight.words.view(np.uint8) if form.bits == 8 else weight.words
-    width = -(-form.blocks // BLOCKS) * BLOCKS * form.block
-    xs = array.large_empty((T, width), np.uint16)
-    y = np.empty((T, len(weight)), np.float32)
     parts.over_rows(
-        _arranged_rows, T, x, form.offset, form.blocks, 16 // form.bits, xs, work_bytes=x.nbytes
-    )
-    parts.over_rows(
-        _pairs_of_rows, len(weight), xs, words, weight.scales.view(np.uint16), form.blocks,
-        _shift(form), y, work_bytes=weight.nbytes,
+        _pairs_of_rows, len(weight), x, form.offset, words, weight.scales.view(np.uint16),
+        form.blocks, _shift(form), y, work_bytes=weight.nbytes,
     )  # fmt: skip
     return y if bias is None else np.add(y, bias, out=y)
 
@@ -100,29 +94,35 @@ def _by_widened_rows(x, weight, bias):
 
 
 @compiled
-def _arranged_rows(start, stop, x, offset, blocks, per_word, out):
-    """Rows start..stop of x (T, I) as `coded_rows` wants them: out (T, places) bfloat16's bits."""
-    for t in range(start, stop):
+def _arranged_rows(x, offset, blocks, per_word):
+    """The rows of x (T, I) as `coded_rows` wants them, each at the beginning of a cache line."""
+    T, width = len(x), (blocks + BLOCKS - 1) // BLOCKS * BLOCKS * LANES * per_word
+    room = np.empty(T * width + 32, np.uint16)
+    first = (-room.ctypes.data % 64) // 2
+    out = room[first : first + T * width].reshape(T, width)
+    for t in range(T):
         x_at, out_at = x.ctypes.data + t * x.strides[0], out.ctypes.data + t * out.strides[0]
         arranged(x, x_at, x.shape[1], offset, blocks, per_word, out_at)
+    return out
 
 
 @compiled
-def _pairs_of_rows(start, stop, x, words, scales, blocks, shift, y):
-    """y[:, start:stop] = x · wᵀ for rows of x as `_arranged_rows` made them."""
+def _pairs_of_rows(start, stop, x, offset, words, scales, blocks, shift, y):
+    """y[:, start:stop] = x · wᵀ; words of codes of 8 bits are halved, as uint8."""
+    xs = _arranged_rows(x, offset, blocks, 2 * words.itemsize)
     alone = np.empty((MOST, 2), np.float32)
     for first in range(start, stop, _ROWS):
         pairs = min(stop - first, _ROWS) // 2
-        for t in range(0, len(x), MOST):
-            xs, out = x[t : t + MOST], y.ctypes.data + t * y.strides[0] + 4 * first
-            _times_some(xs, words, scales, first, 1, pairs, blocks, shift, out, y.strides[0])
+        for t in range(0, len(xs), MOST):
+            few, out = xs[t : t + MOST], y.ctypes.data + t * y.strides[0] + 4 * first
+            _times_some(few, words, scales, first, 1, pairs, blocks, shift, out, y.strides[0])
 
     # A last row without another meets x as a pair with itself.
     if (stop - start) % 2:
-        for t in range(0, len(x), MOST):
-            xs, row = x[t : t + MOST], stop - 1
-            _times_some(xs, words, scales, row, 0, 1, blocks, shift, alone.ctypes.data, 8)
-            y[t : t + MOST, row] = alone[: len(xs), 0]
+        for t in range(0, len(xs), MOST):
+            few, row = xs[t : t + MOST], stop - 1
+            _times_some(few, words, scales, row, 0, 1, blocks, shift, alone.ctypes.data, 8)
+            y[t : t + MOST, row] = alone[: len(few), 0]
 
 
 @compiled
