@@ -12,6 +12,7 @@ pytest.importorskip("numba")
 from hpcinfer import array
 from hpcinfer.model.step import Books
 from hpcinfer.ops import activation, attention, fastest, linear, norm, quantize, rope, store
+from hpcinfer.ops.cpu import attention as cpu_attention
 from hpcinfer.ops.cpu import codes, machine, onednn, parts, rounding
 from hpcinfer.ops.cpu import linear as cpu_linear
 
@@ -223,7 +224,13 @@ def paged(lengths, G, K, width, dtype, pools=1, pool=0):
 
 
 @pytest.mark.parametrize("dtype", [*HALF, np.dtype(np.float32)])
-@pytest.mark.parametrize("heads", [(14, 2, 64, 64), (3, 1, 96, 32), (5, 1, 80, 0), (7, 7, 16, 16)])
+@pytest.mark.parametrize(
+    "heads",
+    [
+        *[(14, 2, 64, 64), (3, 1, 96, 32), (5, 1, 80, 0), (7, 7, 16, 16), (8, 1, 128, 128)],
+        *[(1, 1, 192, 128), (20, 1, 64, 0), (2, 2, 80, 80), (4, 2, 64, 48)],
+    ],
+)
 def test_decoding_over_pages(heads, dtype):
     H, G, K, width = heads
     groups = [(g * H // G, (g + 1) * H // G) for g in range(G)]
@@ -256,11 +263,40 @@ def test_decoding_with_several_queries_and_pools():
     assert np.isneginf(parts_of[1][1][3]).all() and not parts_of[1][0][3].any()
 
 
-@pytest.mark.skipif(not onednn.serves(BF16), reason="needs oneDNN and bfloat16 instructions")
+@pytest.mark.skipif(not machine.has("avx512_bf16"), reason="needs bfloat16 instructions")
+@pytest.mark.parametrize(
+    "heads", [(14, 2, 64, 64), (3, 1, 80, 96), (8, 1, 192, 0), (2, 2, 128, 128)]
+)
+@pytest.mark.parametrize("window", [None, 100])
+def test_many_queries_over_pages(window, heads):
+    """A text; several, one of them a chunk behind a longer cache and one a single token."""
+    H, G, K, width = heads
+    options = {"groups": [(g * H // G, (g + 1) * H // G) for g in range(G)], "window": window}
+    options |= {"scale": K**-0.5, "v_columns": None if width else 128}
+    for lengths, cached in (([150], [0]), ([70, 700, 1, 1100], [0, 688, 0, 1000])):
+        books, k, v = paged(lengths, G, K, width, BF16)
+        tokens = [(b, p) for b, n in enumerate(lengths) for p in range(cached[b], n)]
+        tokens, q = np.array(tokens, np.int32), normal((len(tokens), H, K), 3)
+        got = attention.paged_attention(q, tokens, k, v, books, **options)
+        wide = k.astype(np.float32), v.astype(np.float32)
+        expected = attention.paged_attention.plain(q, tokens, *wide, books, **options)
+        for a, b in zip(got, expected, strict=True):
+            agree(a, b, 1.5e-2)
+
+
+@pytest.fixture(params=["packed", "oneDNN"])
+def products(request, monkeypatch):
+    """Both ways of computing the products of many queries, as far as this processor has them."""
+    served = {"packed": machine.has("avx512_bf16"), "oneDNN": onednn.serves(BF16)}
+    if not served[request.param]:
+        pytest.skip(f"{request.param} products need more than this processor has")
+    monkeypatch.setattr(cpu_attention, "_packs", lambda dtype: request.param == "packed")
+
+
 @pytest.mark.parametrize("softcap", [None, 20.0])
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("S", [1, 64, 300])
-def test_attention_of_many_queries(S, window, softcap):
+def test_attention_of_many_queries(S, window, softcap, products):
     L, H, G, K = 700, 6, 2, 32
     q, k, v = normal((S, H, K)), normal((L, G, K), 1, BF16), normal((L, G, K), 2, BF16)
     q_pos, k_pos = np.arange(L - S, L), np.arange(L)
@@ -272,6 +308,32 @@ def test_attention_of_many_queries(S, window, softcap):
         expected = attention.attention.plain(q, k, values, q_pos, k_pos, **options)
         for a, b in zip(got, expected, strict=True):
             agree(a, b, 1.5e-2)
+
+
+def test_keys_in_any_order_and_apart(products):
+    """Keys of some positions only, in any order, some behind every query; messages move between."""
+    rng, calls = np.random.default_rng(5), []
+    k_pos = rng.permutation(900)[:333]
+    q, q_pos = normal((200, 4, 48)), rng.permutation(700)[:200]
+    k, v = normal((333, 4, 48), 1, BF16), normal((333, 4, 32), 2, BF16)
+    q_pos[0] = k_pos.min() - 1
+    options = {"scale": 0.2, "groups": [(0, 1), (1, 4)], "between": lambda: calls.append(1)}
+    got = attention.attention(q, k[:, 1:3], v[:, 1:3], q_pos, k_pos, **options)
+    assert calls
+    expected = attention.attention.plain(q, k[:, 1:3], v[:, 1:3], q_pos, k_pos, **options)
+    for a, b in zip(got, expected, strict=True):
+        agree(a, b, 1.5e-2)
+    assert np.isneginf(got[1][0]).all() and not got[0][0].any()
+
+
+def test_threads_share_the_queries(products):
+    q, k = normal((300, 7, 64)), normal((2000, 1, 64), 1, BF16)
+    options = {"scale": 0.125, "groups": [(0, 7)]}
+    arguments = q, k, k, np.arange(1700, 2000), np.arange(2000)
+    one = attention.attention(*arguments, **options)
+    array.use_threads(3)
+    for a, b in zip(attention.attention(*arguments, **options), one, strict=True):
+        agree(a, b, 1e-6)
 
 
 # ---- choice, threads, other processors ----

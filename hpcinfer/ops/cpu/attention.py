@@ -10,7 +10,6 @@ oneDNN computes them.
 from functools import cache
 
 import numpy as np
-from numba import types
 from numba.extending import overload
 
 from hpcinfer import array
@@ -18,8 +17,11 @@ from hpcinfer.ops import attention as plain
 from hpcinfer.ops.cpu import machine, onednn, parts
 from hpcinfer.ops.cpu.compile import compiled
 from hpcinfer.ops.cpu.rounding import bfloat16_bits, narrowed, prepared
-from hpcinfer.ops.cpu.simd import Bfloat16Pairs, exp, float_of, kind_of, largest_of
+from hpcinfer.ops.cpu.simd import Bfloat16Pairs, exp, kind_of
 from hpcinfer.ops.cpu.simd_attention import (
+    deal_lanes,
+    fetch,
+    largest_of,
     pack_keys,
     pack_values,
     page_scores,
@@ -32,12 +34,13 @@ from hpcinfer.ops.cpu.simd_attention import (
 # Queries of one sequence up to which each is computed by itself.
 _SINGLE = 8
 
-_LOWEST = np.float32(np.finfo(np.float32).min)
+# Below every score, and a float32 still if multiplied by log2 e.
+_LOWEST, _LN2 = np.float32(-1e38), np.float32(np.log(2))
 
 
 # ---- one query after the other ----
 
-_KEYS = 256  # cached keys whose scores are held at a time
+_KEYS = 128  # cached keys whose scores are held at a time
 _SCORES_1, _SCORES_2, _SCORES_4, _SCORES_8 = (page_scores(heads) for heads in (1, 2, 4, 8))
 _SOFTEN_1, _SOFTEN_2, _SOFTEN_4, _SOFTEN_8 = (soften(heads) for heads in (1, 2, 4, 8))
 _WEIGH_1, _WEIGH_2, _WEIGH_4, _WEIGH_8 = (weigh(heads, 2) for heads in (1, 2, 4, 8))
@@ -70,7 +73,7 @@ def paged_attention(
     parts.over_rows(
         _single_queries, T * len(groups),
         q, table.positions, starts, places, numbers, keys, values,
-        bounds, np.float32(scale), -1 if window is None else window, o, lse,
+        bounds, float(scale), -1 if window is None else window, o, lse,
         work_bytes=places.size * page * (K + width) * k_pages.itemsize * len(groups),
     )  # fmt: skip
     return o, lse
@@ -109,10 +112,19 @@ def _single_queries(
     turns = (most + lanes - 1) // lanes
     queries, scores = _aligned(turns, K * lanes), _aligned(turns, _KEYS * lanes)
     state, out = _aligned(turns, 48), _aligned(turns * lanes, width)
+    k_at, v_at, scores_at = k.ctypes.data, v.ctypes.data, scores.ctypes.data
+    queries_at, out_at, state_at = queries.ctypes.data, out.ctypes.data, state.ctypes.data
     for task in range(start, stop):
         t, g = task // G, task % G
         first, n, position = groups[g], groups[g + 1] - groups[g], positions[t]
-        _fill_lanes(prepared(q[t, first : first + n], k), n_items, lanes, queries)
+        if bounds[t] < bounds[t + 1]:
+            fetch(k_at + places[bounds[t]] * k.strides[0] + g * k.strides[1], k.strides[1])
+        rows = prepared(q[t, first : first + n], k)
+        for turn in range(turns):
+            at, to = turn * lanes, queries_at + turn * queries.strides[0]
+            deal_lanes(
+                rows.ctypes.data + at * rows.strides[0], rows.strides[0], n - at, n_items, lanes, to
+            )
         state[:], out[:] = np.float32(0), np.float32(0)
         state[:, :16] = _LOWEST
         begin = position - window if window >= 0 else -1
@@ -124,7 +136,22 @@ def _single_queries(
                 key_position = numbers[i] * page
                 if key_position > position:
                     break
-                _page_scores(k, v, queries, lanes, places, bounds, t, i, g, scores, n_keys)
+                of_group = places[i] * k.strides[0] + g * k.strides[1]
+                values = v_at + places[i] * v.strides[0] + g * v.strides[1]
+
+                # What is read behind this page: the sequence's next one, or another task's first.
+                ahead = k_at + g * k.strides[1]
+                if i + 1 < bounds[t + 1]:
+                    ahead += places[i + 1] * k.strides[0]
+                elif g + 1 < G:
+                    ahead += places[bounds[t]] * k.strides[0] + k.strides[1]
+                else:
+                    ahead = k_at + places[min(i + 1, len(places) - 1)] * k.strides[0]
+                at = scores_at + n_keys * lanes * 4
+                _page_scores(
+                    k, lanes, queries_at, queries.strides[0], turns, k_at + of_group, ahead, values,
+                    at, scores.strides[0],
+                )  # fmt: skip
                 seen = min(page, position + 1 - key_position)
                 if seen < page or key_position <= begin:
                     for j in range(page):
@@ -137,15 +164,27 @@ def _single_queries(
 
             # Weights relative to the largest score so far; what was summed is corrected to it.
             for turn in range(turns):
-                at = state[turn].ctypes.data
-                _soften_scores(k, scores[turn].ctypes.data, n_keys, scale, at, lanes)
+                at, to = scores_at + turn * scores.strides[0], state_at + turn * state.strides[0]
+                _soften_scores(k, at, n_keys, np.float32(scale), to, lanes)
                 for c in range(lanes):
                     for d in range(width):
                         out[turn * lanes + c, d] *= state[turn, 32 + c]
             for u in range(i_first, i):
                 seen = min(page, position + 1 - numbers[u] * page)
-                row = v.ctypes.data + places[u] * v.strides[0] + g * v.strides[1]
-                _add_values(scores, (u - i_first) * page, seen, v, row, lanes, out)
+                row = v_at + places[u] * v.strides[0] + g * v.strides[1]
+                weights = scores_at + (u - i_first) * page * lanes * (2 if _in_pairs(v) else 4)
+                _add_values(
+                    v,
+                    lanes,
+                    weights,
+                    scores.strides[0],
+                    turns,
+                    seen,
+                    row,
+                    out_at,
+                    out.strides[0],
+                    width,
+                )
         for c in range(n):
             turn, lane = c // lanes, c % lanes
             total = np.float32(0)
@@ -155,7 +194,7 @@ def _single_queries(
             factor = np.float32(1) / (np.float32(1) if empty else total)
             for d in range(width):
                 o[t, first + c, d] = out[c, d] * factor
-            lse[t, first + c] = -np.inf if empty else state[turn, lane] + np.log(total)
+            lse[t, first + c] = -np.inf if empty else state[turn, lane] * _LN2 + np.log(total)
 
 
 @compiled
@@ -164,19 +203,6 @@ def _aligned(rows, columns):
     room = np.empty(rows * columns + 16, np.float32)
     first = (-room.ctypes.data % 64) // 4
     return room[first : first + rows * columns].reshape(rows, columns)
-
-
-def _item(rows, c, i):
-    """What a lane takes of row c: pair i of 16-bit numbers, or number i."""
-
-
-@overload(_item, inline="always")
-def _item_as(rows, c, i):
-    if rows.dtype == types.uint16:
-        return lambda rows, c, i: float_of(
-            np.uint32(rows[c, 2 * i]) | (np.uint32(rows[c, 2 * i + 1]) << np.uint32(16))
-        )
-    return lambda rows, c, i: rows[c, i]
 
 
 def _in_pairs(x):
@@ -190,45 +216,26 @@ def _in_pairs_as(x):
 
 
 @compiled
-def _fill_lanes(rows, n_items, lanes, queries):
-    """Rows of query heads as `page_scores` takes them: some items of each head in turn."""
-    each = 16 // lanes
-    for turn in range(len(queries)):
-        for i in range(n_items):
-            for c in range(lanes):
-                head, at = turn * lanes + c, i // each * 16 + c * each + i % each
-                queries[turn, at] = _item(rows, head, i) if head < len(rows) else np.float32(0)
-
-
-@compiled
-def _page_scores(k, v, queries, lanes, places, bounds, t, i, g, scores, at):
-    """Scores with the keys of page i, from key `at` on; fetches its values, and the next page."""
+def _page_scores(k, lanes, queries, next_query, turns, row, ahead, values, out, next_out):
+    """Scores with the keys of a page at `row`; fetches its values meanwhile, and the next page."""
     page, next_key = k.shape[2], k.strides[2]
-    row = k.ctypes.data + places[i] * k.strides[0] + g * k.strides[1]
-    values = v.ctypes.data + places[i] * v.strides[0] + g * v.strides[1]
-    if i + 1 < bounds[t + 1]:
-        ahead = places[i + 1] * k.strides[0] + g * k.strides[1]
-    elif g + 1 < k.shape[1]:
-        ahead = places[bounds[t]] * k.strides[0] + (g + 1) * k.strides[1]
-    else:
-        ahead = places[min(i + 1, len(places) - 1)] * k.strides[0]
-    ahead += k.ctypes.data
     n = k.shape[3] // 2 if _in_pairs(k) else k.shape[3]
-    for turn in range(len(queries)):
-        query = queries[turn].ctypes.data
+    for turn in range(turns):
         for j in range(0, page, 16):
-            out, offset = scores[turn, (at + j) * lanes :].ctypes.data, j * next_key
+            to, offset = out + j * lanes * 4, j * next_key
             further, too = ahead + offset, values + offset
             if turn:
                 further = too = row
             if lanes == 8:
-                _SCORES_8(k, query, row + offset, next_key, n, out, further, too)
+                _SCORES_8(k, queries, row + offset, next_key, n, to, further, too)
             elif lanes == 4:
-                _SCORES_4(k, query, row + offset, next_key, n, out, further, too)
+                _SCORES_4(k, queries, row + offset, next_key, n, to, further, too)
             elif lanes == 2:
-                _SCORES_2(k, query, row + offset, next_key, n, out, further, too)
+                _SCORES_2(k, queries, row + offset, next_key, n, to, further, too)
             else:
-                _SCORES_1(k, query, row + offset, next_key, n, out, further, too)
+                _SCORES_1(k, queries, row + offset, next_key, n, to, further, too)
+        queries += next_query
+        out += next_out
 
 
 @compiled
@@ -244,14 +251,13 @@ def _soften_scores(k, scores, n_keys, scale, state, lanes):
 
 
 @compiled
-def _add_values(weights, at, n_keys, v, row, lanes, out):
-    """out += weights · the values of one page's first n_keys keys, which begin at key `at`."""
-    next_key, next_weight, next_out = v.strides[2], 4 * lanes, out.strides[0]
-    for turn in range(len(weights)):
-        weight = weights[turn].ctypes.data + at * lanes * (2 if _in_pairs(v) else 4)
-        width = out.shape[1]
+def _add_values(v, lanes, weights, next_weights, turns, n_keys, row, out, next_out, width):
+    """out += weights · the values of one page's first n_keys keys, from `row` on."""
+    next_key, next_weight = v.strides[2], 4 * lanes
+    for turn in range(turns):
+        weight, to_heads = weights + turn * next_weights, out + turn * lanes * next_out
         for d in range(0, width - 16, 32):
-            value, to = row + d * v.itemsize, out[turn * lanes, d:].ctypes.data
+            value, to = row + d * v.itemsize, to_heads + d * 4
             if lanes == 8:
                 _WEIGH_8(v, weight, next_weight, n_keys, value, next_key, to, next_out)
             elif lanes == 4:
@@ -262,7 +268,7 @@ def _add_values(weights, at, n_keys, v, row, lanes, out):
                 _WEIGH_1(v, weight, next_weight, n_keys, value, next_key, to, next_out)
         if width % 32:
             d = width - 16
-            value, to = row + d * v.itemsize, out[turn * lanes, d:].ctypes.data
+            value, to = row + d * v.itemsize, to_heads + d * 4
             if lanes == 8:
                 _WEIGH_8_1(v, weight, next_weight, n_keys, value, next_key, to, next_out)
             elif lanes == 4:
@@ -276,7 +282,7 @@ def _add_values(weights, at, n_keys, v, row, lanes, out):
 # ---- many queries, keys and values packed ----
 
 # Rows (queries times heads of a group) and keys of a block; rows and keys of a tile of products.
-_ROWS, _BLOCK, _TILE_ROWS, _TILE = 112, 256, 6, 64
+_ROWS, _BLOCK, _TILE_ROWS, _TILE = 84, 512, 6, 64
 _PRODUCT, _ADD_PRODUCT = paired_product(6, 4, add=False), paired_product(6, 4, add=True)
 _ADD_COLUMN = paired_product(6, 1, add=True)
 
@@ -346,7 +352,7 @@ def _many_queries(
         most = max(most, bounds[g + 1] - bounds[g])
     rows = (of_block * most + _TILE_ROWS - 1) // _TILE_ROWS * _TILE_ROWS
     queries = np.zeros((rows, K), np.uint16)
-    scores, out, state = _aligned(rows, _BLOCK), _aligned(rows, width), _aligned(3, rows)
+    scores, out, state = _aligned(rows, _BLOCK), _aligned(rows, width), _aligned(4, rows)
     weights = np.zeros((rows, _BLOCK), np.uint16)
     for task in range(before + start, before + stop):
         block, g = task // G, task % G
@@ -399,17 +405,26 @@ def _cap(scores, scale, softcap):
 @compiled
 def _block_weights(scores, n_rows, n, first, last, at, L, scale, state, weights):
     """Weights of the keys that are seen, relative to the largest score so far; 0 of the others."""
-    m, total, corrections = state[0], state[1], state[2]
+    m, total, corrections, found = state[0], state[1], state[2], state[3]
+    at_scores, at_weights = scores.ctypes.data, weights.ctypes.data
+    for s in range((n_rows + n - 1) // n):
+        begin = min(max(first[s] - at, 0), L)
+        end = max(min(last[s] - at, L), begin)
+        rows = range(s * n, s * n + n)
+        for row in rows:
+            score = at_scores + row * scores.strides[0] + begin * 4
+            corrections[row], m[row] = m[row], max(m[row], largest_of(score, end - begin) * scale)
+        for row in rows:
+            score = at_scores + row * scores.strides[0] + begin * 4
+            weight = at_weights + row * weights.strides[0] + begin * 2
+            found[row] = weights_of(score, end - begin, scale, m[row], weight)
+            for j in range(begin):
+                weights[row, j] = 0
+            for j in range(end, L + L % 2):
+                weights[row, j] = 0
     for row in range(n_rows):
-        begin = min(max(first[row // n] - at, 0), L)
-        end = max(min(last[row // n] - at, L), begin)
-        score, weight = scores[row, begin:].ctypes.data, weights[row, begin:].ctypes.data
-        largest = max(m[row], largest_of(score, end - begin) * scale)
-        corrections[row] = exp(m[row] - largest)
-        found = weights_of(score, end - begin, scale, largest, weight)
-        total[row], m[row] = total[row] * corrections[row] + found, largest
-        weights[row, :begin] = 0
-        weights[row, end : L + L % 2] = 0
+        corrections[row] = exp(corrections[row] - m[row])
+        total[row] = total[row] * corrections[row] + found[row]
 
 
 @compiled

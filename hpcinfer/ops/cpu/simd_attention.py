@@ -6,6 +6,7 @@ other; a query of one token meets the cache as it lies, with the query heads in 
 is read once and given to all of them. `simd` has the vectors that this is made of.
 """
 
+import functools
 import itertools
 import math
 
@@ -19,7 +20,10 @@ from hpcinfer.ops.cpu import machine, simd
 from hpcinfer.ops.cpu.simd import FLOAT, I16, I32, I64, LANES, PAIRS, VECTOR, Bfloat16Pairs
 
 _ZERO = ir.Constant(VECTOR, None)
-_LEAST = -104.0  # e to the power of less is no float32
+_LOWEST = ir.Constant(VECTOR, [float("-inf")] * LANES)
+_UNROLL = 4  # vectors in a turn of a loop over a row
+_LEAST = -150  # 2 to the power of less is no float32
+_LOG2_E = 1 / math.log(2)
 
 
 # ---- many queries: keys and values in pairs ----
@@ -172,13 +176,15 @@ def weights_of(typing, row, n, scale, largest, out):
 
     def generate(context, builder, signature, arguments):
         row, n, scale, largest, out = arguments
-        factor = simd.splat(builder, scale, LANES)
-        above = simd.splat(builder, builder.fneg(largest), LANES)
-        total = cgutils.alloca_once_value(builder, _ZERO)
+        log2_e = ir.Constant(FLOAT, _LOG2_E)
+        factor = simd.splat(builder, builder.fmul(scale, log2_e), LANES)
+        above = simd.splat(builder, builder.fneg(builder.fmul(largest, log2_e)), LANES)
+        totals = [cgutils.alloca_once_value(builder, _ZERO) for _ in range(_UNROLL)]
 
-        def turn(address, mask):
+        def turn(total, address, mask):
             scores = simd._load(builder, address, FLOAT, LANES, mask)
-            weights = _weights(builder, simd.fma(builder, scores, factor, above), half=True)
+            scores = simd.fma(builder, scores, factor, above)
+            weights = _power_of_two(builder, scores, half=True)
             if mask is not None:
                 weights = builder.select(mask, weights, _ZERO)
             builder.store(builder.fadd(builder.load(total), weights), total)
@@ -186,11 +192,59 @@ def weights_of(typing, row, n, scale, largest, out):
             half = simd._as_bfloat16(builder, weights)
             simd._store_lanes(builder, half, builder.add(out, offset), mask)
 
-        simd._over_vectors(builder, row, n, turn)
-        return simd.horizontal_sum(builder, builder.load(total))
+        _over_row(builder, row, n, totals, turn)
+        total = functools.reduce(builder.fadd, map(builder.load, totals))
+        return simd.horizontal_sum(builder, total)
 
     numbers = types.int64, types.int64, types.float32, types.float32, types.int64
     return types.float32(*numbers), generate
+
+
+@intrinsic
+def largest_of(typing, row, n):
+    """The largest of n float32 numbers from an address on; -inf if there is none, NaN passed by."""
+
+    def generate(context, builder, signature, arguments):
+        row, n = arguments
+        held = [cgutils.alloca_once_value(builder, _LOWEST) for _ in range(_UNROLL)]
+
+        def turn(largest, address, mask):
+            values = simd._load(builder, address, FLOAT, LANES, mask)
+            if mask is not None:
+                values = builder.select(mask, values, _LOWEST)
+            builder.store(_larger(builder, values, builder.load(largest)), largest)
+
+        _over_row(builder, row, n, held, turn)
+        largest = functools.reduce(
+            functools.partial(_larger, builder), [builder.load(part) for part in held]
+        )
+        kind = ir.FunctionType(FLOAT, (VECTOR,))
+        name = f"llvm.vector.reduce.fmax.v{LANES}f32"
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), (largest,))
+
+    return types.float32(types.int64, types.int64), generate
+
+
+def _over_row(builder, row, n, held, turn):
+    """turn(one of held, address, mask) for every vector of a row of n float32, several at a time.
+
+    So that none waits for the one before; the last vector is behind a mask, else it is None.
+    """
+    several = LANES * len(held)
+    whole = builder.mul(builder.udiv(n, I64(several)), I64(several))
+    single = builder.mul(builder.udiv(n, I64(LANES)), I64(LANES))
+
+    def address(i, u=0):
+        return builder.add(row, builder.add(builder.mul(i, I64(4)), I64(64 * u)))
+
+    with cgutils.for_range_slice(builder, I64(0), whole, I64(several), I64) as (i, _):
+        for u, part in enumerate(held):
+            turn(part, address(i, u), None)
+    with cgutils.for_range_slice(builder, whole, single, I64(LANES), I64) as (i, _):
+        turn(held[0], address(i), None)
+    left = builder.sub(n, single)
+    with builder.if_then(builder.icmp_signed(">", left, I64(0)), likely=False):
+        turn(held[-1], address(single), simd.lane_mask(builder, left, LANES))
 
 
 # ---- one query: its heads in the lanes ----
@@ -224,19 +278,35 @@ def _page_scores(builder, arguments, kind, each):
     queries, row, next_key, n, out, *further = arguments
     item_bytes = 4 if kind is Bfloat16Pairs else kind.w_bytes
     lines = max(1, each * item_bytes * LANES // 64)
-    keys = [builder.add(row, builder.mul(next_key, I64(j))) for j in range(LANES)]
+    keys = _addresses(builder, row, next_key)
     sums = [cgutils.alloca_once_value(builder, _ZERO) for _ in keys]
+
+    def turn(number, count):
+        at = builder.add(queries, builder.mul(number, I64(64)))
+        of_heads = [
+            simd._load(builder, builder.add(at, I64(64 * u)), FLOAT, LANES) for u in range(count)
+        ]
+        fetched = [(start, 64 * line) for line in range(count * lines) for start in further]
+        offset = builder.mul(number, I64(each * item_bytes))
+        fetched_offset = builder.mul(number, I64(64 * lines))
+
+        # One key after the other: the same items of several would be in the same bank of the cache.
+        for j, ((key, further_on), total) in enumerate(zip(keys, sums, strict=True)):
+            for start, by in fetched[j::LANES]:
+                address = builder.add(builder.add(start, fetched_offset), I64(by))
+                _prefetch(builder, address)
+            at, value = builder.add(builder.add(key, offset), further_on), builder.load(total)
+            for u, query in enumerate(of_heads):
+                item = builder.add(at, I64(each * item_bytes * u))
+                value = _add_items(builder, kind, value, query, item, each)
+            builder.store(value, total)
+
     turns = builder.sdiv(n, I64(each))
-    with cgutils.for_range_slice(builder, I64(0), turns, I64(1), I64) as (turn, _):
-        at = builder.add(queries, builder.mul(turn, I64(64)))
-        query = simd._load(builder, at, FLOAT, LANES)
-        for start, line in itertools.product(further, range(lines)):
-            offset = builder.add(builder.mul(turn, I64(64 * lines)), I64(64 * line))
-            simd._prefetch(builder, builder.add(start, offset), None)
-        offset = builder.mul(turn, I64(each * item_bytes))
-        for key, total in zip(keys, sums, strict=True):
-            at, held = builder.add(key, offset), builder.load(total)
-            builder.store(_add_items(builder, kind, held, query, at, each), total)
+    whole = builder.mul(builder.sdiv(turns, I64(_UNROLL)), I64(_UNROLL))
+    with cgutils.for_range_slice(builder, I64(0), whole, I64(_UNROLL), I64) as (number, _):
+        turn(number, _UNROLL)
+    with cgutils.for_range_slice(builder, whole, turns, I64(1), I64) as (number, _):
+        turn(number, 1)
 
     # The lanes of each head are summed, of as many keys at a time as fill a vector.
     totals = [builder.load(total) for total in sums]
@@ -247,6 +317,61 @@ def _page_scores(builder, arguments, kind, each):
             vectors = [simd._folded(builder, a, b, LANES, width) for a, b in pairs]
             width //= 2
         simd._store(builder, vectors[0], builder.add(out, I64(4 * LANES * (i // each))))
+
+
+@intrinsic
+def deal_lanes(typing, rows, next_row, n_rows, n, lanes, out):
+    """Rows of n items of 4 bytes as `page_scores` takes queries, for `lanes` heads; zeros behind.
+
+    rows and out are addresses, next_row a stride in bytes; n a multiple of 16 / lanes, lanes 1, 2,
+    4 or 8.
+    """
+
+    def generate(context, builder, signature, arguments):
+        rows, next_row, n_rows, n, lanes, out = arguments
+        each = builder.sdiv(I64(LANES), lanes)
+        with cgutils.for_range_slice(builder, I64(0), lanes, I64(1), I64) as (c, _):
+            exists = builder.icmp_signed("<", c, n_rows)
+            row = builder.add(rows, builder.mul(next_row, builder.select(exists, c, I64(0))))
+            to = builder.add(out, builder.mul(builder.mul(c, each), I64(4)))
+            with cgutils.for_range_slice(builder, I64(0), n, I64(2), I64) as (i, _):
+                within = builder.and_(i, builder.sub(each, I64(1)))
+                turn = builder.mul(builder.sub(i, within), lanes)
+                word = builder.inttoptr(builder.add(row, builder.mul(i, I64(4))), I64.as_pointer())
+                held = builder.select(exists, builder.load(word, align=4), I64(0))
+                at = builder.add(to, builder.mul(builder.add(turn, within), I64(4)))
+                simd._store(builder, held, at)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 6), generate
+
+
+@intrinsic
+def fetch(typing, address, n_bytes):
+    """Have the cache fetch some bytes from an address on, which need not be valid."""
+
+    def generate(context, builder, signature, arguments):
+        address, n_bytes = arguments
+        with cgutils.for_range_slice(builder, I64(0), n_bytes, I64(64), I64) as (at, _):
+            _prefetch(builder, builder.add(address, at))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+def _addresses(builder, row, next_key):
+    """Addresses of 16 keys as two numbers each, which few registers hold.
+
+    LLVM is kept from seeing how they follow from each other: it would compute each from the last.
+    """
+    kind = ir.FunctionType(I64, (I64,))
+
+    def hidden(number):
+        return builder.call(ir.InlineAsm(kind, "", "=r,0"), (number,))
+
+    starts = [hidden(builder.add(row, builder.mul(next_key, I64(j)))) for j in range(0, LANES, 4)]
+    twice, thrice = builder.shl(next_key, I64(1)), hidden(builder.mul(next_key, I64(3)))
+    return [(start, by) for start in starts for by in (I64(0), next_key, twice, thrice)]
 
 
 def _add_items(builder, kind, total, query, address, each):
@@ -277,8 +402,8 @@ def soften(heads):
     k is an array, for its type alone. scores and state are addresses; n a multiple of 32. The
     weights are relative to the largest score so far; where items are multiplied in pairs they are
     bfloat16, (n / 2, heads, 2), in the first half of the memory. `state` is three vectors, each
-    with the heads in turn, again and again: the largest score so far; the sum of all weights, in
-    parts; and what sums of before are to be multiplied by, which is written.
+    with the heads in turn, again and again: the largest score so far, times log2 e; the
+    sum of all weights, in parts; and what sums of before are to be multiplied by, which is written.
     """
 
     @intrinsic
@@ -296,12 +421,12 @@ def soften(heads):
 
 def _soften(builder, arguments, heads, paired):
     scores, n, scale, state = arguments
-    stop, factor = builder.mul(n, I64(4 * heads)), simd.splat(builder, scale, LANES)
+    stop = builder.mul(n, I64(4 * heads))
+    factor = simd.splat(builder, builder.fmul(scale, ir.Constant(FLOAT, _LOG2_E)), LANES)
     m_at, total_at, correction_at = (builder.add(state, I64(64 * i)) for i in range(3))
 
     # The largest score of each head, and of those before.
-    lowest = ir.Constant(VECTOR, [float("-inf")] * LANES)
-    held = [cgutils.alloca_once_value(builder, lowest) for _ in range(2)]
+    held = [cgutils.alloca_once_value(builder, _LOWEST) for _ in range(2)]
     with cgutils.for_range_slice(builder, I64(0), stop, I64(128), I64) as (at, _):
         for i, largest in enumerate(held):
             place = builder.add(builder.add(scores, at), I64(64 * i))
@@ -314,7 +439,7 @@ def _soften(builder, arguments, heads, paired):
         largest, shift = _larger(builder, largest, turned), 2 * shift
     before = simd._load(builder, m_at, FLOAT, LANES)
     m = _larger(builder, builder.fmul(largest, factor), before)
-    correction = _weights(builder, builder.fsub(before, m), half=False)
+    correction = _power_of_two(builder, builder.fsub(before, m), half=False)
     simd._store(builder, m, m_at)
     simd._store(builder, correction, correction_at)
 
@@ -326,7 +451,8 @@ def _soften(builder, arguments, heads, paired):
         for i, part in enumerate(sums):
             place = builder.add(builder.add(scores, at), I64(64 * i))
             values = simd._load(builder, place, FLOAT, LANES)
-            values = _weights(builder, simd.fma(builder, values, factor, above), paired)
+            values = simd.fma(builder, values, factor, above)
+            values = _power_of_two(builder, values, paired)
             builder.store(builder.fadd(builder.load(part), values), part)
             weights.append(values)
         if paired:
@@ -463,11 +589,11 @@ def _interleaved(builder, a, b):
 # ---- what both are made of ----
 
 
-def _weights(builder, x, half):
-    """e^x of numbers that are not above 0, or NaN; to 2 units of the last place or, if `half`, so
-    that rounding to bfloat16 is the larger error."""
-    if not machine.has("avx512f"):
-        return simd._exponential(builder, x)
+def _power_of_two(builder, x, half):
+    """2^x of numbers that are not above 0, or NaN.
+
+    To 2 units of the last place or, if `half`, so that rounding to bfloat16 is the larger error.
+    """
 
     def number(value):
         return ir.Constant(VECTOR, [float(np.float32(value))] * LANES)
@@ -476,25 +602,34 @@ def _weights(builder, x, half):
         kind = ir.FunctionType(VECTOR, kinds)
         return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), operands)
 
-    # x = n ln 2 + r: e^r by its Taylor series, times 2^n.
+    if not machine.has("avx512f"):
+        return simd._exponential(builder, builder.fmul(x, number(math.log(2))))
+
+    # x = n + r: 2^r by its Taylor series, times 2^n.
     x = _larger(builder, number(_LEAST), x)
-    n = call("llvm.rint.v16f32", (VECTOR,), builder.fmul(x, number(1 / math.log(2))))
-    if half:
-        r, power = simd.fma(builder, n, number(-math.log(2)), x), 5
-    else:
-        r, power = simd.fma(builder, n, number(-0.693359375), x), 7
-        r = simd.fma(builder, n, number(2.12194440e-4), r)
-    series = number(1 / math.factorial(power))
-    for i in range(power - 1, -1, -1):
-        series = simd.fma(builder, series, r, number(1 / math.factorial(i)))
-    kinds = (VECTOR, VECTOR, VECTOR, I16, I32)
+    n = call("llvm.rint.v16f32", (VECTOR,), x)
+    r, power = builder.fsub(x, n), 5 if half else 7
+    terms = [number(math.log(2) ** i / math.factorial(i)) for i in range(power + 1)]
+    series = terms[power]
+    for term in reversed(terms[:power]):
+        series = simd.fma(builder, series, r, term)
     name, present_rounding = "llvm.x86.avx512.mask.scalef.ps.512", I32(4)
+    kinds = (VECTOR, VECTOR, VECTOR, I16, I32)
     return call(name, kinds, series, n, _ZERO, ir.Constant(I16, -1), present_rounding)
 
 
 def _larger(builder, a, b):
     """The larger of each two numbers; that of b if either is NaN."""
     return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+
+def _prefetch(builder, address):
+    """Fetch a line into the second level of the cache: the first takes few at a time."""
+    pointer = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), (pointer, I32, I32, I32))
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    read, level, data = I32(0), I32(2), I32(1)
+    builder.call(function, (builder.inttoptr(address, pointer), read, level, data))
 
 
 def _shuffled(builder, a, b, order):
