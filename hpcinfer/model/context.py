@@ -87,19 +87,18 @@ class Context:
             o, lse = self._merge(n, q, step, step.tokens)
             self._model.show("lse", n, lse, step, "mine")
             return o[:, slice(*query_heads(self.heads, self.grid.cp.size)[self.grid.cp.rank])]
-        if step.prefilling is None and step.decoding is not None:
-            o, lse = self._decode(n, q, step, step.decoding)
+        phases = (step.decoding, self._decode), (step.prefilling, self._prefill)
+        phases = [(phase, strategy) for phase, strategy in phases if phase is not None]
+        if len(phases) == 1:  # spares the results a copy
+            (phase, strategy), *_ = phases
+            o, lse = strategy(n, q, step, phase)
             self._model.show("lse", n, lse, step, "mine")
             return o
         mla, xp = self.arch.mla, array.namespace(q)
         width = self.arch.K if mla is None else mla.kv_rank
         o, lse = xp.empty((*q.shape[:2], width), xp.float32), xp.empty(q.shape[:2], xp.float32)
-        for phase, strategy in (
-            (step.decoding, self._decode),
-            (step.prefilling, self._prefill),
-        ):
-            if phase is not None:
-                o[phase.own], lse[phase.own] = strategy(n, q[phase.own], step, phase)
+        for phase, strategy in phases:
+            o[phase.own], lse[phase.own] = strategy(n, q[phase.own], step, phase)
         self._model.show("lse", n, lse, step, "mine")
         return o
 

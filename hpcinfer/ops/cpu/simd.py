@@ -228,60 +228,6 @@ def _tile(builder, arguments, kind, rows, columns, unroll, ahead, lead):
             _store(builder, builder.fadd(_number_at(builder, place), b), place)
 
 
-def weigh(columns, vectors):
-    """Intrinsic (v, p, p_stride, n, row, v_stride, o, o_stride): a tile of o += p · v.
-
-    As for `tile`, v is an array for its type alone. p is (columns, n), o (columns, 16 · vectors),
-    both float32; `row` is the address of the first of n rows of v.
-    """
-
-    @intrinsic
-    def weigh_of(typing, v, p, p_stride, n, row, v_stride, o, o_stride):
-        kind = widened_kind_of(v.dtype)
-
-        def generate(context, builder, signature, arguments):
-            _weigh(builder, arguments[1:], kind, columns, vectors)
-            return context.get_dummy_value()
-
-        return types.void(v, *[types.int64] * 7), generate
-
-    return weigh_of
-
-
-def widened_kind_of(dtype):
-    """As `kind_of`, but of what is widened in registers."""
-    kind = kind_of(dtype)
-    return Bfloat16 if kind is Bfloat16Pairs else kind
-
-
-def _weigh(builder, arguments, kind, columns, vectors):
-    p, p_stride, n, row, v_stride, o, o_stride = arguments
-    places = [
-        [builder.add(builder.add(o, builder.mul(o_stride, I64(c))), I64(64 * u))
-         for u in range(vectors)]
-        for c in range(columns)
-    ]  # fmt: skip
-    sums = [[cgutils.alloca_once(builder, VECTOR) for _ in range(vectors)] for _ in range(columns)]
-    for c, u in itertools.product(range(columns), range(vectors)):
-        builder.store(_load(builder, places[c][u], FLOAT, LANES), sums[c][u])
-    with cgutils.for_range_slice(builder, I64(0), n, I64(1), I64) as (j, _):
-        start = builder.add(row, builder.mul(v_stride, j))
-        of_key = [
-            kind.load_w(builder, builder.add(start, I64(LANES * kind.w_bytes * u)), None)
-            for u in range(vectors)
-        ]
-        for c in range(columns):
-            place = builder.add(
-                builder.add(p, builder.mul(p_stride, I64(c))), builder.mul(j, I64(4))
-            )
-            weight = splat(builder, _number_at(builder, place), LANES)
-            for u in range(vectors):
-                total = fma(builder, weight, of_key[u], builder.load(sums[c][u]))
-                builder.store(total, sums[c][u])
-    for c, u in itertools.product(range(columns), range(vectors)):
-        _store(builder, builder.load(sums[c][u]), places[c][u])
-
-
 def _number_at(builder, address):
     return builder.load(builder.inttoptr(address, FLOAT.as_pointer()), align=4)
 
@@ -447,71 +393,7 @@ def _exponential(builder, x):
     return builder.select(builder.fcmp_unordered("uno", x, x), x, value)
 
 
-# ---- passes over a row of scores ----
-
-
-@intrinsic
-def largest_of(typing, row, n):
-    """The largest of n float32 numbers from an address on; -inf if there is none, NaN passed by."""
-
-    def generate(context, builder, signature, arguments):
-        row, n = arguments
-        lowest = ir.Constant(VECTOR, [float("-inf")] * LANES)
-        largest = cgutils.alloca_once(builder, VECTOR)
-        builder.store(lowest, largest)
-
-        def turn(address, mask):
-            values = _load(builder, address, FLOAT, LANES, mask)
-            if mask is not None:
-                values = builder.select(mask, values, lowest)
-            held = builder.load(largest)
-            builder.store(
-                builder.select(builder.fcmp_ordered(">", values, held), values, held), largest
-            )
-
-        _over_vectors(builder, row, n, turn)
-        kind = ir.FunctionType(FLOAT, (VECTOR,))
-        function = cgutils.get_or_insert_function(
-            builder.module, kind, f"llvm.vector.reduce.fmax.v{LANES}f32"
-        )
-        return builder.call(function, (builder.load(largest),))
-
-    return types.float32(types.int64, types.int64), generate
-
-
-def exponentials(half):
-    """Intrinsic (row, n, scale, largest, out): out = e^(row · scale - largest), and their sum.
-
-    row and out are addresses of n numbers, float32; out bfloat16 if `half`.
-    """
-
-    @intrinsic
-    def exponentials_of(typing, row, n, scale, largest, out):
-        def generate(context, builder, signature, arguments):
-            row, n, scale, largest, out = arguments
-            factor, below = splat(builder, scale, LANES), splat(builder, largest, LANES)
-            total = cgutils.alloca_once(builder, VECTOR)
-            builder.store(ir.Constant(VECTOR, None), total)
-
-            def turn(address, mask):
-                scores = _load(builder, address, FLOAT, LANES, mask)
-                weights = _exponential(builder, builder.fsub(builder.fmul(scores, factor), below))
-                if mask is not None:
-                    weights = builder.select(mask, weights, ir.Constant(VECTOR, None))
-                builder.store(builder.fadd(builder.load(total), weights), total)
-                offset = builder.sub(address, row)
-                if half:
-                    offset = builder.lshr(offset, I64(1))
-                    weights = _as_bfloat16(builder, weights)
-                _store_lanes(builder, weights, builder.add(out, offset), mask)
-
-            _over_vectors(builder, row, n, turn)
-            return horizontal_sum(builder, builder.load(total))
-
-        numbers = types.int64, types.int64, types.float32, types.float32, types.int64
-        return types.float32(*numbers), generate
-
-    return exponentials_of
+# ---- passes over a row ----
 
 
 def gate(twice):
@@ -551,11 +433,6 @@ def gate(twice):
         return types.void(x, y, *[types.int64] * 3), generate
 
     return gate_of
-
-
-def _over_vectors(builder, row, n, turn):
-    """turn(address, mask) for every vector of a row of n float32, the last one behind a mask."""
-    _over_lanes(builder, n, lambda i, mask: turn(builder.add(row, builder.mul(i, I64(4))), mask))
 
 
 def _over_lanes(builder, n, turn):
