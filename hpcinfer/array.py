@@ -5,6 +5,8 @@ and never names NumPy's or CuPy's own functions for data that may live on a devi
 """
 
 import contextlib
+import ctypes
+import functools
 import mmap
 import os
 import sys
@@ -29,6 +31,11 @@ DTYPES = {
 _GPU_SHARE = 0.92
 
 _HUGE, _LINE = 2 << 20, 64  # bytes of a huge page, of a line of the cache
+
+# Options of the C library's allocator: freed bytes that it keeps, and those from which an array is
+# mapped by itself, which glibc lets no higher than 32 MiB (malloc.h).
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_KEPT, _MAPPED = 1 << 30, 32 << 20
 
 
 def parse_dtype(name):
@@ -70,6 +77,7 @@ class Device:
 
     def __init__(self, name, local_rank=0):
         self.name, self.ordinal, self.xp, self._limit = name, None, np, None
+        _keep_freed_memory()
         if name == "cuda":
             self.xp = _cupy()
             self.ordinal = local_rank % self.xp.cuda.runtime.getDeviceCount()
@@ -335,6 +343,20 @@ def large_empty(shape, dtype):
         raw = np.frombuffer(memory, np.uint8)
     start = -raw.ctypes.data % align
     return raw[start : start + nbytes].view(dtype).reshape(shape)
+
+
+@functools.cache
+def _keep_freed_memory():
+    """Let the C library keep what arrays give back, for the next ones.
+
+    Otherwise it returns the end of its memory to the system after every large array, and each new
+    array is made page by page at its first touch. What the environment says goes before.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
+    if mallopt is None or any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    mallopt(_TRIM_THRESHOLD, _KEPT)
+    mallopt(_MMAP_THRESHOLD, _MAPPED)
 
 
 def cache_folder():

@@ -22,7 +22,7 @@ def relative(got, expected):
 
 @pytest.mark.parametrize("function", [activation.silu, activation.gelu_tanh])
 @pytest.mark.parametrize("widths", [(70,), (33, 37), (64, 0, 6)])
-@pytest.mark.parametrize("T", [1, 2, 7, 16, 17, 300, 700])
+@pytest.mark.parametrize("T", [1, 2, 7, 16, 17, 25, 48, 49, 300, 1300])
 def test_the_pair_is_its_parts(function, widths, T):
     gate, columns = activation.Gate(function, widths), sum(widths)
     x = normal((T, 48))

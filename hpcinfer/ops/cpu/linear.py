@@ -26,6 +26,12 @@ _COLUMNS = 8 if machine.has("avx512f") else 2
 # Rows of x, a thread, that the library multiplies at a time: its operands then stay in the caches.
 _BLOCK = 512
 
+# Rows of x that the library is given as columns: it arranges anew what it takes as the second
+# matrix, and that should not be a weight that few rows meet. They are padded to a multiple of
+# another number, as it is fast with some sizes only.
+_AS_COLUMNS, _PADDED = range(25, 49), 16
+_TURNED_BYTES = 1 << 19  # of such a product, a thread, that are turned at a time
+
 _NONE = np.empty(0, np.float32)
 
 # Bytes of x up to which it stays in the first cache beside what streams through. One row of the
@@ -96,6 +102,9 @@ def _by_library(x, weight):
     """The product by the library; None if it does not serve the type here."""
     if not onednn.serves(weight.dtype):
         return None
+    if len(x) in _AS_COLUMNS:
+        y = np.empty((len(x), len(weight)), np.float32)
+        return y if _by_columns(weight, _as_columns(x, weight.dtype), y) else None
     x, y = narrowed(x, weight.dtype), np.empty((len(x), len(weight)), np.float32)
     done = all(onednn.product(x[rows], weight.T, y[rows]) for rows in _blocks(len(x)))
     return y if done else None
@@ -105,6 +114,8 @@ def _pair_by_library(x, first, kernel, widths, second, hidden):
     """As `linear_pair`, of many rows; what stands between is rounded twice, as `hidden` is."""
     if not onednn.serves(first.dtype):
         return NotImplemented
+    if len(x) in _AS_COLUMNS:
+        return _pair_of_columns(x, first, kernel, widths, second)
     x, y = narrowed(x, first.dtype), np.empty((len(x), len(second)), np.float32)
     gate_up = np.empty((_BLOCK * array.threads() * 3 // 2, len(first)), first.dtype)
     for rows in _blocks(len(x)):
@@ -114,6 +125,51 @@ def _pair_by_library(x, first, kernel, widths, second, hidden):
         activation.gate_into(kernel, of_block, widths, hidden[rows])
         onednn.multiply(hidden[rows], second.T, y[rows])
     return y
+
+
+def _pair_of_columns(x, first, kernel, widths, second):
+    """As `_pair_by_library` with the rows of x as columns, of which the gate takes no notice."""
+    T = _padded(len(x))
+    gate_up, hidden = (np.empty((len(w), T), first.dtype) for w in (first, second.T))
+    if not onednn.product(first, _as_columns(x, first.dtype), gate_up):
+        return NotImplemented
+    of_rows = [n * T for n in widths]
+    activation.gate_into(kernel, gate_up.reshape(1, -1), of_rows, hidden.reshape(1, -1))
+    y = np.empty((len(x), len(second)), np.float32)
+    return y if _by_columns(second, hidden, y) else NotImplemented
+
+
+def _padded(T):
+    return -(-T // _PADDED) * _PADDED
+
+
+def _as_columns(x, dtype):
+    """The rows of x, rounded and padded with zeros, as columns: (T, I) -> (I, padded T)."""
+    rows = np.zeros((_padded(len(x)), x.shape[1]), dtype)
+    rows[: len(x)] = narrowed(x, dtype)
+    return rows.T
+
+
+def _by_columns(weight, x, y):
+    """y = (weight · x)ᵀ without the padding, (O, I), (I, padded T), (T, O); False if not served."""
+    most = _TURNED_BYTES // (4 * x.shape[1]) * array.threads()
+    turned = np.empty((min(most, len(weight)), x.shape[1]), np.float32)
+    for start in range(0, len(weight), most):
+        rows = weight[start : start + most]
+        if not onednn.product(rows, x, turned[: len(rows)]):
+            return False
+        out = y[:, start : start + len(rows)]
+        parts.over_rows(_turn, len(rows), turned, out, work_bytes=out.nbytes)
+    return True
+
+
+@compiled
+def _turn(start, stop, turned, y):
+    for first in range(start, stop, 16):
+        last = min(first + 16, stop)
+        for t in range(len(y)):
+            for row in range(first, last):
+                y[t, row] = turned[row, t]
 
 
 def _blocks(T):
