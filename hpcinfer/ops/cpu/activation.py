@@ -44,8 +44,8 @@ def _twice_tanh_argument(builder, number, g):
     return builder.fmul(builder.fmul(g, cubic), number(2 * math.sqrt(2 / math.pi)))
 
 
-_SILU = gate(lambda builder, number, g: g)
-_GELU_TANH = gate(_twice_tanh_argument)
+TWICE = {"silu": lambda builder, number, g: g, "gelu_tanh": _twice_tanh_argument}
+_SILU, _GELU_TANH = gate(TWICE["silu"]), gate(TWICE["gelu_tanh"])
 
 
 @compiled

@@ -1,22 +1,22 @@
-"""Products of activations with 16-bit weights: few rows by own code, many by oneDNN.
+"""Products of activations with 16-bit weights: bfloat16 by own code, many rows of others by oneDNN.
 
 With few rows time goes into reading the weights. Each is loaded once for up to eight rows of x, and
 the rows of the weight that come next are fetched into the cache meanwhile, so that memory never
-waits. From about twenty rows on the products take longer than the reading, and a library that
-blocks for all caches is faster.
+waits. From about twenty rows on the products take longer than the reading: `many_rows` then has x
+in the lanes. Where there are matrix units (AMX), the library that knows them is faster.
 """
 
 import numpy as np
 
 from hpcinfer import array
 from hpcinfer.ops.activation import Gate
-from hpcinfer.ops.cpu import activation, codes, machine, onednn, parts
+from hpcinfer.ops.cpu import activation, codes, machine, many_rows, onednn, parts
 from hpcinfer.ops.cpu.compile import compiled
 from hpcinfer.ops.cpu.rounding import bits, narrowed, prepared
 from hpcinfer.ops.cpu.simd import tiles
 from hpcinfer.ops.quantize import Quantized
 
-# Rows of x up to which the code here is faster than the library.
+# Rows of x up to which the code here is faster than that for many.
 FEW = 16
 
 # Rows of x in a tile: as many as leave all sums in registers, of which AVX2 has half as many of
@@ -25,12 +25,6 @@ _COLUMNS = 8 if machine.has("avx512f") else 2
 
 # Rows of x, a thread, that the library multiplies at a time: its operands then stay in the caches.
 _BLOCK = 512
-
-# Rows of x that the library is given as columns: it arranges anew what it takes as the second
-# matrix, and that should not be a weight that few rows meet. They are padded to a multiple of
-# another number, as it is fast with some sizes only.
-_AS_COLUMNS, _PADDED = range(25, 49), 16
-_TURNED_BYTES = 1 << 19  # of such a product, a thread, that are turned at a time
 
 _NONE = np.empty(0, np.float32)
 
@@ -47,34 +41,33 @@ def linear(x, weight, bias=None):
         return codes.linear(x, weight, bias)
     if not _serves(x, weight):
         return NotImplemented
-    T = len(x)
-    if T > FEW and (y := _by_library(x, weight)) is not None:
+    if len(x) > FEW:
+        y = _many_rows(x, weight)
+        if y is None:
+            return NotImplemented
         return y if bias is None else np.add(y, bias, out=y)
-    if T > FEW and not (weight.dtype == array.BFLOAT16 and machine.has("avx512_bf16")):
-        return NotImplemented  # NumPy's library on widened weights is faster
-    y = np.empty((T, len(weight)), np.float32)
+    y = np.empty((len(x), len(weight)), np.float32)
     few_rows(x, weight, y, bias)
     return y
 
 
 def linear_pair(x, first, middle, second, bias=None):
     """As `ops.linear.linear_pair`, for a gate between products with bfloat16 weights."""
-    if type(middle) is not Gate or bias is not None or not _serves(x, first):
+    if type(middle) is not Gate or activation.kernel_of(middle.function) is None:
         return NotImplemented
-    columns = sum(middle.widths)
-    hidden = np.empty((len(x), columns), array.BFLOAT16)
-    if len(first) != 2 * columns or not _serves(hidden, second) or first.dtype != array.BFLOAT16:
+    if bias is not None or not _serves(x, first) or first.dtype != array.BFLOAT16:
         return NotImplemented
-    kernel = activation.kernel_of(middle.function)
-    if kernel is None or second.dtype != first.dtype:
+    if isinstance(second, Quantized) or second.dtype != first.dtype or not second.size:
+        return NotImplemented
+    if second.strides[1] != 2 or not len(first) == 2 * second.shape[1] == 2 * sum(middle.widths):
         return NotImplemented
     if len(x) > FEW:
-        return _pair_by_library(x, first, kernel, middle.widths, second, hidden)
+        return _many_rows_pair(x, first, middle, second)
     if array.threads() > 1:
         return NotImplemented  # a part for each thread, one product after the other
-    y = np.empty((len(x), len(second)), np.float32)
-    tanh, widths = kernel is activation.gelu_tanh, np.array(middle.widths)
-    _few_rows_pair(bits(x), first.view(np.uint16), tanh, widths, second.view(np.uint16), y)
+    y, widths = np.empty((len(x), len(second)), np.float32), np.array(middle.widths)
+    operands = bits(x), first.view(np.uint16), _by_tanh(middle), widths, second.view(np.uint16)
+    _few_rows_pair(*operands, y)
     return y
 
 
@@ -98,78 +91,55 @@ def _serves(x, weight):
     return bool(x.size and weight.size) and x.shape[1] == weight.shape[1]
 
 
-def _by_library(x, weight):
-    """The product by the library; None if it does not serve the type here."""
+def _many_rows(x, weight):
+    """The product of many rows, or None where NumPy's library on widened weights is faster."""
+    x, y = _rows(x, weight), np.empty((len(x), len(weight)), np.float32)
+    if _meets_many(weight):
+        w = weight.view(np.uint16)
+        parts.over_rows(many_rows.product, len(x), bits(x), w, y, work_bytes=weight.nbytes)
+        return y
     if not onednn.serves(weight.dtype):
         return None
-    if len(x) in _AS_COLUMNS:
-        y = np.empty((len(x), len(weight)), np.float32)
-        return y if _by_columns(weight, _as_columns(x, weight.dtype), y) else None
-    x, y = narrowed(x, weight.dtype), np.empty((len(x), len(weight)), np.float32)
     done = all(onednn.product(x[rows], weight.T, y[rows]) for rows in _blocks(len(x)))
     return y if done else None
 
 
-def _pair_by_library(x, first, kernel, widths, second, hidden):
-    """As `linear_pair`, of many rows; what stands between is rounded twice, as `hidden` is."""
+def _many_rows_pair(x, first, middle, second):
+    """As `linear_pair` of many rows; what stands between is rounded as x is."""
+    x, y = _rows(x, first), np.empty((len(x), len(second)), np.float32)
+    even = not any(width % 2 for width in middle.widths)
+    if _meets_many(first) and even:
+        parts.over_rows(
+            many_rows.pair, len(x), bits(x), first.view(np.uint16), _by_tanh(middle),
+            np.array(middle.widths), second.view(np.uint16), y, work_bytes=first.nbytes,
+        )  # fmt: skip
+        return y
     if not onednn.serves(first.dtype):
         return NotImplemented
-    if len(x) in _AS_COLUMNS:
-        return _pair_of_columns(x, first, kernel, widths, second)
-    x, y = narrowed(x, first.dtype), np.empty((len(x), len(second)), np.float32)
-    gate_up = np.empty((_BLOCK * array.threads() * 3 // 2, len(first)), first.dtype)
+    kernel = activation.kernel_of(middle.function)
     for rows in _blocks(len(x)):
-        of_block = gate_up[: rows.stop - rows.start]
-        if not onednn.product(x[rows], first.T, of_block):
+        gate_up = np.empty((rows.stop - rows.start, len(first)), first.dtype)
+        if not onednn.product(x[rows], first.T, gate_up):
             return NotImplemented
-        activation.gate_into(kernel, of_block, widths, hidden[rows])
-        onednn.multiply(hidden[rows], second.T, y[rows])
+        hidden = np.empty((len(gate_up), second.shape[1]), first.dtype)
+        activation.gate_into(kernel, gate_up, middle.widths, hidden)
+        onednn.multiply(hidden, second.T, y[rows])
     return y
 
 
-def _pair_of_columns(x, first, kernel, widths, second):
-    """As `_pair_by_library` with the rows of x as columns, of which the gate takes no notice."""
-    T = _padded(len(x))
-    gate_up, hidden = (np.empty((len(w), T), first.dtype) for w in (first, second.T))
-    if not onednn.product(first, _as_columns(x, first.dtype), gate_up):
-        return NotImplemented
-    of_rows = [n * T for n in widths]
-    activation.gate_into(kernel, gate_up.reshape(1, -1), of_rows, hidden.reshape(1, -1))
-    y = np.empty((len(x), len(second)), np.float32)
-    return y if _by_columns(second, hidden, y) else NotImplemented
+def _rows(x, weight):
+    """x rounded to the weight's type, each row contiguous."""
+    return np.ascontiguousarray(narrowed(x, weight.dtype))
 
 
-def _padded(T):
-    return -(-T // _PADDED) * _PADDED
+def _meets_many(weight):
+    """True if `many_rows` knows the weight, and the library has no matrix unit that it lacks."""
+    bfloat16 = weight.dtype == array.BFLOAT16 and machine.has("avx512_bf16")
+    return bfloat16 and not machine.has("amx_bf16") and weight.shape[1] % 2 == 0
 
 
-def _as_columns(x, dtype):
-    """The rows of x, rounded and padded with zeros, as columns: (T, I) -> (I, padded T)."""
-    rows = np.zeros((_padded(len(x)), x.shape[1]), dtype)
-    rows[: len(x)] = narrowed(x, dtype)
-    return rows.T
-
-
-def _by_columns(weight, x, y):
-    """y = (weight · x)ᵀ without the padding, (O, I), (I, padded T), (T, O); False if not served."""
-    most = _TURNED_BYTES // (4 * x.shape[1]) * array.threads()
-    turned = np.empty((min(most, len(weight)), x.shape[1]), np.float32)
-    for start in range(0, len(weight), most):
-        rows = weight[start : start + most]
-        if not onednn.product(rows, x, turned[: len(rows)]):
-            return False
-        out = y[:, start : start + len(rows)]
-        parts.over_rows(_turn, len(rows), turned, out, work_bytes=out.nbytes)
-    return True
-
-
-@compiled
-def _turn(start, stop, turned, y):
-    for first in range(start, stop, 16):
-        last = min(first + 16, stop)
-        for t in range(len(y)):
-            for row in range(first, last):
-                y[t, row] = turned[row, t]
+def _by_tanh(middle):
+    return activation.kernel_of(middle.function) is activation.gelu_tanh
 
 
 def _blocks(T):

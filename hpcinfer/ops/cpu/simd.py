@@ -396,6 +396,16 @@ def _exponential(builder, x):
 # ---- passes over a row ----
 
 
+def gated(builder, twice, g, up):
+    """g / (1 + e^-twice(g)) · up, of vectors; `twice` as for `gate`."""
+
+    def number(value):
+        return ir.Constant(VECTOR, [float(np.float32(value))] * LANES)
+
+    e = _exponential(builder, builder.fneg(twice(builder, number, g)))
+    return builder.fmul(builder.fdiv(g, builder.fadd(e, number(1))), up)
+
+
 def gate(twice):
     """Intrinsic (x, y, row, n, out): out = g / (1 + e^-twice(g)) · up of n numbers each.
 
@@ -416,14 +426,9 @@ def gate(twice):
             _, _, row, n, out = arguments
             up = builder.add(row, builder.mul(n, I64(x_bytes)))
 
-            def number(value):
-                return ir.Constant(VECTOR, [float(np.float32(value))] * LANES)
-
             def turn(i, mask):
                 g = _at(load, builder, row, i, x_bytes, mask)
-                factor = _at(load, builder, up, i, x_bytes, mask)
-                e = _exponential(builder, builder.fneg(twice(builder, number, g)))
-                value = builder.fmul(builder.fdiv(g, builder.fadd(e, number(1))), factor)
+                value = gated(builder, twice, g, _at(load, builder, up, i, x_bytes, mask))
                 place = builder.add(out, builder.mul(i, I64(y_bytes)))
                 _store_lanes(builder, turned(builder, value), place, mask)
 

@@ -1,0 +1,198 @@
+"""Products with many rows of x in bfloat16, which stand in the lanes of vectors.
+
+A block of rows of x is packed pair by pair, TILE of them side by side, and stays in the second
+cache with as many columns of what lies between two products. Each few rows of a weight meet all its
+tiles while they are in the first; those that come next are fetched meanwhile.
+"""
+
+import numpy as np
+
+from hpcinfer.ops.cpu import activation
+from hpcinfer.ops.cpu.compile import compiled
+from hpcinfer.ops.cpu.simd_attention import fetch, pack_keys
+from hpcinfer.ops.cpu.simd_many import ROWS, TILE, VECTORS, add_rows, gated_rows, turned
+
+_BLOCK = 256  # rows of x in a block
+_COLUMNS = 1008  # columns between two products at a time, a multiple of what a tile gives
+
+_HALF, _LANES = ROWS // 2, TILE // VECTORS
+_ADD, _ADD_4, _ADD_1 = (add_rows(n, VECTORS) for n in (ROWS, 4, 1))
+_ADD_HALF, _ADD_HALF_1 = (add_rows(n, 1) for n in (ROWS, 1))
+_SILU, _SILU_2, _SILU_HALF, _SILU_HALF_2, _GELU, _GELU_2, _GELU_HALF, _GELU_HALF_2 = (
+    gated_rows(rows, vectors, activation.TWICE[name])
+    for name in ("silu", "gelu_tanh")
+    for vectors in (VECTORS, 1)
+    for rows in (_HALF, 2)
+)
+
+
+@compiled
+def pair(start, stop, x, first, tanh, widths, second, y):
+    """Rows start..stop of two products and the gate between them: y = gate(x · firstᵀ) · secondᵀ.
+
+    Parameters
+    ----------
+    x : (T, I) bfloat16's bits, I even
+    first, second : (2 F, I), (O, F) bfloat16's bits
+    tanh : True for the tanh form of GELU, False for silu
+    widths : (n,) even numbers adding up to F, as `activation.Gate` has them
+    y : (T, O) float32
+    """
+    for top in range(start, stop, _BLOCK):
+        T = min(_BLOCK, stop - top)
+        xs = _packed(x, top, T)
+        hidden = np.empty((len(xs), _COLUMNS // 2, TILE), np.uint32)
+        sums = np.empty((len(xs), len(second), TILE), np.float32)
+        begin, done = 0, 0
+        for width in widths:
+            for f in range(0, width, _COLUMNS):
+                n = min(_COLUMNS, width - f)
+                gate, up = 2 * begin + f, 2 * begin + width + f
+                _gate(xs, T, x.shape[1] // 2, first, gate, up, n, tanh, hidden)
+                _add_product(hidden, T, n // 2, second, begin + f, done == 0, sums)
+                done += n
+            begin += width
+        _turn(sums, T, y, top)
+
+
+@compiled
+def product(start, stop, x, w, y):
+    """Rows start..stop of y = x · wᵀ: x (T, I), w (O, I) bfloat16's bits, I even, y float32."""
+    for top in range(start, stop, _BLOCK):
+        T = min(_BLOCK, stop - top)
+        xs = _packed(x, top, T)
+        sums = np.empty((len(xs), min(_COLUMNS, len(w)), TILE), np.float32)
+        for row in range(0, len(w), _COLUMNS):
+            rows = w[row : row + _COLUMNS]
+            _add_product(xs, T, x.shape[1] // 2, rows, 0, True, sums)
+            _turn(sums[:, : len(rows)], T, y[:, row : row + len(rows)], top)
+
+
+@compiled
+def _packed(x, top, T):
+    """T rows of x as tiles of pairs: (tiles, pairs and up to 15 more, TILE) uint32."""
+    n_pairs = x.shape[1] // 2
+    xs = np.empty(((T + TILE - 1) // TILE, (n_pairs + 15) // 16 * 16, TILE), np.uint32)
+    for t in range(0, len(xs) * TILE, _LANES):
+        row = x.ctypes.data + (top + min(t, T - 1)) * x.strides[0]
+        out = xs[t // TILE, 0, t % TILE :].ctypes.data
+        pack_keys(row, x.strides[0], max(0, min(_LANES, T - t)), n_pairs, out, 4 * TILE)
+    return xs
+
+
+@compiled
+def _gate(xs, T, n_pairs, w, gate, up, n, tanh, hidden):
+    """The gate of n columns, whose rows in w begin at `gate` and `up`, as pairs in `hidden`."""
+    stride = w.strides[0]
+    for f in range(0, n, _HALF):
+        m, ahead = min(_HALF, n - f), min(_HALF, n - f - _HALF)
+        g, u = w.ctypes.data + (gate + f) * stride, w.ctypes.data + (up + f) * stride
+        for tile in range(len(xs)):
+            _fetch_rows(tile, len(xs), g + _HALF * stride, stride, ahead, n_pairs)
+            _fetch_rows(tile, len(xs), u + _HALF * stride, stride, ahead, n_pairs)
+            x = xs.ctypes.data + tile * xs.strides[0]
+            out = hidden.ctypes.data + tile * hidden.strides[0] + f // 2 * hidden.strides[1]
+            half = T - tile * TILE <= _LANES
+            if tanh:
+                _gelu_tile(x, n_pairs, g, u, stride, m, half, out)
+            else:
+                _silu_tile(x, n_pairs, g, u, stride, m, half, out)
+
+
+@compiled
+def _silu_tile(x, n_pairs, gate, up, stride, n, half, out):
+    """Up to _HALF rows of the gate for one tile of x, or the first half of it, by addresses."""
+    if n == _HALF and half:
+        _SILU_HALF(gate, up, stride, n_pairs, x, out)
+    elif n == _HALF:
+        _SILU(gate, up, stride, n_pairs, x, out)
+    else:
+        for i in range(0, n, 2):
+            g, u, to = gate + i * stride, up + i * stride, out + 2 * i * TILE
+            if half:
+                _SILU_HALF_2(g, u, stride, n_pairs, x, to)
+            else:
+                _SILU_2(g, u, stride, n_pairs, x, to)
+
+
+@compiled
+def _gelu_tile(x, n_pairs, gate, up, stride, n, half, out):
+    """As `_silu_tile` for the tanh form of GELU."""
+    if n == _HALF and half:
+        _GELU_HALF(gate, up, stride, n_pairs, x, out)
+    elif n == _HALF:
+        _GELU(gate, up, stride, n_pairs, x, out)
+    else:
+        for i in range(0, n, 2):
+            g, u, to = gate + i * stride, up + i * stride, out + 2 * i * TILE
+            if half:
+                _GELU_HALF_2(g, u, stride, n_pairs, x, to)
+            else:
+                _GELU_2(g, u, stride, n_pairs, x, to)
+
+
+@compiled
+def _add_product(xs, T, n_pairs, w, column, first, sums):
+    """sums (tiles, O, TILE) = or += columns of w, from one on, times T rows in tiles of pairs."""
+    stride = w.strides[0]
+    for row in range(0, len(w), ROWS):
+        n, ahead = min(ROWS, len(w) - row), min(ROWS, len(w) - row - ROWS)
+        at = w.ctypes.data + row * stride + 2 * column
+        for tile in range(len(xs)):
+            _fetch_rows(tile, len(xs), at + ROWS * stride, stride, ahead, n_pairs)
+            x = xs.ctypes.data + tile * xs.strides[0]
+            out = sums.ctypes.data + tile * sums.strides[0] + row * sums.strides[1]
+            if T - tile * TILE > _LANES:
+                _add_tile(x, n_pairs, at, stride, n, first, out)
+            else:
+                _add_half_tile(x, n_pairs, at, stride, n, first, out)
+
+
+@compiled
+def _add_tile(x, n_pairs, w, stride, n, first, out):
+    """Up to ROWS rows of a weight for one tile of x, by addresses."""
+    if n == ROWS:
+        _ADD(w, stride, n_pairs, x, out, first)
+        return
+    r = 0
+    while r < n:
+        at, to = w + r * stride, out + 4 * TILE * r
+        if n - r >= 4:
+            _ADD_4(at, stride, n_pairs, x, to, first)
+            r += 4
+        else:
+            _ADD_1(at, stride, n_pairs, x, to, first)
+            r += 1
+
+
+@compiled
+def _add_half_tile(x, n_pairs, w, stride, n, first, out):
+    """As `_add_tile` for the first vector of a tile alone."""
+    if n == ROWS:
+        _ADD_HALF(w, stride, n_pairs, x, out, first)
+        return
+    for r in range(n):
+        _ADD_HALF_1(w + r * stride, stride, n_pairs, x, out + 4 * TILE * r, first)
+
+
+@compiled
+def _fetch_rows(turn, turns, at, stride, n, n_pairs):
+    """Have the cache fetch one turn's share of n rows, of which the first begins at an address."""
+    for r in range(turn, n, turns):
+        fetch(at + r * stride, 4 * n_pairs)
+
+
+@compiled
+def _turn(sums, T, y, top):
+    """The sums of T rows of x as rows of y from `top` on."""
+    rows = sums.shape[1]
+    for t in range(0, T, 16):
+        tile, lane, n = t // TILE, t % TILE, min(16, T - t)
+        whole = rows // 16 * 16 if n == 16 else 0
+        for row in range(0, whole, 16):
+            source = sums.ctypes.data + tile * sums.strides[0] + row * sums.strides[1] + 4 * lane
+            out = y.ctypes.data + (top + t) * y.strides[0] + 4 * row
+            turned(source, sums.strides[1], out, y.strides[0])
+        for row in range(whole, rows):
+            for i in range(n):
+                y[top + t + i, row] = sums[tile, row, lane + i]

@@ -1,0 +1,122 @@
+"""Vector code of products with many rows of x, which stand in the lanes, pair by pair.
+
+A weight is read as it lies: of each of its rows one pair of bfloat16 after the other is given to
+all lanes. So nothing of it is arranged anew, and the gate of an FFN is taken in registers.
+"""
+
+import itertools
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from hpcinfer.ops.cpu import simd
+from hpcinfer.ops.cpu.simd import I32, I64, LANES, PAIRS, VECTOR, Bfloat16Pairs
+from hpcinfer.ops.cpu.simd_attention import _splat_at, _transposed
+
+VECTORS = 2  # of rows of x in a tile
+TILE = VECTORS * LANES
+ROWS = 12  # of the weight in a tile: with the vectors, as many sums as registers hold
+
+_WORDS = ir.VectorType(I32, LANES)
+
+
+def _sums(builder, rows, x, n_pairs, vectors):
+    """Sums of products of rows of a weight, by address, with vectors of a tile: [row][vector]."""
+    zero = ir.Constant(VECTOR, None)
+    sums = [[cgutils.alloca_once(builder, VECTOR) for _ in range(vectors)] for _ in rows]
+    for total in itertools.chain(*sums):
+        builder.store(zero, total)
+    with cgutils.for_range_slice(builder, I64(0), n_pairs, I64(1), I64) as (p, _):
+        offset, start = builder.mul(p, I64(4)), builder.add(x, builder.mul(p, I64(4 * TILE)))
+        columns = [
+            builder.bitcast(simd._load(builder, builder.add(start, I64(64 * u)), I32, LANES), PAIRS)
+            for u in range(vectors)
+        ]
+        for row, of_row in zip(rows, sums, strict=True):
+            pair = builder.bitcast(_splat_at(builder, builder.add(row, offset), I32), PAIRS)
+            for column, total in zip(columns, of_row, strict=True):
+                value = Bfloat16Pairs.add_product(builder, builder.load(total), column, pair)
+                builder.store(value, total)
+    return [[builder.load(total) for total in of_row] for of_row in sums]
+
+
+def _addresses(builder, start, stride, n):
+    return [builder.add(start, builder.mul(stride, I64(r))) for r in range(n)]
+
+
+def add_rows(rows, vectors):
+    """Intrinsic (w, w_stride, n_pairs, x, y, first): y (rows, TILE) = or += rows of w · x.
+
+    All are addresses and numbers; y is added to unless `first`. Of a tile the first vectors count.
+    """
+
+    @intrinsic
+    def rows_of(typing, w, w_stride, n_pairs, x, y, first):
+        def generate(context, builder, signature, arguments):
+            w, w_stride, n_pairs, x, y, first = arguments
+            sums = _sums(builder, _addresses(builder, w, w_stride, rows), x, n_pairs, vectors)
+            for r, u in itertools.product(range(rows), range(vectors)):
+                value, place = sums[r][u], builder.add(y, I64(4 * (TILE * r + LANES * u)))
+                held = simd._load(builder, place, simd.FLOAT, LANES)
+                held = builder.select(first, ir.Constant(VECTOR, None), held)
+                simd._store(builder, builder.fadd(value, held), place)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 5, types.boolean), generate
+
+    return rows_of
+
+
+def gated_rows(rows, vectors, twice):
+    """Intrinsic (gate, up, w_stride, n_pairs, x, out): a gate's outputs as pairs of bfloat16.
+
+    Of `rows` rows of the gate and as many of what it lets through; out (rows / 2, TILE) words, of
+    which each has two rows' values of one row of x.
+
+    Parameters
+    ----------
+    rows : even
+    twice : as for `simd.gate`
+    """
+
+    @intrinsic
+    def gated_of(typing, gate, up, w_stride, n_pairs, x, out):
+        def generate(context, builder, signature, arguments):
+            gate, up, w_stride, n_pairs, x, out = arguments
+            weights = [*_addresses(builder, gate, w_stride, rows)]
+            weights += _addresses(builder, up, w_stride, rows)
+            sums = _sums(builder, weights, x, n_pairs, vectors)
+            shift = ir.Constant(_WORDS, [16] * LANES)
+            for pair, u in itertools.product(range(rows // 2), range(vectors)):
+                halves = []
+                for r in (2 * pair, 2 * pair + 1):
+                    value = simd.gated(builder, twice, sums[r][u], sums[rows + r][u])
+                    halves.append(builder.zext(simd._as_bfloat16(builder, value), _WORDS))
+                words = builder.or_(halves[0], builder.shl(halves[1], shift))
+                at = I64(4 * (TILE * pair + LANES * u))
+                simd._store(builder, words, builder.add(out, at))
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 6), generate
+
+    return gated_of
+
+
+@intrinsic
+def turned(typing, source, next_source, out, next_out):
+    """16 rows of 16 words become columns; addresses, and strides in bytes."""
+
+    def generate(context, builder, signature, arguments):
+        source, next_source, out, next_out = arguments
+        rows = [
+            simd._load(builder, at, I32, LANES)
+            for at in _addresses(builder, source, next_source, LANES)
+        ]
+        places = _addresses(builder, out, next_out, LANES)
+        for word, place in zip(_transposed(builder, rows), places, strict=True):
+            simd._store(builder, word, place)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), generate
