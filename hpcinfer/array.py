@@ -336,12 +336,15 @@ def large_empty(shape, dtype):
     align = _HUGE if nbytes >= _HUGE else _LINE
     if align == _LINE:
         raw = np.empty(nbytes + align, np.uint8)
+        start = -raw.ctypes.data % align
     else:
         memory = mmap.mmap(-1, nbytes + align, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(OSError, AttributeError):
-            memory.madvise(mmap.MADV_HUGEPAGE)
         raw = np.frombuffer(memory, np.uint8)
-    start = -raw.ctypes.data % align
+        start = -raw.ctypes.data % align
+
+        # What fills no huge page at the end takes small ones.
+        with contextlib.suppress(OSError, AttributeError):
+            memory.madvise(mmap.MADV_HUGEPAGE, start, nbytes // _HUGE * _HUGE)
     return raw[start : start + nbytes].view(dtype).reshape(shape)
 
 
