@@ -10,7 +10,7 @@ from hpcinfer.ops.rope import rotate
 from hpcinfer.parallel import tensor
 
 # Tokens of a step up to which products round what they are given, as they read it.
-_FEW = 16
+_FEW = 8
 
 
 def layer(model, n, x, step, cut, rotation):

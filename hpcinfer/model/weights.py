@@ -314,7 +314,7 @@ def check(arch, tensors):
     scales = {name + SCALES for name in known if name in tensors and _coding(tensors[name])}
     unknown = sorted(
         name
-        for name in sorted(set(tensors) - known - scales)
+        for name in set(tensors) - known - scales
         if not _IGNORED.search(name) and not _behind(arch, name)
     )
     if unknown:

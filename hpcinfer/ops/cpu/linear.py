@@ -17,7 +17,7 @@ from hpcinfer.ops.cpu.simd import tiles
 from hpcinfer.ops.quantize import Quantized
 
 # Rows of x up to which the code here is faster than that for many.
-FEW = 12
+FEW = 8
 
 # Rows of x in a tile: as many as leave all sums in registers, of which AVX2 has half as many of
 # half the size.

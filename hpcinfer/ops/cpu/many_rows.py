@@ -2,18 +2,19 @@
 
 A block of rows of x is packed pair by pair, TILE of them side by side, and stays in the second
 cache with as many columns of what lies between two products. Each few rows of a weight meet all its
-tiles while they are in the first; those that come next are fetched meanwhile.
+tiles while they are in the first; beside the last of them those that come next are fetched.
 """
 
 import numpy as np
 
 from hpcinfer.ops.cpu import activation
 from hpcinfer.ops.cpu.compile import compiled
-from hpcinfer.ops.cpu.simd_attention import fetch, pack_keys
+from hpcinfer.ops.cpu.simd_attention import pack_keys
 from hpcinfer.ops.cpu.simd_many import ROWS, TILE, VECTORS, add_rows, gated_rows, turned
 
-_BLOCK = 256  # rows of x in a block
-_COLUMNS = 1008  # columns between two products at a time, a multiple of what a tile gives
+# Rows of a block of x at most and at least, and numbers in it beyond the least: half a megabyte.
+_MOST, _LEAST, _NUMBERS = 256, 2 * TILE, 1 << 18
+_COLUMNS = 960  # columns between two products at a time, a multiple of what a tile gives
 
 _HALF, _LANES = ROWS // 2, TILE // VECTORS
 _ADD, _ADD_4, _ADD_1 = (add_rows(n, VECTORS) for n in (ROWS, 4, 1))
@@ -38,8 +39,9 @@ def pair(start, stop, x, first, tanh, widths, second, y):
     widths : (n,) even numbers adding up to F, as `activation.Gate` has them
     y : (T, O) float32
     """
-    for top in range(start, stop, _BLOCK):
-        T = min(_BLOCK, stop - top)
+    block = _rows_of_block(x.shape[1])
+    for top in range(start, stop, block):
+        T = min(block, stop - top)
         xs = _packed(x, top, T)
         hidden = np.empty((len(xs), _COLUMNS // 2, TILE), np.uint32)
         sums = np.empty((len(xs), len(second), TILE), np.float32)
@@ -58,14 +60,21 @@ def pair(start, stop, x, first, tanh, widths, second, y):
 @compiled
 def product(start, stop, x, w, y):
     """Rows start..stop of y = x · wᵀ: x (T, I), w (O, I) bfloat16's bits, I even, y float32."""
-    for top in range(start, stop, _BLOCK):
-        T = min(_BLOCK, stop - top)
+    block = _rows_of_block(x.shape[1])
+    for top in range(start, stop, block):
+        T = min(block, stop - top)
         xs = _packed(x, top, T)
         sums = np.empty((len(xs), min(_COLUMNS, len(w)), TILE), np.float32)
         for row in range(0, len(w), _COLUMNS):
             rows = w[row : row + _COLUMNS]
             _add_product(xs, T, x.shape[1] // 2, rows, 0, True, sums)
             _turn(sums[:, : len(rows)], T, y[:, row : row + len(rows)], top)
+
+
+@compiled
+def _rows_of_block(width):
+    """Rows of x, of so many numbers each, that stay in the second cache."""
+    return max(_LEAST, min(_MOST, _NUMBERS // width // TILE * TILE))
 
 
 @compiled
@@ -85,50 +94,49 @@ def _gate(xs, T, n_pairs, w, gate, up, n, tanh, hidden):
     """The gate of n columns, whose rows in w begin at `gate` and `up`, as pairs in `hidden`."""
     stride = w.strides[0]
     for f in range(0, n, _HALF):
-        m, ahead = min(_HALF, n - f), min(_HALF, n - f - _HALF)
+        m = min(_HALF, n - f)
         g, u = w.ctypes.data + (gate + f) * stride, w.ctypes.data + (up + f) * stride
         for tile in range(len(xs)):
-            _fetch_rows(tile, len(xs), g + _HALF * stride, stride, ahead, n_pairs)
-            _fetch_rows(tile, len(xs), u + _HALF * stride, stride, ahead, n_pairs)
             x = xs.ctypes.data + tile * xs.strides[0]
             out = hidden.ctypes.data + tile * hidden.strides[0] + f // 2 * hidden.strides[1]
+            ahead = _HALF * stride if tile == len(xs) - 1 else 0
             half = T - tile * TILE <= _LANES
             if tanh:
-                _gelu_tile(x, n_pairs, g, u, stride, m, half, out)
+                _gelu_tile(x, n_pairs, g, u, stride, ahead, m, half, out)
             else:
-                _silu_tile(x, n_pairs, g, u, stride, m, half, out)
+                _silu_tile(x, n_pairs, g, u, stride, ahead, m, half, out)
 
 
 @compiled
-def _silu_tile(x, n_pairs, gate, up, stride, n, half, out):
+def _silu_tile(x, n_pairs, gate, up, stride, ahead, n, half, out):
     """Up to _HALF rows of the gate for one tile of x, or the first half of it, by addresses."""
     if n == _HALF and half:
-        _SILU_HALF(gate, up, stride, n_pairs, x, out)
+        _SILU_HALF(gate, up, stride, ahead, n_pairs, x, out)
     elif n == _HALF:
-        _SILU(gate, up, stride, n_pairs, x, out)
+        _SILU(gate, up, stride, ahead, n_pairs, x, out)
     else:
         for i in range(0, n, 2):
             g, u, to = gate + i * stride, up + i * stride, out + 2 * i * TILE
             if half:
-                _SILU_HALF_2(g, u, stride, n_pairs, x, to)
+                _SILU_HALF_2(g, u, stride, ahead, n_pairs, x, to)
             else:
-                _SILU_2(g, u, stride, n_pairs, x, to)
+                _SILU_2(g, u, stride, ahead, n_pairs, x, to)
 
 
 @compiled
-def _gelu_tile(x, n_pairs, gate, up, stride, n, half, out):
+def _gelu_tile(x, n_pairs, gate, up, stride, ahead, n, half, out):
     """As `_silu_tile` for the tanh form of GELU."""
     if n == _HALF and half:
-        _GELU_HALF(gate, up, stride, n_pairs, x, out)
+        _GELU_HALF(gate, up, stride, ahead, n_pairs, x, out)
     elif n == _HALF:
-        _GELU(gate, up, stride, n_pairs, x, out)
+        _GELU(gate, up, stride, ahead, n_pairs, x, out)
     else:
         for i in range(0, n, 2):
             g, u, to = gate + i * stride, up + i * stride, out + 2 * i * TILE
             if half:
-                _GELU_HALF_2(g, u, stride, n_pairs, x, to)
+                _GELU_HALF_2(g, u, stride, ahead, n_pairs, x, to)
             else:
-                _GELU_2(g, u, stride, n_pairs, x, to)
+                _GELU_2(g, u, stride, ahead, n_pairs, x, to)
 
 
 @compiled
@@ -136,50 +144,43 @@ def _add_product(xs, T, n_pairs, w, column, first, sums):
     """sums (tiles, O, TILE) = or += columns of w, from one on, times T rows in tiles of pairs."""
     stride = w.strides[0]
     for row in range(0, len(w), ROWS):
-        n, ahead = min(ROWS, len(w) - row), min(ROWS, len(w) - row - ROWS)
+        n = min(ROWS, len(w) - row)
         at = w.ctypes.data + row * stride + 2 * column
         for tile in range(len(xs)):
-            _fetch_rows(tile, len(xs), at + ROWS * stride, stride, ahead, n_pairs)
             x = xs.ctypes.data + tile * xs.strides[0]
             out = sums.ctypes.data + tile * sums.strides[0] + row * sums.strides[1]
+            ahead = ROWS * stride if tile == len(xs) - 1 else 0
             if T - tile * TILE > _LANES:
-                _add_tile(x, n_pairs, at, stride, n, first, out)
+                _add_tile(x, n_pairs, at, stride, ahead, n, first, out)
             else:
-                _add_half_tile(x, n_pairs, at, stride, n, first, out)
+                _add_half_tile(x, n_pairs, at, stride, ahead, n, first, out)
 
 
 @compiled
-def _add_tile(x, n_pairs, w, stride, n, first, out):
+def _add_tile(x, n_pairs, w, stride, ahead, n, first, out):
     """Up to ROWS rows of a weight for one tile of x, by addresses."""
     if n == ROWS:
-        _ADD(w, stride, n_pairs, x, out, first)
+        _ADD(w, stride, ahead, n_pairs, x, out, first)
         return
     r = 0
     while r < n:
         at, to = w + r * stride, out + 4 * TILE * r
         if n - r >= 4:
-            _ADD_4(at, stride, n_pairs, x, to, first)
+            _ADD_4(at, stride, ahead, n_pairs, x, to, first)
             r += 4
         else:
-            _ADD_1(at, stride, n_pairs, x, to, first)
+            _ADD_1(at, stride, ahead, n_pairs, x, to, first)
             r += 1
 
 
 @compiled
-def _add_half_tile(x, n_pairs, w, stride, n, first, out):
+def _add_half_tile(x, n_pairs, w, stride, ahead, n, first, out):
     """As `_add_tile` for the first vector of a tile alone."""
     if n == ROWS:
-        _ADD_HALF(w, stride, n_pairs, x, out, first)
+        _ADD_HALF(w, stride, ahead, n_pairs, x, out, first)
         return
     for r in range(n):
-        _ADD_HALF_1(w + r * stride, stride, n_pairs, x, out + 4 * TILE * r, first)
-
-
-@compiled
-def _fetch_rows(turn, turns, at, stride, n, n_pairs):
-    """Have the cache fetch one turn's share of n rows, of which the first begins at an address."""
-    for r in range(turn, n, turns):
-        fetch(at + r * stride, 4 * n_pairs)
+        _ADD_HALF_1(w + r * stride, stride, ahead, n_pairs, x, out + 4 * TILE * r, first)
 
 
 @compiled

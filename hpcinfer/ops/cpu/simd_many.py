@@ -13,7 +13,7 @@ from numba.extending import intrinsic
 
 from hpcinfer.ops.cpu import simd
 from hpcinfer.ops.cpu.simd import I32, I64, LANES, PAIRS, VECTOR, Bfloat16Pairs
-from hpcinfer.ops.cpu.simd_attention import _splat_at, _transposed
+from hpcinfer.ops.cpu.simd_attention import _prefetch, _splat_at, _transposed
 
 VECTORS = 2  # of rows of x in a tile
 TILE = VECTORS * LANES
@@ -22,13 +22,17 @@ ROWS = 12  # of the weight in a tile: with the vectors, as many sums as register
 _WORDS = ir.VectorType(I32, LANES)
 
 
-def _sums(builder, rows, x, n_pairs, vectors):
-    """Sums of products of rows of a weight, by address, with vectors of a tile: [row][vector]."""
+def _sums(builder, rows, ahead, x, n_pairs, vectors):
+    """Sums of products of rows of a weight, by address, with vectors of a tile: [row][vector].
+
+    Meanwhile the cache fetches what lies `ahead` bytes behind each row.
+    """
     zero = ir.Constant(VECTOR, None)
     sums = [[cgutils.alloca_once(builder, VECTOR) for _ in range(vectors)] for _ in rows]
     for total in itertools.chain(*sums):
         builder.store(zero, total)
-    with cgutils.for_range_slice(builder, I64(0), n_pairs, I64(1), I64) as (p, _):
+
+    def turn(p):
         offset, start = builder.mul(p, I64(4)), builder.add(x, builder.mul(p, I64(4 * TILE)))
         columns = [
             builder.bitcast(simd._load(builder, builder.add(start, I64(64 * u)), I32, LANES), PAIRS)
@@ -39,6 +43,17 @@ def _sums(builder, rows, x, n_pairs, vectors):
             for column, total in zip(columns, of_row, strict=True):
                 value = Bfloat16Pairs.add_product(builder, builder.load(total), column, pair)
                 builder.store(value, total)
+
+    # A line of the cache has LANES pairs: one of each row is fetched in as many turns.
+    whole = builder.mul(builder.udiv(n_pairs, I64(LANES)), I64(LANES))
+    with cgutils.for_range_slice(builder, I64(0), whole, I64(LANES), I64) as (p, _):
+        further = builder.add(builder.mul(p, I64(4)), ahead)
+        for i in range(LANES):
+            turn(builder.add(p, I64(i)))
+            for row in rows[i::LANES]:
+                _prefetch(builder, builder.add(row, further))
+    with cgutils.for_range_slice(builder, whole, n_pairs, I64(1), I64) as (p, _):
+        turn(p)
     return [[builder.load(total) for total in of_row] for of_row in sums]
 
 
@@ -47,16 +62,17 @@ def _addresses(builder, start, stride, n):
 
 
 def add_rows(rows, vectors):
-    """Intrinsic (w, w_stride, n_pairs, x, y, first): y (rows, TILE) = or += rows of w · x.
+    """Intrinsic (w, w_stride, ahead, n_pairs, x, y, first): y (rows, TILE) = or += w · x.
 
     All are addresses and numbers; y is added to unless `first`. Of a tile the first vectors count.
     """
 
     @intrinsic
-    def rows_of(typing, w, w_stride, n_pairs, x, y, first):
+    def rows_of(typing, w, w_stride, ahead, n_pairs, x, y, first):
         def generate(context, builder, signature, arguments):
-            w, w_stride, n_pairs, x, y, first = arguments
-            sums = _sums(builder, _addresses(builder, w, w_stride, rows), x, n_pairs, vectors)
+            w, w_stride, ahead, n_pairs, x, y, first = arguments
+            of_rows = _addresses(builder, w, w_stride, rows)
+            sums = _sums(builder, of_rows, ahead, x, n_pairs, vectors)
             for r, u in itertools.product(range(rows), range(vectors)):
                 value, place = sums[r][u], builder.add(y, I64(4 * (TILE * r + LANES * u)))
                 held = simd._load(builder, place, simd.FLOAT, LANES)
@@ -64,13 +80,13 @@ def add_rows(rows, vectors):
                 simd._store(builder, builder.fadd(value, held), place)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 5, types.boolean), generate
+        return types.void(*[types.int64] * 6, types.boolean), generate
 
     return rows_of
 
 
 def gated_rows(rows, vectors, twice):
-    """Intrinsic (gate, up, w_stride, n_pairs, x, out): a gate's outputs as pairs of bfloat16.
+    """Intrinsic (gate, up, w_stride, ahead, n_pairs, x, out): pairs of a gate's outputs, bfloat16.
 
     Of `rows` rows of the gate and as many of what it lets through; out (rows / 2, TILE) words, of
     which each has two rows' values of one row of x.
@@ -82,12 +98,12 @@ def gated_rows(rows, vectors, twice):
     """
 
     @intrinsic
-    def gated_of(typing, gate, up, w_stride, n_pairs, x, out):
+    def gated_of(typing, gate, up, w_stride, ahead, n_pairs, x, out):
         def generate(context, builder, signature, arguments):
-            gate, up, w_stride, n_pairs, x, out = arguments
+            gate, up, w_stride, ahead, n_pairs, x, out = arguments
             weights = [*_addresses(builder, gate, w_stride, rows)]
             weights += _addresses(builder, up, w_stride, rows)
-            sums = _sums(builder, weights, x, n_pairs, vectors)
+            sums = _sums(builder, weights, ahead, x, n_pairs, vectors)
             shift = ir.Constant(_WORDS, [16] * LANES)
             for pair, u in itertools.product(range(rows // 2), range(vectors)):
                 halves = []
@@ -99,7 +115,7 @@ def gated_rows(rows, vectors, twice):
                 simd._store(builder, words, builder.add(out, at))
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 6), generate
+        return types.void(*[types.int64] * 7), generate
 
     return gated_of
 
