@@ -23,16 +23,27 @@ def describe():
         ("few rows", "vdpbf16ps" if paired else "widened in registers, no avx512_bf16 here"),
         ("codes", "a table of 16 entries in a register" if paired else "arithmetic in registers"),
     ]
+    own = paired and not machine.has("amx_bf16")
+    served = {array.BFLOAT16.name: "vdpbf16ps, rows in the lanes"} if own else {}
     found = onednn.library()
-    if found is None:
-        lines.append(
-            ("many rows", "own code; for more speed pip install onednn-cpu-gomp (needs libgomp)")
-        )
-    else:
+    if found is not None:
         version = ".".join(map(str, onednn.version_of(found)))
-        serves = [name for name in array.DTYPES if onednn.serves(array.DTYPES[name])]
-        lines.append(("many rows", f"oneDNN {version} for {', '.join(serves)}"))
-    return lines
+        for name, dtype in array.DTYPES.items():
+            if name not in served and onednn.serves(dtype):
+                served[name] = f"oneDNN {version}"
+    words = [f"{way} for {name}" for name, way in served.items()] or ["NumPy's library"]
+    if found is None:
+        words.append("pip install onednn-cpu-gomp (needs libgomp) for more speed")
+    return [*lines, ("many rows", "; ".join(words))]
+
+
+def notice():
+    """A line that says that functions are yet to be compiled; None if some are there already."""
+    from hpcinfer.ops.cpu.compile import folder
+
+    if any(folder().rglob("*.nbi")):
+        return None
+    return f"compile   fast forms for this processor, some seconds once; kept in {folder()}"
 
 
 def missing():

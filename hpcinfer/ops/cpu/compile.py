@@ -19,7 +19,7 @@ _FLAGS = {"reassoc", "contract", "arcp", "nsz"}
 def compiled(function):
     """The function compiled for the types that it is called with; it holds no lock meanwhile."""
     before = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = _folder()
+    numba.config.CACHE_DIR = str(folder())
     try:
         options = {"nogil": True, "cache": True, "fastmath": _FLAGS, "error_model": "numpy"}
         return numba.njit(**options)(function)
@@ -27,7 +27,8 @@ def compiled(function):
         numba.config.CACHE_DIR = before
 
 
-def _folder():
+def folder():
+    """Where compiled functions of these sources are kept."""
     sources = sorted(Path(__file__).parent.glob("*.py"))
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
-    return str(array.cache_folder() / f"kernels-{digest[:16]}")
+    return array.cache_folder() / f"kernels-{digest[:16]}"
