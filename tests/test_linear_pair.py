@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from hpcinfer import array
-from hpcinfer.ops import activation, linear, norm
+from hpcinfer.ops import activation, fastest, linear, norm
 
 pytestmark = pytest.mark.single
 
@@ -86,3 +86,31 @@ def test_norms_round_to_the_type_asked_for(shape):
             got = form(x, *parameters, 1e-5, dtype)
             assert got.dtype == dtype
             assert abs(array.widen(got) - expected).max() <= bound * abs(expected).max()
+
+
+@pytest.mark.parametrize("inputs", [2, 30, 96, 1000, 4098])
+@pytest.mark.parametrize("outputs", [1, 11, 12, 29, 970])
+def test_many_rows_of_every_size(inputs, outputs):
+    for T in (9, 16, 31, 33, 65, 257):
+        x, weight = normal((T, inputs)), normal((outputs, inputs), 1, BF16)
+        expected = array.widen(x.astype(BF16)) @ array.widen(weight).T
+        got = linear.linear(x, weight)
+        assert abs(got - expected).max() <= 1e-5 * np.sqrt(inputs) * abs(expected).max()
+
+
+def test_rows_of_a_larger_weight_and_columns_of_a_larger_x():
+    x, weight = normal((40, 128)).astype(BF16), normal((100, 128), 1, BF16)
+    part = weight[20:70, 32:96]
+    expected = array.widen(x[:, 32:96]) @ array.widen(part).T
+    assert relative(linear.linear(x[:, 32:96], part), expected) < 1e-5
+
+
+def test_the_first_run_says_that_it_compiles(monkeypatch, tmp_path):
+    pytest.importorskip("numba")
+    monkeypatch.setenv("HPCINFER_CACHE", str(tmp_path))
+    line = fastest.notice()
+    assert line.startswith("compile") and str(tmp_path) in line
+    folder = tmp_path / "hpcinfer" / line.rpartition("/")[2]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "kernel.nbi").touch()
+    assert fastest.notice() is None
