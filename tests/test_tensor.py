@@ -157,7 +157,7 @@ def test_input_is_left_as_it_was(comm):
 
 def test_refuses_half_precision_sums_on_every_rank(comm, monkeypatch):
     """Whatever a product gives, the reduction is in float32 or not at all."""
-    monkeypatch.setattr(tensor, "linear", lambda x, *_: x.astype(np.float16))
+    monkeypatch.setattr(tensor, "linear_pair", lambda x, *_: x.astype(np.float16))
     with pytest.raises(TypeError, match="Allreduce: got float16, need float32"):
         tensor.half_layer(comm, normal((T, D)), None, lambda y: y, None)
     assert ledger.calls() == 0

@@ -43,7 +43,7 @@ def notice():
 
     if any(folder().rglob("*.nbi")):
         return None
-    return f"compile   fast forms for this processor, some seconds once; kept in {folder()}"
+    return f"compile   fast forms for this processor, some 20 seconds once; kept in {folder()}"
 
 
 def missing():

@@ -1,20 +1,19 @@
 """Products of activations with quantised weights, whose codes are widened in registers or in cache.
 
 Few rows of x meet each code once it is in a register; many meet rows of the weight that were made
-bfloat16 a megabyte at a time, by oneDNN.
+bfloat16, some megabytes at a time.
 """
 
 import numpy as np
 
 from hpcinfer import array
-from hpcinfer.ops.cpu import machine, onednn, parts
+from hpcinfer.ops.cpu import machine, many_rows, onednn, parts
 from hpcinfer.ops.cpu.compile import compiled
 from hpcinfer.ops.cpu.rounding import bits, narrowed
 from hpcinfer.ops.cpu.simd_codes import BLOCKS, MOST, arranged, coded_rows, coded_tile, widen_codes
 from hpcinfer.ops.quantize import LANES, place
 
-# Rows of x up to which the code here is faster than the library, in pairs of bfloat16 and in
-# float32.
+# Rows of x up to which codes are widened in registers, in pairs of bfloat16 and in float32.
 FEW_PAIRS, FEW = 48, 16
 
 # Rows of the weight that all rows of x meet, a few at a time, while they are in the cache.
@@ -30,7 +29,7 @@ _EIGHT_1, _EIGHT_2, _EIGHT_4 = (coded_tile(8, n) for n in (1, 2, 4))
 _WIDEN_4, _WIDEN_8 = widen_codes(4), widen_codes(8)
 
 # Rows of a quantised weight that are widened at a time, in bytes of bfloat16.
-_WIDENED_BYTES = 1 << 20
+_WIDENED_BYTES = 2 << 20
 
 
 def linear(x, weight, bias):
@@ -42,7 +41,7 @@ def linear(x, weight, bias):
         return _by_pairs(x, weight, bias)
     if len(x) <= FEW:
         return _by_float32(x, weight, bias)
-    if half and onednn.serves(weight.form.dtype):
+    if half and (many_rows.serves(weight) or onednn.serves(weight.form.dtype)):
         return _by_widened_rows(x, weight, bias)
     return NotImplemented
 
@@ -76,7 +75,7 @@ def _shift(form):
 
 
 def _by_widened_rows(x, weight, bias):
-    """As `linear` for many rows of x: by the library, on rows of the weight made bfloat16."""
+    """As `linear` for many rows of x, which meet rows of the weight made bfloat16."""
     form = weight.form
     y = np.empty((len(x), len(weight)), np.float32)
     xs = narrowed(place(x, form), form.dtype)
@@ -89,8 +88,17 @@ def _by_widened_rows(x, weight, bias):
             _widen_codes, len(part), part.words, array.widen(part.scales), form.bits, _shift(form),
             of_part.view(np.uint16), work_bytes=of_part.nbytes,
         )  # fmt: skip
-        onednn.multiply(xs, of_part.T, y[:, start : start + len(part)])
+        _multiply(xs, of_part, y[:, start : start + len(part)])
     return y if bias is None else np.add(y, bias, out=y)
+
+
+def _multiply(x, weight, y):
+    """y = x · weightᵀ, both bfloat16."""
+    if many_rows.serves(weight):
+        operands = bits(x), bits(weight), y
+        parts.over_rows(many_rows.product, len(x), *operands, work_bytes=weight.nbytes)
+    else:
+        onednn.multiply(x, weight.T, y)
 
 
 @compiled

@@ -94,7 +94,7 @@ def _serves(x, weight):
 def _many_rows(x, weight):
     """The product of many rows, or None where NumPy's library on widened weights is faster."""
     x, y = _rows(x, weight), np.empty((len(x), len(weight)), np.float32)
-    if _meets_many(weight):
+    if many_rows.serves(weight):
         w = weight.view(np.uint16)
         parts.over_rows(many_rows.product, len(x), bits(x), w, y, work_bytes=weight.nbytes)
         return y
@@ -108,7 +108,7 @@ def _many_rows_pair(x, first, middle, second):
     """As `linear_pair` of many rows; what stands between is rounded as x is."""
     x, y = _rows(x, first), np.empty((len(x), len(second)), np.float32)
     even = not any(width % 2 for width in middle.widths)
-    if _meets_many(first) and even:
+    if many_rows.serves(first) and even:
         parts.over_rows(
             many_rows.pair, len(x), bits(x), first.view(np.uint16), _by_tanh(middle),
             np.array(middle.widths), second.view(np.uint16), y, work_bytes=first.nbytes,
@@ -130,12 +130,6 @@ def _many_rows_pair(x, first, middle, second):
 def _rows(x, weight):
     """x rounded to the weight's type, each row contiguous."""
     return np.ascontiguousarray(narrowed(x, weight.dtype))
-
-
-def _meets_many(weight):
-    """True if `many_rows` knows the weight, and the library has no matrix unit that it lacks."""
-    bfloat16 = weight.dtype == array.BFLOAT16 and machine.has("avx512_bf16")
-    return bfloat16 and not machine.has("amx_bf16") and weight.shape[1] % 2 == 0
 
 
 def _by_tanh(middle):

@@ -7,7 +7,8 @@ tiles while they are in the first; beside the last of them those that come next 
 
 import numpy as np
 
-from hpcinfer.ops.cpu import activation
+from hpcinfer import array
+from hpcinfer.ops.cpu import activation, machine
 from hpcinfer.ops.cpu.compile import compiled
 from hpcinfer.ops.cpu.simd_attention import pack_keys
 from hpcinfer.ops.cpu.simd_many import ROWS, TILE, VECTORS, add_rows, gated_rows, turned
@@ -25,6 +26,12 @@ _SILU, _SILU_2, _SILU_HALF, _SILU_HALF_2, _GELU, _GELU_2, _GELU_HALF, _GELU_HALF
     for vectors in (VECTORS, 1)
     for rows in (_HALF, 2)
 )
+
+
+def serves(weight):
+    """True if a weight can be met here, and no library has matrix units for it."""
+    bfloat16 = weight.dtype == array.BFLOAT16 and machine.has("avx512_bf16")
+    return bfloat16 and not machine.has("amx_bf16") and weight.shape[1] % 2 == 0
 
 
 @compiled
