@@ -386,7 +386,8 @@ def test_a_killed_rank_of_another_replica_ends_all(tmp_path, layout, victim):
         3, "generate", SHIPPED, "--input", source, "--output", out, *KV, "--layout", layout
     )
     try:
-        wait_for(lambda: len(finished_lines(out)) == 5, 40)
+        wait_for(lambda: len(finished_lines(out)) >= 5, 40)
+        before = {line["custom_id"] for line in finished_lines(out)}
         processes = ranks_of(job)
         assert len(processes) == 3
         processes.sort(key=lambda process: int(process.environ().get("PMI_RANK", process.pid)))
@@ -396,4 +397,4 @@ def test_a_killed_rank_of_another_replica_ends_all(tmp_path, layout, victim):
     finally:
         if job.poll() is None:
             kill_tree(job.pid)
-    assert {line["custom_id"] for line in read_jsonl(out)} == {f"short-{i}" for i in range(5)}
+    assert before <= {line["custom_id"] for line in read_jsonl(out)}
