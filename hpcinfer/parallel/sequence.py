@@ -3,7 +3,8 @@
     before   x (T/P, D); column (C/P, D), row (D, M/P)
     after    y (T/P, D)
     cost     1 Allgather and 1 ReduceScatter per half layer: (P-1)/P · T D words of 4 bytes sent per
-             rank each, together what tensor parallelism sends in its Allreduce
+             rank each, together what tensor parallelism sends in its Allreduce; words of 2 in the
+             Allgather where x was rounded for a 16-bit product
     source   Korthikanti et al. 2022, section 4.2.2 (arXiv:2205.05198)
 
 Norms and residuals work token by token, so each rank computes those of its own tokens only, and
@@ -25,7 +26,7 @@ def half_layer(
 
     Parameters
     ----------
-    x : (T/P, D) float32
+    x : (T/P, D) float32, or rounded for the column product
     counts : tokens of every rank
     column, column_bias : (C/P, D), (C/P,) or None
     middle : function (T, C/P) -> (T, M/P), of this rank's columns only
@@ -47,7 +48,7 @@ def complete(comm, x, counts, products, bias=None, purpose="sequence"):
 
     Parameters
     ----------
-    x : (T/P, D) float32
+    x : (T/P, D) float32, or rounded for the column product
     counts : tokens of every rank
     products : function (T, D) -> (T, D){sum}, of this rank's columns only
     bias : (D,) or None, of the complete sum

@@ -23,7 +23,7 @@ def half_layer(comm, x, column, middle, row, column_bias=None, row_bias=None, pu
 
     Parameters
     ----------
-    x : (T, D) float32, equal on every rank
+    x : (T, D) float32, or rounded for the column product; equal on every rank
     column, column_bias : (C/P, D), (C/P,) or None
     middle : function (T, C/P) -> (T, M/P), of this rank's columns only
     row, row_bias : (D, M/P), (D,) or None; the bias is whole
@@ -42,7 +42,7 @@ def complete(comm, x, products, bias=None, purpose="tensor"):
 
     Parameters
     ----------
-    x : (T, D) float32, equal on every rank
+    x : (T, D) float32, or rounded for the column product; equal on every rank
     products : function (T, D) -> (T, D){sum}, of this rank's columns only
     bias : (D,) or None, of the complete sum
 
