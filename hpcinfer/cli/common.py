@@ -187,12 +187,13 @@ def _run_on(comm, kind, arguments, sampling, selection, n_lines, state, stop):
         micro_batches=arguments.micro_batches,
         check_weights=arguments.check,
     )
-    line = advice(engine.grid.node, engine.model.device)
-    if comm.rank == 0 and line is not None:
-        print(line, file=sys.stderr, flush=True)
-    line = fastest.notice() if engine.model.device.name == "cpu" else None
-    if comm.rank == 0 and line is not None:
-        print(line, file=sys.stderr, flush=True)
+    device = engine.model.device
+    for line in (
+        advice(engine.grid.node, device),
+        fastest.notice() if device.name == "cpu" else None,
+    ):
+        if comm.rank == 0 and line is not None:
+            print(line, file=sys.stderr, flush=True)
     facts = {
         "command": shlex.join(arguments.command_line),
         "model": arguments.model,

@@ -105,13 +105,16 @@ class Context:
     def _merged(self, n, q, step, phase):
         """Every query to every rank's keys, and the partial results merged."""
         if self.kv.size == 1:  # spares a step of few tokens its copies
-            pages, local = self._cache(n), self._local(n)
-            return ops.paged_attention(q, phase.tokens, *pages, step.books, **local)
+            return self._to_own_keys(n, q, phase.tokens, step)
         o, lse = self._merge(n, self._gathered_queries(q, phase), step, phase.tokens)
 
         # Keep the own tokens, and the own heads among those that share a key/value head.
         heads = slice(*self._shares[self.kv.rank // self.grid.cp.size])
         return o[phase.chosen, heads], lse[phase.chosen, heads]
+
+    def _to_own_keys(self, n, q, tokens, step):
+        """Attention of queries to this rank's keys, of the heads that its own queries read."""
+        return ops.paged_attention(q, tokens, *self._cache(n), step.books, **self._local(n))
 
     def _merge(self, n, q, step, tokens):
         """Attention of queries that every rank has: partial results over own keys, merged."""
@@ -124,15 +127,12 @@ class Context:
     def _ring(self, n, q, step, phase):
         """Keys and values, or queries, pass around, whichever are fewer bytes."""
         if self.kv.size == 1:  # spares the keys their way into a message
-            pages, local = self._cache(n), self._local(n)
-            return ops.paged_attention(q, phase.tokens, *pages, step.books, **local)
+            return self._to_own_keys(n, q, phase.tokens, step)
         q_tokens, counts = phase.tokens[phase.chosen], self._key_counts(n, step, phase)
         if self.sharers == 1 and self._cheaper_to_move_queries(n, phase, counts):
 
             def attend_local(q, q_tokens):
-                return ops.paged_attention(
-                    q, q_tokens, *self._cache(n), step.books, **self._local(n)
-                )
+                return self._to_own_keys(n, q, q_tokens, step)
 
             return ring_queries(self.kv, q, q_tokens, phase.counts, attend_local)
         k, v, k_tokens = self._own_keys(n, step, phase)

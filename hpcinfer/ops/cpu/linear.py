@@ -2,8 +2,8 @@
 
 With few rows time goes into reading the weights. Each is loaded once for up to eight rows of x, and
 the rows of the weight that come next are fetched into the cache meanwhile, so that memory never
-waits. From about twenty rows on the products take longer than the reading: `many_rows` then has x
-in the lanes. Where there are matrix units (AMX), the library that knows them is faster.
+waits. From about ten rows on the products take longer than the reading: `many_rows` then has x in
+the lanes. Where there are matrix units (AMX), the library that knows them is faster.
 """
 
 import numpy as np
@@ -16,8 +16,8 @@ from hpcinfer.ops.cpu.rounding import bits, narrowed, prepared
 from hpcinfer.ops.cpu.simd import tiles
 from hpcinfer.ops.quantize import Quantized
 
-# Rows of x up to which the code here is faster than that for many.
-FEW = 8
+# Rows of x up to which the code here is faster than `many_rows`, and than the library.
+FEW, _FEW_FOR_LIBRARY = 8, 16
 
 # Rows of x in a tile: as many as leave all sums in registers, of which AVX2 has half as many of
 # half the size.
@@ -41,7 +41,7 @@ def linear(x, weight, bias=None):
         return codes.linear(x, weight, bias)
     if not _serves(x, weight):
         return NotImplemented
-    if len(x) > FEW:
+    if not _are_few(x, weight):
         y = _many_rows(x, weight)
         if y is None:
             return NotImplemented
@@ -61,14 +61,9 @@ def linear_pair(x, first, middle, second, bias=None):
         return NotImplemented
     if second.strides[1] != 2 or not len(first) == 2 * second.shape[1] == 2 * sum(middle.widths):
         return NotImplemented
-    if len(x) > FEW:
-        return _many_rows_pair(x, first, middle, second)
-    if array.threads() > 1:
-        return NotImplemented  # a part for each thread, one product after the other
-    y, widths = np.empty((len(x), len(second)), np.float32), np.array(middle.widths)
-    operands = bits(x), first.view(np.uint16), _by_tanh(middle), widths, second.view(np.uint16)
-    _few_rows_pair(*operands, y)
-    return y
+    if _are_few(x, first):
+        return NotImplemented  # each product alone takes as long as its reading
+    return _many_rows_pair(x, first, middle, second)
 
 
 def few_rows(x, weight, y, bias=None):
@@ -91,32 +86,38 @@ def _serves(x, weight):
     return bool(x.size and weight.size) and x.shape[1] == weight.shape[1]
 
 
+def _are_few(x, weight):
+    """True if the rows of x are too few for what many of them would meet."""
+    return len(x) <= (FEW if many_rows.serves(weight) else _FEW_FOR_LIBRARY)
+
+
 def _many_rows(x, weight):
     """The product of many rows, or None where NumPy's library on widened weights is faster."""
+    own = many_rows.serves(weight)
+    if not own and not onednn.serves(weight.dtype):
+        return None
     x, y = _rows(x, weight), np.empty((len(x), len(weight)), np.float32)
-    if many_rows.serves(weight):
+    if own:
         w = weight.view(np.uint16)
         parts.over_rows(many_rows.product, len(x), bits(x), w, y, work_bytes=weight.nbytes)
         return y
-    if not onednn.serves(weight.dtype):
-        return None
     done = all(onednn.product(x[rows], weight.T, y[rows]) for rows in _blocks(len(x)))
     return y if done else None
 
 
 def _many_rows_pair(x, first, middle, second):
     """As `linear_pair` of many rows; what stands between is rounded as x is."""
+    own = many_rows.serves(first) and not any(width % 2 for width in middle.widths)
+    if not own and not onednn.serves(first.dtype):
+        return NotImplemented
+    kernel = activation.kernel_of(middle.function)
     x, y = _rows(x, first), np.empty((len(x), len(second)), np.float32)
-    even = not any(width % 2 for width in middle.widths)
-    if many_rows.serves(first) and even:
+    if own:
         parts.over_rows(
-            many_rows.pair, len(x), bits(x), first.view(np.uint16), _by_tanh(middle),
+            many_rows.pair, len(x), bits(x), first.view(np.uint16), kernel is activation.gelu_tanh,
             np.array(middle.widths), second.view(np.uint16), y, work_bytes=first.nbytes,
         )  # fmt: skip
         return y
-    if not onednn.serves(first.dtype):
-        return NotImplemented
-    kernel = activation.kernel_of(middle.function)
     for rows in _blocks(len(x)):
         gate_up = np.empty((rows.stop - rows.start, len(first)), first.dtype)
         if not onednn.product(x[rows], first.T, gate_up):
@@ -132,10 +133,6 @@ def _rows(x, weight):
     return np.ascontiguousarray(narrowed(x, weight.dtype))
 
 
-def _by_tanh(middle):
-    return activation.kernel_of(middle.function) is activation.gelu_tanh
-
-
 def _blocks(T):
     """Slices of T rows that the library multiplies faster one by one, none of them much smaller."""
     block, start = _BLOCK * array.threads(), 0
@@ -143,24 +140,6 @@ def _blocks(T):
         stop = T if T - start <= block * 3 // 2 else start + block
         yield slice(start, stop)
         start = stop
-
-
-@compiled
-def _few_rows_pair(x, first, tanh, widths, second, y):
-    """Both products and the gate between them, for a few rows of x."""
-    T, none = len(x), np.empty(0, np.float32)
-    gate_up = np.empty((T, len(first)), np.float32)
-    hidden = np.empty((T, second.shape[1]), np.float32)
-    _few_rows(0, len(first), x, first, gate_up, none)
-    start = 0
-    for width in widths:
-        block, out = gate_up[:, 2 * start : 2 * (start + width)], hidden[:, start : start + width]
-        if tanh:
-            activation.gelu_tanh(0, T, block, out)
-        else:
-            activation.silu(0, T, block, out)
-        start += width
-    _few_rows(0, len(second), hidden, second, y, none)
 
 
 @compiled
