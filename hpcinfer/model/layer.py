@@ -5,6 +5,7 @@ import numpy as np
 from hpcinfer import array, collectives
 from hpcinfer.model.mla import latent_attention
 from hpcinfer.model.moe import moe_sum, routed_choices, shared_sum, spread_experts
+from hpcinfer.ops.add import add_into
 from hpcinfer.ops.norm import layer_norm, rms_norm
 from hpcinfer.ops.rope import rotate
 from hpcinfer.parallel import tensor
@@ -40,15 +41,14 @@ def layer(model, n, x, step, cut, rotation):
 
         def both(x_all):
             y_sum = attention(norm(arch, x_all, w.norm1, w.norm1_bias))
-            y_sum += ffn(norm(arch, x_all, w.norm2, w.norm2_bias))
-            return y_sum
+            return add_into(y_sum, ffn(norm(arch, x_all, w.norm2, w.norm2_bias)))
 
-        return x + cut.complete(x, both, _sum(w.o_bias, w.down_bias), "layer")
+        return add_into(cut.complete(x, both, _sum(w.o_bias, w.down_bias), "layer"), x)
 
     # Attention half, then FFN half.
-    x = _added(x, attention_half(model, n, x, step, cut, w, rotation))
+    x = add_into(attention_half(model, n, x, step, cut, w, rotation), x)
     model.progress()
-    x = _added(x, _ffn_half(model, n, x, step, cut, w))
+    x = add_into(_ffn_half(model, n, x, step, cut, w), x)
     model.progress()
     return x
 
@@ -106,12 +106,6 @@ def norm(arch, x, weight, bias, dtype=np.float32):
 def _type_of_input(step, weight):
     """Type in which a norm hands the tokens of a step to a product, the same on every rank."""
     return np.float32 if weight is None or step.n_tokens <= _FEW else weight.dtype
-
-
-def _added(x, y):
-    """x + y, in the memory of y."""
-    y += x
-    return y
 
 
 def _attention(model, n, cut, w, step, rotation):

@@ -15,6 +15,7 @@ all; it then adds zeros.
 """
 
 from hpcinfer import collectives
+from hpcinfer.ops.add import add_into
 from hpcinfer.ops.linear import linear_pair
 
 
@@ -51,9 +52,7 @@ def complete(comm, x, products, bias=None, purpose="tensor"):
     (T, D) float32, equal on every rank
     """
     y = collectives.Allreduce(comm, products(x), purpose=purpose)
-    if bias is not None:
-        y += bias
-    return y
+    return y if bias is None else add_into(y, bias)
 
 
 def partial_sum(x, column, middle, row, column_bias=None):

@@ -4,7 +4,7 @@ import importlib.util
 
 from hpcinfer import array
 
-FILES = ("activation", "attention", "experts", "linear", "norm", "rope", "route", "store")
+FILES = ("activation", "add", "attention", "experts", "linear", "norm", "rope", "route", "store")
 
 
 def describe():

@@ -18,7 +18,7 @@ def gated(gate_up, function, widths):
         return NotImplemented
     if gate_up.strides[1] != 4:
         return NotImplemented
-    y = np.empty((len(gate_up), sum(widths)), np.float32)
+    y = parts.empty((len(gate_up), sum(widths)), np.float32)
     gate_into(kernel, gate_up, widths, y)
     return y
 

@@ -62,7 +62,7 @@ def paged_attention(
     table = books.table(q_tokens, window)
     if table.most_queries > _SINGLE and not _packs(k_pages.dtype):
         return NotImplemented
-    o, lse = np.empty((T, H, width), np.float32), np.empty((T, H), np.float32)
+    o, lse = parts.empty((T, H, width), np.float32), parts.empty((T, H), np.float32)
     keys = _bits(k_pages)
     values = keys if v_columns is not None else _bits(v_pages)
     if table.most_queries > _SINGLE:

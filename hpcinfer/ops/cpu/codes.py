@@ -7,7 +7,7 @@ bfloat16, some megabytes at a time.
 import numpy as np
 
 from hpcinfer import array
-from hpcinfer.ops.cpu import machine, many_rows, onednn, parts
+from hpcinfer.ops.cpu import add, machine, many_rows, onednn, parts
 from hpcinfer.ops.cpu.compile import compiled
 from hpcinfer.ops.cpu.rounding import bits, narrowed
 from hpcinfer.ops.cpu.simd_codes import BLOCKS, MOST, arranged, coded_rows, coded_tile, widen_codes
@@ -48,19 +48,19 @@ def linear(x, weight, bias):
 
 def _by_pairs(x, weight, bias):
     """As `linear` for few rows of x, rounded to bfloat16."""
-    form, y = weight.form, np.empty((len(x), len(weight)), np.float32)
+    form, y = weight.form, parts.empty((len(x), len(weight)), np.float32)
     x = np.ascontiguousarray(bits(x if x.dtype == form.dtype else array.widen(x)))
     words = weight.words.view(np.uint8) if form.bits == 8 else weight.words
     parts.over_rows(
         _pairs_of_rows, len(weight), x, form.offset, words, weight.scales.view(np.uint16),
         form.blocks, _shift(form), y, work_bytes=weight.nbytes,
     )  # fmt: skip
-    return y if bias is None else np.add(y, bias, out=y)
+    return y if bias is None else add.add_into(y, bias)
 
 
 def _by_float32(x, weight, bias):
     """As `linear` for few rows of x, where it is float32 or there is nothing better."""
-    form, y = weight.form, np.empty((len(x), len(weight)), np.float32)
+    form, y = weight.form, parts.empty((len(x), len(weight)), np.float32)
     xs = array.widen(array.narrow(place(x, form), form.dtype))
     parts.over_rows(
         _few_coded_rows, len(weight), xs, weight.words, weight.scales.view(np.uint16),
@@ -77,7 +77,7 @@ def _shift(form):
 def _by_widened_rows(x, weight, bias):
     """As `linear` for many rows of x, which meet rows of the weight made bfloat16."""
     form = weight.form
-    y = np.empty((len(x), len(weight)), np.float32)
+    y = parts.empty((len(x), len(weight)), np.float32)
     xs = narrowed(place(x, form), form.dtype)
     rows = max(1, _WIDENED_BYTES // (2 * form.width))
     wide = array.large_empty((rows, form.width), form.dtype)
@@ -89,7 +89,7 @@ def _by_widened_rows(x, weight, bias):
             of_part.view(np.uint16), work_bytes=of_part.nbytes,
         )  # fmt: skip
         _multiply(xs, of_part, y[:, start : start + len(part)])
-    return y if bias is None else np.add(y, bias, out=y)
+    return y if bias is None else add.add_into(y, bias)
 
 
 def _multiply(x, weight, y):

@@ -10,7 +10,7 @@ import numpy as np
 
 from hpcinfer import array
 from hpcinfer.ops.activation import Gate
-from hpcinfer.ops.cpu import activation, codes, machine, many_rows, onednn, parts
+from hpcinfer.ops.cpu import activation, add, codes, machine, many_rows, onednn, parts
 from hpcinfer.ops.cpu.compile import compiled
 from hpcinfer.ops.cpu.rounding import bits, narrowed, prepared
 from hpcinfer.ops.cpu.simd import tiles
@@ -45,8 +45,8 @@ def linear(x, weight, bias=None):
         y = _many_rows(x, weight)
         if y is None:
             return NotImplemented
-        return y if bias is None else np.add(y, bias, out=y)
-    y = np.empty((len(x), len(weight)), np.float32)
+        return y if bias is None else add.add_into(y, bias)
+    y = parts.empty((len(x), len(weight)), np.float32)
     few_rows(x, weight, y, bias)
     return y
 
@@ -96,7 +96,7 @@ def _many_rows(x, weight):
     own = many_rows.serves(weight)
     if not own and not onednn.serves(weight.dtype):
         return None
-    x, y = _rows(x, weight), np.empty((len(x), len(weight)), np.float32)
+    x, y = _rows(x, weight), parts.empty((len(x), len(weight)), np.float32)
     if own:
         w = weight.view(np.uint16)
         parts.over_rows(many_rows.product, len(x), bits(x), w, y, work_bytes=weight.nbytes)
@@ -111,7 +111,7 @@ def _many_rows_pair(x, first, middle, second):
     if not own and not onednn.serves(first.dtype):
         return NotImplemented
     kernel = activation.kernel_of(middle.function)
-    x, y = _rows(x, first), np.empty((len(x), len(second)), np.float32)
+    x, y = _rows(x, first), parts.empty((len(x), len(second)), np.float32)
     if own:
         parts.over_rows(
             many_rows.pair, len(x), bits(x), first.view(np.uint16), kernel is activation.gelu_tanh,

@@ -14,7 +14,7 @@ def rms_norm(x, weight, eps, dtype=np.float32):
     """As `ops.norm.rms_norm`, for weights of one row's length."""
     if x.dtype != np.float32 or weight.shape != x.shape[-1:] or dtype not in _TYPES:
         return NotImplemented
-    y = np.empty(x.shape, dtype)
+    y = parts.empty(x.shape, dtype)
     rows = x if x.ndim == 3 else x.reshape(-1, 1, x.shape[-1])
     out = bits(y).reshape(rows.shape)
     parts.over_rows(_rms, len(rows), rows, weight, np.float32(eps), out, work_bytes=x.nbytes)
@@ -27,7 +27,7 @@ def layer_norm(x, weight, bias, eps, dtype=np.float32):
         return NotImplemented
     if dtype not in _TYPES:
         return NotImplemented
-    y = np.empty(x.shape, dtype)
+    y = parts.empty(x.shape, dtype)
     rows, out = (a.reshape(-1, x.shape[-1]) for a in (x, bits(y)))
     parts.over_rows(
         _layer, len(rows), rows, weight, bias, np.float32(eps), out, work_bytes=x.nbytes

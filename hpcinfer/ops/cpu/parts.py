@@ -1,9 +1,14 @@
-"""The threads of a rank: compiled functions over a part of the rows each."""
+"""How compiled functions are called, by the threads of a rank for a part of the rows each.
+
+While a step is captured (`ops.cpu.graph`), the calls are kept, and results lie in its memory.
+"""
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
-from hpcinfer import array
+import numpy as np
+
+from hpcinfer import array, capture
 
 # Work below which a thread is not woken: it takes about this many bytes of reading to do so.
 _LEAST_BYTES = 1 << 20
@@ -18,8 +23,9 @@ def over_rows(function, n, *arguments, work_bytes=0):
     work_bytes : bytes that all parts read together, about
     """
     if work_bytes < _LEAST_BYTES or (threads := array.threads()) == 1 or n < threads:
-        function(0, n, *arguments)
+        call(function, 0, n, *arguments)
         return
+    capture.refuse("a rank with several threads")
     bounds = [n * i // threads for i in range(threads + 1)]
     waiting = [
         _pool(threads).submit(function, start, stop, *arguments)
@@ -28,6 +34,20 @@ def over_rows(function, n, *arguments, work_bytes=0):
     function(0, bounds[1], *arguments)
     for future in waiting:
         future.result()
+
+
+def call(function, *arguments):
+    """Call a compiled function."""
+    if capture.under_way is not None:
+        capture.under_way.call(function, arguments)
+    function(*arguments)
+
+
+def empty(shape, dtype):
+    """Memory for a result of compiled functions, contents undefined."""
+    if capture.under_way is not None:
+        return capture.under_way.empty(shape, dtype)
+    return np.empty(shape, dtype)
 
 
 @cache

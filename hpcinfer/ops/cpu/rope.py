@@ -10,7 +10,7 @@ def rotate(x, cos, sin):
     """As `ops.rope.rotate`."""
     if x.dtype != np.float32 or len(cos) != len(x) or 2 * cos.shape[1] > x.shape[2]:
         return NotImplemented
-    y = np.empty(x.shape, np.float32)
+    y = parts.empty(x.shape, np.float32)
     parts.over_rows(_rotate, len(x), x, cos, sin, y, work_bytes=x.nbytes)
     return y
 

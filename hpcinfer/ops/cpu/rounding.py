@@ -20,7 +20,7 @@ def narrowed(x, dtype):
     """x (n, m) float32 rounded to a 16-bit type, nearest even; as it is if it has the type."""
     if x.dtype != np.float32 or dtype != array.BFLOAT16:
         return array.narrow(array.widen(x) if x.dtype != dtype else x, dtype)
-    y = np.empty(x.shape, dtype)
+    y = parts.empty(x.shape, dtype)
     parts.over_rows(narrow_rows, len(x), x, y.view(np.uint16), work_bytes=x.nbytes)
     return y
 

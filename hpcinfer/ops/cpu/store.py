@@ -3,6 +3,7 @@
 import numpy as np
 
 from hpcinfer import array
+from hpcinfer.ops.cpu import parts
 from hpcinfer.ops.cpu.compile import compiled
 from hpcinfer.ops.cpu.rounding import bfloat16_bits
 
@@ -14,9 +15,10 @@ def store(k, v, rows, k_pages, v_pages, slots):
     ):
         return NotImplemented  # a rank without heads has pages without keys
     if k_pages.dtype == array.BFLOAT16:
-        _store_rounded(k, v, rows, k_pages.view(np.uint16), v_pages.view(np.uint16), slots)
+        pages = k_pages.view(np.uint16), v_pages.view(np.uint16)
+        parts.call(_store_rounded, k, v, rows, *pages, slots)
     elif k_pages.dtype == np.float32:
-        _store(k, v, rows, k_pages, v_pages, slots)
+        parts.call(_store, k, v, rows, k_pages, v_pages, slots)
     else:
         return NotImplemented
     return None

@@ -1,0 +1,28 @@
+"""The capture under way in this process, if there is one: calls that are kept to be made again.
+
+What computes on the CPU hands its compiled functions, and the memory of their results, to the
+capture (`ops.cpu.parts`); `collectives` hands it sums over ranks. All else that a step does must
+have no effect, or be the same in every step that the capture is made for: what must not be captured
+says so by `refuse`.
+"""
+
+from contextlib import contextmanager
+
+under_way = None
+
+
+@contextmanager
+def capturing(into):
+    """Let `into` have what happens in the body."""
+    global under_way
+    under_way = into
+    try:
+        yield into
+    finally:
+        under_way = None
+
+
+def refuse(reason):
+    """Say that what happens now cannot be captured."""
+    if under_way is not None:
+        under_way.refuse(reason)

@@ -1,0 +1,25 @@
+"""Sums in place."""
+
+import numpy as np
+
+from hpcinfer.ops.cpu import parts
+from hpcinfer.ops.cpu.compile import compiled
+
+
+def add_into(y, x):
+    """As `ops.add.add_into`."""
+    if y.dtype != np.float32 or x.dtype != np.float32 or y.ndim != 2:
+        return NotImplemented
+    rows = x.reshape(1, -1) if x.ndim == 1 else x
+    if rows.shape[1:] != y.shape[1:] or len(rows) not in (1, len(y)):
+        return NotImplemented
+    parts.over_rows(_add, len(y), y, rows, work_bytes=2 * y.nbytes)
+    return y
+
+
+@compiled
+def _add(start, stop, y, x):
+    for t in range(start, stop):
+        row = t if len(x) > 1 else 0
+        for i in range(y.shape[1]):
+            y[t, i] += x[row, i]
