@@ -255,14 +255,20 @@ def common_memory(nbytes):
     return memory, (os.getpid(), descriptor, nbytes)
 
 
-def map_common(handle):
-    """Memory of another process, for reading: (nbytes,) uint8; None if it cannot be mapped."""
+def map_common(handle, write=False):
+    """Memory of another process, for reading, or for writing too.
+
+    Returns
+    -------
+    (nbytes,) uint8; None if it cannot be mapped
+    """
     process, descriptor, nbytes = handle
     try:
-        with open(f"/proc/{process}/fd/{descriptor}", "rb") as file:
+        with open(f"/proc/{process}/fd/{descriptor}", "r+b" if write else "rb") as file:
             if os.fstat(file.fileno()).st_size != max(1, nbytes):
                 return None
-            view = mmap.mmap(file.fileno(), max(1, nbytes), prot=mmap.PROT_READ)
+            rights = mmap.PROT_READ | (mmap.PROT_WRITE if write else 0)
+            view = mmap.mmap(file.fileno(), max(1, nbytes), prot=rights)
     except OSError:
         return None
     return np.frombuffer(view, np.uint8)[:nbytes]

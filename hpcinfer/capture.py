@@ -10,6 +10,9 @@ from contextlib import contextmanager
 
 under_way = None
 
+# Arrays outside of what a step has for itself that are never changed.
+constants = []
+
 
 @contextmanager
 def capturing(into):
@@ -20,6 +23,16 @@ def capturing(into):
         yield into
     finally:
         under_way = None
+
+
+# Arrays outside of what a step has for itself that are never changed.
+constants = []
+
+
+def constant(x):
+    """x, an array that nobody changes and that stays as long as the process does."""
+    constants.append(x)
+    return x
 
 
 def refuse(reason):

@@ -18,11 +18,12 @@ import atexit
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from mpi4py import MPI
 
-from hpcinfer import array
+from hpcinfer import array, capture, window
 from hpcinfer.where import here
 
 
@@ -63,6 +64,8 @@ class Ledger:
 
     def begin(self, verb, comm, purpose):
         """Note that this rank enters a call; returns what `enter` takes when it has ended."""
+        if verb != "Allreduce":
+            capture.refuse(verb)
         call = here.call = verb, axis_name(comm), purpose, time.perf_counter()
         return call
 
@@ -83,6 +86,14 @@ class Ledger:
         entry.flight_s += flight_s
         if self.tracing:
             self.events.append((verb, axis, purpose, start_s, time_s, sent_bytes))
+
+    def enter_many(self, key, calls, sent_bytes, time_s):
+        """Record calls of one (verb, axis, purpose) that were made without Python."""
+        here.calls += calls
+        entry = self.entries[key]
+        entry.calls += calls
+        entry.sent_bytes += sent_bytes
+        entry.time_s += time_s
 
     def sent_bytes(self, verb=None, axis=None, purpose=None):
         """Bytes sent by this rank in the calls that match every argument that is given."""
@@ -112,7 +123,7 @@ def axis_name(comm):
 
 
 def Allreduce(comm, x, op=MPI.SUM, purpose=""):
-    """Reduce `x` over the ranks, in place.
+    """Reduce `x` over the ranks, in place; small sums in a node's window, if there is one.
 
     Parameters
     ----------
@@ -133,11 +144,22 @@ def Allreduce(comm, x, op=MPI.SUM, purpose=""):
         raise TypeError(f"Allreduce: got {x.dtype}, need float32, float64 or integers")
     call = ledger.begin("Allreduce", comm, purpose)
     size = comm.size
-    if size > 1:
+    sent_bytes = 2 * x.nbytes * (size - 1) / size
+    shared = window.of(comm) if op == MPI.SUM else None
+    if shared is not None and not shared.serves(x):
+        shared = None
+    if capture.under_way is not None:
+        if size == 1 or shared is not None:
+            capture.under_way.sum(call[:-1], sent_bytes, shared)
+        else:
+            capture.under_way.pause(partial(Allreduce, comm, x, op, purpose))
+    if shared is not None:
+        shared.sum(x)
+    elif size > 1:
         buffer = _to_host(x)
         comm.Allreduce(MPI.IN_PLACE, buffer, op)
         _from_host(buffer, x)
-    ledger.enter(call, 2 * x.nbytes * (size - 1) / size)
+    ledger.enter(call, sent_bytes)
     return x
 
 

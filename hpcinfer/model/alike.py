@@ -84,7 +84,7 @@ def share(weights, comm, own, tied_rows):
 def _places(weights, own):
     """Places of all parameters that are shared, and the bytes of them together."""
     places, size = [], 0
-    for layer, key, x in _parameters(weights):
+    for layer, key, x in parameters(weights):
         if key not in own:
             arrays = []
             for part in arrays_of(x):
@@ -94,7 +94,7 @@ def _places(weights, own):
     return places, size
 
 
-def _parameters(weights):
+def parameters(weights):
     """(layer, key, array) of every parameter; a head that is part of the embedding is none."""
     outside = _OUTSIDE if weights.tied_rows is not None else (*_OUTSIDE, "head")
     yield from ((None, key, x) for key in outside if (x := getattr(weights, key)) is not None)

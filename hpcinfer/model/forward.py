@@ -10,6 +10,7 @@ from hpcinfer.model.alike import own_keys, share
 from hpcinfer.model.cache import Cache, page_bytes
 from hpcinfer.model.context import Context
 from hpcinfer.model.cut import cut_by_columns, cut_by_tokens, kept_at_home
+from hpcinfer.model.graphs import Graphs
 from hpcinfer.model.layer import add_positions, attention_half, layer, norm
 from hpcinfer.model.moe import choices_to_send
 from hpcinfer.model.pieces import Pieces
@@ -64,6 +65,7 @@ class Model:
         self.read(checkpoint, pieces)
         self._by_tokens = cut_by_tokens(arch, grid, ranges, self._layer)
         self._by_columns = cut_by_columns(arch, grid, ranges, self._layer, self.heads)
+        self.graphs = Graphs(self)
 
     @property
     def page_bytes(self):
@@ -120,6 +122,7 @@ class Model:
             self.dtype,
             self.arch.value_width,
         )
+        self.graphs.clear()
 
     def forward(self, steps):
         """Hidden states of the wanted tokens of some micro-batches, after the final norm.
@@ -182,9 +185,13 @@ class Model:
         """One micro-batch through the layers of this rank's stage."""
         cut, rotation = self.cut(step), self._rotation(step)
 
-        def compute(x):
+        def layers(x, step, rotation):
             for n in self.layers:
                 x = layer(self, n, x, step, cut, rotation)
+            return x
+
+        def compute(x):
+            x = self.graphs.layers(step, cut, x, rotation, layers)
             return self._normed(x, step) if self.pipeline.is_last else x
 
         return self.pipeline.forward(self._begin(step, cut), compute)

@@ -12,7 +12,7 @@ from functools import cache
 import numpy as np
 from numba.extending import overload
 
-from hpcinfer import array
+from hpcinfer import array, capture
 from hpcinfer.ops import attention as plain
 from hpcinfer.ops.cpu import machine, onednn, parts
 from hpcinfer.ops.cpu.compile import compiled
@@ -84,7 +84,7 @@ def _group_bounds(groups):
     """Query heads at which the groups begin, and at which the last one ends; None with gaps."""
     if [start for start, _ in groups] != [0, *(stop for _, stop in groups[:-1])]:
         return None
-    return np.array([start for start, _ in groups] + [groups[-1][1]])
+    return capture.constant(np.array([start for start, _ in groups] + [groups[-1][1]]))
 
 
 def _bits(pages):

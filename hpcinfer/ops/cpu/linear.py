@@ -6,9 +6,11 @@ waits. From about ten rows on the products take longer than the reading: `many_r
 the lanes. Where there are matrix units (AMX), the library that knows them is faster.
 """
 
+from functools import cache
+
 import numpy as np
 
-from hpcinfer import array
+from hpcinfer import array, capture
 from hpcinfer.ops.activation import Gate
 from hpcinfer.ops.cpu import activation, add, codes, machine, many_rows, onednn, parts
 from hpcinfer.ops.cpu.compile import compiled
@@ -115,7 +117,7 @@ def _many_rows_pair(x, first, middle, second):
     if own:
         parts.over_rows(
             many_rows.pair, len(x), bits(x), first.view(np.uint16), kernel is activation.gelu_tanh,
-            np.array(middle.widths), second.view(np.uint16), y, work_bytes=first.nbytes,
+            _widths(middle.widths), second.view(np.uint16), y, work_bytes=first.nbytes,
         )  # fmt: skip
         return y
     for rows in _blocks(len(x)):
@@ -126,6 +128,12 @@ def _many_rows_pair(x, first, middle, second):
         activation.gate_into(kernel, gate_up, middle.widths, hidden)
         onednn.multiply(hidden, second.T, y[rows])
     return y
+
+
+@cache
+def _widths(widths):
+    """Widths of the blocks of a gate as an array."""
+    return capture.constant(np.array(widths))
 
 
 def _rows(x, weight):

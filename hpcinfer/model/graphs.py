@@ -1,0 +1,219 @@
+"""Decoding without Python between the calls of a step: the layers as graphs.
+
+Steps of one new token for each of the same number of sequences do the same; only numbers in arrays
+differ. The first such step runs as any other; the second one is captured, with its own arrays in a
+frame that stays where it is; the following ones write theirs into the frame and replay the graph.
+What is captured is replayed once before it is trusted, and must then give the same numbers; a model
+whose layers do anything that cannot be captured goes on as before.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from hpcinfer import array, capture, collectives, window
+from hpcinfer.model.alike import parameters
+from hpcinfer.model.cache import PAGE
+from hpcinfer.ops import fastest
+from hpcinfer.ops.quantize import arrays_of
+from hpcinfer.where import waiting
+
+# Tokens of a step up to which it is worth it.
+_MOST_TOKENS = 32
+
+# Pages that a sequence may come to have, beside twice those that it has, before a new frame.
+_MORE_PAGES = 16
+
+
+@dataclass
+class Table:
+    """What `Books.table` gives, in a frame.
+
+    Attributes
+    ----------
+    positions : (T,) int64
+    bounds, places, numbers : as `model.step.Table.pages`, with room for more pages than there are
+    """
+
+    positions: np.ndarray
+    bounds: np.ndarray
+    places: np.ndarray
+    numbers: np.ndarray
+    most_queries: int = 1
+
+    @property
+    def pages(self):
+        """(bounds, places, numbers)"""
+        return self.bounds, self.places, self.numbers
+
+
+class Frame:
+    """The arrays that differ between the steps of a graph.
+
+    Parameters
+    ----------
+    step, x, rotation : of the step that is captured
+    windows : of attention, that the model's layers have
+    """
+
+    def __init__(self, step, x, rotation, windows):
+        self.x = np.empty_like(x)
+        self.rotation = None if rotation is None else tuple(map(np.empty_like, rotation))
+        self.stored, self.slots = np.empty_like(step.stored), np.empty_like(step.slots)
+        self.tables, pages = {}, 2 * self._most_pages(step) + _MORE_PAGES
+        for window_of_layer in windows:
+            integers = [np.zeros(n, np.int64) for n in (len(x), len(x) + 1, pages, pages)]
+            self.tables[window_of_layer] = Table(*integers)
+
+    def arrays(self):
+        """All arrays of the frame."""
+        yield from (self.x, *(self.rotation or ()), self.stored, self.slots)
+        for table in self.tables.values():
+            yield from (table.positions, *table.pages)
+
+    def has_room(self, step):
+        """True if the pages that the step's sequences have fit in here."""
+        return all(len(t.places) >= self._most_pages(step) for t in self.tables.values())
+
+    def fill(self, step, x, rotation):
+        """Write what a step has into the frame."""
+        self.x[...], self.stored[...], self.slots[...] = x, step.stored, step.slots
+        for into, of_step in zip(self.rotation or (), rotation or (), strict=True):
+            into[...] = of_step
+        for window_of_layer, into in self.tables.items():
+            table = step.books.table(step.decoding.tokens, window_of_layer)
+            into.positions[...], (into.bounds[...], places, numbers) = table.positions, table.pages
+            into.places[: len(places)], into.numbers[: len(numbers)] = places, numbers
+
+    def step(self, step):
+        """The step with the frame's arrays."""
+        return replace(step, stored=self.stored, slots=self.slots, books=self)
+
+    def table(self, tokens, window_of_layer=None):
+        """As `Books.table`."""
+        return self.tables[window_of_layer]
+
+    @staticmethod
+    def _most_pages(step):
+        return int((-(-step.lengths // PAGE)).sum())
+
+
+class Graphs:
+    """The graphs of a model on one rank.
+
+    Parameters
+    ----------
+    model : Model
+
+    Attributes
+    ----------
+    refusal : why there are none, once that is known; None if there is no reason
+    """
+
+    def __init__(self, model):
+        self._model, self.refusal = model, _reason_against(model)
+        self.clear()
+
+    def clear(self):
+        """Forget all graphs, as the memory that they use is given back."""
+        self._known, self._memory = {}, None
+
+    def layers(self, step, cut, x, rotation, compute):
+        """Hidden states behind the layers.
+
+        Parameters
+        ----------
+        step : Step
+        cut : Cut
+        x : (T, D) float32, before them
+        rotation : (cos, sin) or None
+        compute : function (x, step, rotation) -> (T, D), the layers
+
+        Returns
+        -------
+        (T, D) float32
+        """
+        if not self._serves(step, cut, x):
+            return compute(x, step, rotation)
+        T = len(x)
+        if T not in self._known:
+            self._known[T] = None  # its functions are compiled now
+            return compute(x, step, rotation)
+        known = self._known[T]
+        if known is None or not known[0].has_room(step):
+            return self._captured(step, cut, x, rotation, compute)
+        frame, graph, y = known
+        frame.fill(step, x, rotation)
+        time_s = 0.0 if graph.window is None else graph.window.time_s
+        graph.replay()
+        time_s = 0.0 if graph.window is None else graph.window.time_s - time_s
+        for key, calls, sent_bytes in graph.totals:
+            share_s = time_s * calls / len(graph.sums)
+            collectives.ledger.enter_many(key, calls, sent_bytes, share_s)
+        return y.copy()
+
+    def _serves(self, step, cut, x):
+        """True if a step is of the kind that graphs are for, on every rank alike."""
+        if self.refusal is not None or not 0 < step.n_tokens <= _MOST_TOKENS:
+            return False
+        alone = step.n_single == step.n_tokens and not step.columns and cut.counts is None
+        watched = self._model.tap is not None or collectives.ledger.tracing
+        return alone and not watched and array.threads() == 1
+
+    def _captured(self, step, cut, x, rotation, compute):
+        """Compute the layers, and keep how if that can be done."""
+        from hpcinfer.ops.cpu.graph import Capture, Memory
+
+        model = self._model
+        if self._memory is None:
+            self._memory = Memory()
+        windows = {model.arch.windows[n] for n in model.layers}
+        frame = Frame(step, x, rotation, windows)
+        frame.fill(step, x, rotation)
+        with capture.capturing(Capture(self._memory, self._lasting(cut, frame))) as captured:
+            y = compute(frame.x, frame.step(step), frame.rotation)
+        result = y.copy()
+        if not self._agreed(cut, captured.refusal):
+            return result
+
+        # Trust it if it makes the same of the frame where nothing is left of the first time.
+        graph = captured.graph()
+        self._memory.poison()
+        graph.replay()
+        reason = None if np.array_equal(y, result) else "other numbers when it was replayed"
+        if self._agreed(cut, reason):
+            self._known[len(x)] = frame, graph, y
+        return result
+
+    def _agreed(self, cut, reason):
+        """True if no rank has a reason against graphs; else there will be none."""
+        with waiting("allgather", cut.comm, "graph"):
+            reasons = cut.comm.allgather(reason)
+        self.refusal = next((r for r in reasons if r is not None), None)
+        return self.refusal is None
+
+    def _lasting(self, cut, frame):
+        """Arrays that stay where they are from one step to the next."""
+        yield from capture.constants
+        yield from frame.arrays()
+        for _, _, x in parameters(self._model.weights):
+            yield from arrays_of(x)
+        for _, pages in self._model.cache.arrays():
+            yield pages
+        shared = window.of(cut.comm)
+        if shared is not None:
+            yield from shared.arrays()
+
+
+def _reason_against(model):
+    """Why the layers of a model are not captured, or None."""
+    arch, grid = model.arch, model.grid
+    if model.device.name != "cpu" or fastest.backend("numpy") is None:
+        return "there are no compiled functions"
+    if grid.cp.size > 1 or model.context.kv.size > 1:
+        return "attention passes between ranks"
+    if arch.mla is not None or any(arch.sparse[n] for n in model.layers):
+        return "what a layer does depends on its tokens"
+    if grid.layout.zero != "off" or grid.side:
+        return "parameters or tokens come from other ranks"
+    return None

@@ -1,0 +1,125 @@
+"""Sums over the ranks of one node in memory that they share, where a message takes longer.
+
+A window belongs to a communicator whose ranks all share memory; `collectives.Allreduce` uses it for
+sums that are small enough (`Window.serves`). The ranks of a node wait for each other in a loop, as
+MPI does inside a node; who waits for long lets MPI go on meanwhile, since another rank may wait in
+a call that needs this one's part.
+"""
+
+import os
+from time import perf_counter
+
+import numpy as np
+from mpi4py import MPI
+
+from hpcinfer import array
+from hpcinfer.ops import fastest
+from hpcinfer.where import waiting
+
+# Bytes of a part at most, and of the parts of all ranks together, which each rank reads.
+_PART_BYTES, _ALL_BYTES = 64 << 10, 256 << 10
+
+# Turns of waiting between two calls of MPI: some tenths of a millisecond; few where ranks have no
+# core of their own.
+_TURNS, _TURNS_CROWDED = 10_000, 100
+
+_key = MPI.Comm.Create_keyval()
+
+
+class Window:
+    """One rank's view of the memory that the ranks of a communicator share.
+
+    Parameters
+    ----------
+    comm : communicator
+    memory : uint8, shared, of `room(P)` bytes, 0 at first
+    patience : turns of waiting between two calls of MPI
+
+    Attributes
+    ----------
+    state : (WORDS,) int64 of this rank, as `ops.cpu.window` knows it
+    """
+
+    def __init__(self, comm, memory, patience):
+        from hpcinfer.ops.cpu import window as kernels
+
+        P = comm.size
+        self._comm, self._kernels, self._rank = comm, kernels, comm.rank
+        self._flags = memory[: 64 * P].view(np.int64).reshape(P, 8)
+        self._slots = memory[64 * P :].view(np.float32).reshape(2, P, -1)
+        self.state = np.zeros(kernels.WORDS, np.int64)
+        self.state[kernels.PATIENCE] = patience
+        self._begun = kernels.ticks(), perf_counter()
+
+    @property
+    def late(self):
+        """(1,) int64, 1 while a sum is not complete."""
+        return self.state[self._kernels.LATE :][:1]
+
+    @property
+    def time_s(self):
+        """Seconds that this rank has spent in sums so far."""
+        ticks, elapsed_s = self._kernels.ticks() - self._begun[0], perf_counter() - self._begun[1]
+        return float(self.state[self._kernels.TICKS]) * elapsed_s / max(1, ticks)
+
+    def arrays(self):
+        """What the sums use beside the numbers that are summed."""
+        return self._flags, self._slots, self.state
+
+    def serves(self, x):
+        """True, on every rank alike, if an array is summed here."""
+        if not isinstance(x, np.ndarray) or x.dtype != np.float32 or not x.flags.c_contiguous:
+            return False
+        return x.nbytes <= _PART_BYTES and x.nbytes * self._comm.size <= _ALL_BYTES
+
+    def sum(self, x):
+        """Sum x over the ranks, in place."""
+        from hpcinfer.ops.cpu import parts
+
+        flat, kernels = x.reshape(-1), self._kernels
+        parts.call(kernels.put, self._slots, self._flags, self._rank, self.state, flat)
+        parts.call(kernels.take, self._slots, self._flags, self.state, flat)
+        while self.state[kernels.LATE]:
+            self.wait()
+            kernels.take(self._slots, self._flags, self.state, flat)
+
+    def wait(self):
+        """Let MPI and other processes go on."""
+        self._comm.Iprobe(MPI.ANY_SOURCE, MPI.ANY_TAG)
+        os.sched_yield()
+
+
+def open_windows(grid):
+    """Give the communicators whose ranks sum small arrays a window each; every rank calls this."""
+    for comm in (grid.tp, grid.tp_cp):
+        with waiting("window", comm, "sums"):
+            window = _opened(comm, grid.node)
+        if window is not None:
+            comm.Set_attr(_key, window)
+
+
+def of(comm):
+    """The window of a communicator, or None."""
+    return comm.Get_attr(_key)
+
+
+def _opened(comm, node):
+    """A window for a communicator; None where its ranks cannot have one, on all of them alike."""
+    of_node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    shares = of_node.size == comm.size
+    of_node.Free()
+    able = shares and fastest.backend("numpy") is not None
+    if comm.size == 1 or not comm.allreduce(able, MPI.MIN):
+        return None
+    memory = handle = None
+    if comm.rank == 0:
+        memory, handle = array.common_memory(64 * comm.size + 2 * comm.size * _PART_BYTES)
+    handle = comm.bcast(handle)
+    if comm.rank > 0:
+        memory = array.map_common(handle, write=True)
+    mapped = comm.allreduce(memory is not None, MPI.MIN)
+    if comm.rank == 0:
+        array.close_common(handle)
+    of_ranks = node.allgather(array.cores())
+    crowded = sum(bool(array.cores() & cores) for cores in of_ranks) > len(array.cores())
+    return Window(comm, memory, _TURNS_CROWDED if crowded else _TURNS) if mapped else None
