@@ -1,8 +1,10 @@
 """hpcinfer bench NAME: measure a part of the program beside the limit of the machine."""
 
 from argparse import ArgumentTypeError
+from importlib import import_module
 
 from hpcinfer.cli import bench_model, common
+from hpcinfer.cli.bench_model import add_numbers
 from hpcinfer.errors import UsageError
 
 
@@ -49,9 +51,10 @@ def run(arguments):
 
         refuse_missing()
     with Watchdog(comm, arguments.hang_timeout):
-        rows, table = arguments.measure(comm, arguments)
+        bench = import_module(f"hpcinfer.bench.{arguments.bench.replace('-', '_')}")
+        rows = arguments.measure(bench, comm, arguments)
     if comm.rank == 0:
-        print(table(rows))
+        print(bench.table(rows))
     if arguments.json:
         agree(comm, write_json, arguments.json, rows)
     if arguments.plot:
@@ -87,19 +90,10 @@ def _add_decode_attention(names):
         description="Attention of one query per sequence to a cache that is cut over the ranks, "
         "completed by a ring, a gather, a tree of two Allreduces, and one of a single Allreduce.",
     )
-    parser.add_argument(
-        "--cached",
-        type=bench_model.numbers,
-        default="32768,131072",
-        metavar="N,...",
-        help="tokens in the cache of all sequences (default 32768,131072)",
-    )
-    parser.add_argument(
-        "--queries",
-        type=bench_model.numbers,
-        default="1,8",
-        metavar="N,...",
-        help="sequences that share the cache, with a query each (default 1,8)",
+    add_numbers(
+        parser,
+        ("cached", "32768,131072", "tokens in the cache of all sequences"),
+        ("queries", "1,8", "sequences that share the cache, with a query each"),
     )
     _add_shape(parser)
     parser.set_defaults(measure=_decode_attention)
@@ -115,17 +109,14 @@ def _add_extract(names):
     parser.add_argument(
         "--folder", default=".", help="where to write; nothing is left there (default .)"
     )
-    for name, default, what in (
+    add_numbers(
+        parser,
         ("width", 1024, "columns of a dataset"),
         ("layers", 8, "datasets"),
         ("tokens", 512, "rows of a step"),
         ("steps", 64, "steps"),
-        ("repeat", 5, "repetitions; their median counts"),
-    ):
-        parser.add_argument(
-            f"--{name}", type=common.positive, default=default, metavar="N",
-            help=f"{what} (default {default})",
-        )  # fmt: skip
+        _REPEAT,
+    )
     parser.add_argument("--store", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.set_defaults(measure=_extract)
 
@@ -137,8 +128,8 @@ def _add_sequence(names):
         description="FFN halves with norm and residual, by one rank, with tensor parallelism, and "
         "with tokens cut between the halves: activations held, bytes sent, time.",
     )
-    _add_numbers(parser, ("tokens", 1024, "tokens of a step"), ("layers", 4, "layers"), *_FFN)
-    parser.set_defaults(measure=_sequence)
+    add_numbers(parser, ("tokens", 1024, "tokens of a step"), ("layers", 4, "layers"), *_FFN)
+    parser.set_defaults(measure=_halves)
 
 
 def _add_zero(names):
@@ -148,8 +139,8 @@ def _add_zero(names):
         description="FFN halves on tokens of every rank's own, with parameters kept whole and "
         "in parts: share of the gathering that the computation hides, bytes of parameters held.",
     )
-    _add_numbers(parser, ("tokens", 512, "tokens of every rank"), ("layers", 8, "layers"), *_FFN)
-    parser.set_defaults(measure=_zero)
+    add_numbers(parser, ("tokens", 512, "tokens of every rank"), ("layers", 8, "layers"), *_FFN)
+    parser.set_defaults(measure=_halves)
 
 
 def _add_pipeline(names):
@@ -160,7 +151,7 @@ def _add_pipeline(names):
         "ranks wait in receives, beside (P-1)/(m+P-1).",
     )
     sizes = ("tokens", 128, "tokens of a micro-batch"), ("layers", 2, "layers of a stage")
-    _add_numbers(parser, *sizes, *_FFN)
+    add_numbers(parser, *sizes, *_FFN)
     _add_micro(parser, "1,2,4,8")
     parser.set_defaults(measure=_pipeline)
 
@@ -172,7 +163,7 @@ def _add_expert(names):
         description="Tokens of every rank to experts on all ranks and back, for even and for "
         "skewed routing: exchange beside the copy limit of the machine, balance of the ranks.",
     )
-    _add_numbers(
+    add_numbers(
         parser,
         ("tokens", 512, "tokens of every rank"),
         ("experts", 16, "experts"),
@@ -199,7 +190,7 @@ def _add_disagg(names):
         "time that the ranks of each side wait in receives. Needs 2 ranks.",
     )
     sizes = ("tokens", 512, "tokens of a step"), ("layers", 4, "layers"), ("heads", 12, "heads")
-    _add_numbers(parser, *sizes, *_FFN)
+    add_numbers(parser, *sizes, *_FFN)
     parser.add_argument("--split", type=_split, metavar="M:N", help="default: half the ranks")
     parser.add_argument(
         "--context",
@@ -215,24 +206,9 @@ _REPEAT = ("repeat", 5, "repetitions; their median counts")
 _FFN = ("width", 768, "width of the model"), ("ffn", 3072, "width of the FFN"), _REPEAT
 
 
-def _add_numbers(parser, *options):
-    """Options that are whole numbers of 1 or more: name, default, meaning."""
-    for name, default, what in options:
-        parser.add_argument(
-            f"--{name}", type=common.positive, default=default, metavar="N",
-            help=f"{what} (default {default})",
-        )  # fmt: skip
-
-
 def _add_micro(parser, default):
     """Options of the benches with micro-batches."""
-    parser.add_argument(
-        "--micro",
-        type=bench_model.numbers,
-        default=default,
-        metavar="N,...",
-        help=f"numbers of micro-batches (default {default})",
-    )
+    add_numbers(parser, ("micro", default, "numbers of micro-batches"))
     parser.add_argument(
         "--work",
         choices=("compute", "sleep"),
@@ -244,7 +220,7 @@ def _add_micro(parser, default):
 
 def _add_shape(parser):
     """Options of every attention bench."""
-    _add_numbers(
+    add_numbers(
         parser,
         ("heads", 16, "query heads"),
         ("kv-heads", 8, "key/value heads"),
@@ -259,26 +235,18 @@ def _add_shape(parser):
     )
 
 
-def _attention(comm, arguments):
-    from hpcinfer.bench import attention
-
+def _attention(bench, comm, arguments):
     shape = _shape(arguments)
-    rows = attention.run(comm, shape, arguments.tokens, arguments.cuts, arguments.repeat)
-    return rows, attention.table
+    return bench.run(comm, shape, arguments.tokens, arguments.cuts, arguments.repeat)
 
 
-def _decode_attention(comm, arguments):
-    from hpcinfer.bench import decode_attention
-
+def _decode_attention(bench, comm, arguments):
     shape = _shape(arguments)
-    rows = decode_attention.run(comm, shape, arguments.cached, arguments.queries, arguments.repeat)
-    return rows, decode_attention.table
+    return bench.run(comm, shape, arguments.cached, arguments.queries, arguments.repeat)
 
 
-def _extract(comm, arguments):
-    from hpcinfer.bench import extract
-
-    rows = extract.run(
+def _extract(bench, comm, arguments):
+    return bench.run(
         comm,
         arguments.folder,
         arguments.width,
@@ -288,47 +256,29 @@ def _extract(comm, arguments):
         arguments.store,
         arguments.repeat,
     )
-    return rows, extract.table
 
 
-def _sequence(comm, arguments):
-    from hpcinfer.bench import sequence
-
-    rows = sequence.run(comm, _ffn(arguments), arguments.tokens, arguments.layers, arguments.repeat)
-    return rows, sequence.table
+def _halves(bench, comm, arguments):
+    return bench.run(comm, _ffn(arguments), arguments.tokens, arguments.layers, arguments.repeat)
 
 
-def _zero(comm, arguments):
-    from hpcinfer.bench import zero
-
-    rows = zero.run(comm, _ffn(arguments), arguments.tokens, arguments.layers, arguments.repeat)
-    return rows, zero.table
-
-
-def _pipeline(comm, arguments):
-    from hpcinfer.bench import pipeline
-
-    rows = pipeline.run(
+def _pipeline(bench, comm, arguments):
+    return bench.run(
         comm, _ffn(arguments), arguments.tokens, arguments.layers, arguments.micro,
         arguments.work, arguments.repeat,
     )  # fmt: skip
-    return rows, pipeline.table
 
 
-def _expert(comm, arguments):
-    from hpcinfer.bench import expert
-
+def _expert(bench, comm, arguments):
     E, top = arguments.experts, arguments.top
     if top > E:
         raise UsageError(f"bench: got --top {top} of --experts {E}, need experts enough")
-    rows = expert.run(
+    return bench.run(
         comm, _ffn(arguments), arguments.tokens, E, top, arguments.zipf, arguments.repeat
     )
-    return rows, expert.table
 
 
-def _disagg(comm, arguments):
-    from hpcinfer.bench import disagg
+def _disagg(bench, comm, arguments):
     from hpcinfer.bench.shape import Shape
 
     D, H = arguments.width, arguments.heads
@@ -340,11 +290,10 @@ def _disagg(comm, arguments):
             f"bench: got {split[0]}:{split[1]} attention and FFN ranks of {comm.size}, need all "
             "ranks on one side or the other, and 1 or more on each"
         )
-    rows = disagg.run(
+    return bench.run(
         comm, Shape(H, H, D // H, "float32"), _ffn(arguments), arguments.tokens, arguments.layers,
         split, arguments.micro, arguments.context, arguments.work, arguments.repeat,
     )  # fmt: skip
-    return rows, disagg.table
 
 
 def _ffn(arguments):

@@ -24,6 +24,16 @@ def numbers(text):
     return [common.positive(item.strip()) for item in text.split(",")]
 
 
+def add_numbers(parser, *options):
+    """Options (name, default, meaning): a whole number, or several where the default is text."""
+    for name, default, what in options:
+        kind, metavar = (numbers, "N,...") if isinstance(default, str) else (common.positive, "N")
+        parser.add_argument(
+            f"--{name}", type=kind, default=default, metavar=metavar,
+            help=f"{what} (default {default})",
+        )  # fmt: skip
+
+
 def _add_decode(names):
     parser = names.add_parser(
         "decode",
@@ -34,7 +44,7 @@ def _add_decode(names):
         "sequences, or the products, whichever takes longer.",
     )
     _add_model(parser, "1,8,32", "512,4096", "sequences that are decoded together")
-    _add_steps(parser)
+    add_numbers(parser, _NEW)
     parser.add_argument(
         "--sweep",
         action="store_true",
@@ -63,7 +73,7 @@ def _add_load(names):
         "many bytes by all ranks; and the time from the start of the process to the first token.",
     )
     _add_source(parser, "Hugging Face directory or converted .h5", None)
-    _add_repeat(parser)
+    add_numbers(parser, _REPEAT)
     parser.add_argument(
         "--cold",
         action="store_true",
@@ -89,16 +99,13 @@ def _add_scaling(names):
         default="dp",
         help="in weak scaling, ranks are replicas (dp) or cut the model (tp) (default dp)",
     )
-    for name, default, what in (
+    add_numbers(
+        parser,
         ("batch", 1, "sequences, of each rank in weak scaling"),
         ("context", 512, "tokens of each"),
-    ):
-        parser.add_argument(
-            f"--{name}", type=common.positive, default=default, metavar="N",
-            help=f"{what} (default {default})",
-        )  # fmt: skip
-    _add_steps(parser)
-    _add_repeat(parser)
+        _NEW,
+        _REPEAT,
+    )
     parser.set_defaults(measure=_scaling)
 
 
@@ -117,7 +124,7 @@ def _add_collectives(names):
         metavar="SIZE,...",
         help=f"bytes of the whole array, such as 4KiB or 1MB (default {default})",
     )
-    _add_repeat(parser)
+    add_numbers(parser, _REPEAT)
     parser.set_defaults(measure=_collectives)
 
 
@@ -125,20 +132,14 @@ _MODEL = (
     "Hugging Face directory, converted .h5, or config.json (or a folder with nothing else), whose "
     "weights are then random and made in memory"
 )
+_NEW = "new", 16, "steps of a repetition"
+_REPEAT = "repeat", 5, "repetitions; the median counts"
 
 
 def _add_model(parser, batch, context, what):
     """Options of the benches with numbers of sequences and contexts."""
     _add_source(parser, _MODEL, "bfloat16")
-    for name, default, help_text in (
-        ("batch", batch, what),
-        ("context", context, "tokens of each"),
-    ):
-        parser.add_argument(
-            f"--{name}", type=numbers, default=default, metavar="N,...",
-            help=f"{help_text} (default {default})",
-        )  # fmt: skip
-    _add_repeat(parser)
+    add_numbers(parser, ("batch", batch, what), ("context", context, "tokens of each"), _REPEAT)
 
 
 def _add_source(parser, model, dtype, layout=True):
@@ -172,69 +173,40 @@ def _add_source(parser, model, dtype, layout=True):
         default="auto",
         help="the fast forms of functions where there are any, or the plain ones (default auto)",
     )
-    parser.add_argument(
-        "--step-tokens", type=common.positive, default=2048, metavar="N",
-        help="tokens of one step at most (default 2048)",
-    )  # fmt: skip
+    add_numbers(parser, ("step-tokens", 2048, "tokens of one step at most"))
 
 
-def _add_repeat(parser):
-    parser.add_argument(
-        "--repeat", type=common.positive, default=5, metavar="N",
-        help="repetitions; the median counts (default 5)",
-    )  # fmt: skip
-
-
-def _add_steps(parser):
-    parser.add_argument(
-        "--new", type=common.positive, default=16, metavar="N",
-        help="steps of a repetition (default 16)",
-    )  # fmt: skip
-
-
-def _decode(comm, arguments):
-    from hpcinfer.bench import decode
-
+def _decode(bench, comm, arguments):
     batches, contexts = _SWEEP if arguments.sweep else (arguments.batch, arguments.context)
-    setting, new = _setting(arguments), arguments.new
-    return decode.run(comm, setting, batches, contexts, new, arguments.repeat), decode.table
+    return bench.run(comm, _setting(arguments), batches, contexts, arguments.new, arguments.repeat)
 
 
-def _prefill(comm, arguments):
-    from hpcinfer.bench import prefill
-
-    rows = prefill.run(
+def _prefill(bench, comm, arguments):
+    return bench.run(
         comm, _setting(arguments), arguments.batch, arguments.context, arguments.repeat
     )
-    return rows, prefill.table
 
 
-def _load(comm, arguments):
-    from hpcinfer.bench import load
+def _load(bench, comm, arguments):
     from hpcinfer.bench.random_checkpoint import has_weights
 
     if not has_weights(arguments.model):
         raise UsageError(f"bench: got {arguments.model} without weights, need a model to load")
-    return load.run(comm, _setting(arguments), arguments.repeat, arguments.cold), load.table
+    return bench.run(comm, _setting(arguments), arguments.repeat, arguments.cold)
 
 
-def _scaling(comm, arguments):
-    from hpcinfer.bench import scaling
-
+def _scaling(bench, comm, arguments):
     ranks = sorted(set(arguments.ranks or range(1, comm.size + 1)))
     if ranks[-1] > comm.size:
         raise UsageError(f"bench: got --ranks {ranks[-1]}, need at most {comm.size} as launched")
-    rows = scaling.run(
+    return bench.run(
         comm, _setting(arguments), ranks, arguments.batch, arguments.context, arguments.new,
         arguments.repeat, arguments.weak,
     )  # fmt: skip
-    return rows, scaling.table
 
 
-def _collectives(comm, arguments):
-    from hpcinfer.bench import collectives
-
-    return collectives.run(comm, arguments.sizes, arguments.repeat), collectives.table
+def _collectives(bench, comm, arguments):
+    return bench.run(comm, arguments.sizes, arguments.repeat)
 
 
 def _setting(arguments):
