@@ -1,12 +1,13 @@
 """Decoding without Python between the calls of a step: the layers as graphs.
 
 Steps of one new token for each of the same number of sequences do the same; only numbers in arrays
-differ. The first such step runs as any other; the second one is captured, with its own arrays in a
-frame that stays where it is; the following ones write theirs into the frame and replay the graph.
+differ. The first such steps run as any other; then one is captured, with its own arrays in a frame
+that stays where it is; the following ones write theirs into the frame and replay the graph.
 What is captured is replayed once before it is trusted, and must then give the same numbers; a model
 whose layers do anything that cannot be captured goes on as before.
 """
 
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,8 +19,9 @@ from hpcinfer.ops import fastest
 from hpcinfer.ops.quantize import arrays_of
 from hpcinfer.where import waiting
 
-# Tokens of a step up to which it is worth it.
-_MOST_TOKENS = 32
+# Tokens of a step up to which it is worth it; and steps before one is captured, which costs as much
+# as replaying saves in some twenty.
+_MOST_TOKENS, _STEPS = 32, 16
 
 # Pages that a sequence may come to have, beside twice those that it has, before a new frame.
 _MORE_PAGES = 16
@@ -45,6 +47,21 @@ class Table:
     def pages(self):
         """(bounds, places, numbers)"""
         return self.bounds, self.places, self.numbers
+
+
+class FramedBooks:
+    """Books whose tables are those of a frame."""
+
+    def __init__(self, books, tables):
+        self._books, self._tables = books, tables
+
+    def table(self, tokens, window_of_layer=None):
+        """As `Books.table`."""
+        return self._tables[window_of_layer]
+
+    def __getattr__(self, name):
+        capture.refuse(f"{name} of the cache, which only a form that is not compiled asks for")
+        return getattr(self._books, name)
 
 
 class Frame:
@@ -87,11 +104,8 @@ class Frame:
 
     def step(self, step):
         """The step with the frame's arrays."""
-        return replace(step, stored=self.stored, slots=self.slots, books=self)
-
-    def table(self, tokens, window_of_layer=None):
-        """As `Books.table`."""
-        return self.tables[window_of_layer]
+        books = FramedBooks(step.books, self.tables)
+        return replace(step, stored=self.stored, slots=self.slots, books=books)
 
     @staticmethod
     def _most_pages(step):
@@ -116,7 +130,7 @@ class Graphs:
 
     def clear(self):
         """Forget all graphs, as the memory that they use is given back."""
-        self._known, self._memory = {}, None
+        self._known, self._memory, self._steps = {}, None, Counter()
 
     def layers(self, step, cut, x, rotation, compute):
         """Hidden states behind the layers.
@@ -136,13 +150,12 @@ class Graphs:
         if not self._serves(step, cut, x):
             return compute(x, step, rotation)
         T = len(x)
-        if T not in self._known:
-            self._known[T] = None  # its functions are compiled now
+        self._steps[T] += 1
+        if self._steps[T] <= _STEPS:
             return compute(x, step, rotation)
-        known = self._known[T]
-        if known is None or not known[0].has_room(step):
+        if T not in self._known or not self._known[T][0].has_room(step):
             return self._captured(step, cut, x, rotation, compute)
-        frame, graph, y = known
+        frame, graph, y = self._known[T]
         frame.fill(step, x, rotation)
         time_s = 0.0 if graph.window is None else graph.window.time_s
         graph.replay()
@@ -181,8 +194,9 @@ class Graphs:
         self._memory.poison()
         graph.replay()
         reason = None if np.array_equal(y, result) else "other numbers when it was replayed"
-        if self._agreed(cut, reason):
-            self._known[len(x)] = frame, graph, y
+        if not self._agreed(cut, reason):
+            return compute(x, step, rotation)  # what the replay wrote into the cache is wrong
+        self._known[len(x)] = frame, graph, y
         return result
 
     def _agreed(self, cut, reason):

@@ -5,7 +5,7 @@ import numpy as np
 from hpcinfer import array, collectives
 from hpcinfer.model.mla import latent_attention
 from hpcinfer.model.moe import moe_sum, routed_choices, shared_sum, spread_experts
-from hpcinfer.ops.add import add_into
+from hpcinfer.ops.inplace import add_into, copy_into
 from hpcinfer.ops.norm import layer_norm, rms_norm
 from hpcinfer.ops.rope import rotate
 from hpcinfer.parallel import tensor
@@ -119,7 +119,8 @@ def _attention(model, n, cut, w, step, rotation):
         qkv = qkv.reshape(T, heads.n_query + 2 * heads.n_kv, arch.K)
         q, k, v = _split(qkv, heads)
         if arch.qk_norm == "head":
-            q[...], k[...] = rms_norm(q, w.q_norm, arch.eps), rms_norm(k, w.k_norm, arch.eps)
+            copy_into(q, rms_norm(q, w.q_norm, arch.eps))
+            copy_into(k, rms_norm(k, w.k_norm, arch.eps))
         elif arch.qk_norm == "whole":
             q[...], k[...] = _norm_of_all_heads(model, w, q, k)
         if arch.clip_qkv is not None:

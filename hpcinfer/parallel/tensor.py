@@ -15,7 +15,7 @@ all; it then adds zeros.
 """
 
 from hpcinfer import collectives
-from hpcinfer.ops.add import add_into
+from hpcinfer.ops.inplace import add_into
 from hpcinfer.ops.linear import linear_pair
 
 

@@ -4,7 +4,7 @@ import importlib.util
 
 from hpcinfer import array
 
-FILES = ("activation", "add", "attention", "experts", "linear", "norm", "rope", "route", "store")
+FILES = tuple("activation attention experts inplace linear norm rope route store".split())
 
 
 def describe():

@@ -7,7 +7,7 @@ bfloat16, some megabytes at a time.
 import numpy as np
 
 from hpcinfer import array
-from hpcinfer.ops.cpu import add, machine, many_rows, onednn, parts
+from hpcinfer.ops.cpu import inplace, machine, many_rows, onednn, parts
 from hpcinfer.ops.cpu.compile import compiled
 from hpcinfer.ops.cpu.rounding import bits, narrowed
 from hpcinfer.ops.cpu.simd_codes import BLOCKS, MOST, arranged, coded_rows, coded_tile, widen_codes
@@ -55,7 +55,7 @@ def _by_pairs(x, weight, bias):
         _pairs_of_rows, len(weight), x, form.offset, words, weight.scales.view(np.uint16),
         form.blocks, _shift(form), y, work_bytes=weight.nbytes,
     )  # fmt: skip
-    return y if bias is None else add.add_into(y, bias)
+    return y if bias is None else inplace.add_into(y, bias)
 
 
 def _by_float32(x, weight, bias):
@@ -89,7 +89,7 @@ def _by_widened_rows(x, weight, bias):
             of_part.view(np.uint16), work_bytes=of_part.nbytes,
         )  # fmt: skip
         _multiply(xs, of_part, y[:, start : start + len(part)])
-    return y if bias is None else add.add_into(y, bias)
+    return y if bias is None else inplace.add_into(y, bias)
 
 
 def _multiply(x, weight, y):

@@ -29,6 +29,8 @@ from hpcinfer.where import here
 
 _WORD = ir.IntType(64)
 
+_found = {}  # by function and kinds of arguments, what `_addresses` has found
+
 
 class Memory:
     """Memory for results of calls that are captured; graphs that run in turn may have one together.
@@ -38,21 +40,24 @@ class Memory:
     """
 
     def __init__(self):
-        self.rooms, self._free = [], defaultdict(list)
+        self.ranges, self._rooms, self._free = [], [], defaultdict(list)
 
     def empty(self, shape, dtype):
         """Uninitialised array that begins a line of the cache."""
         nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        free = self._free[max(12, (nbytes - 1).bit_length())]
+        size = 1 << max(12, (nbytes - 1).bit_length())
+        free = self._free[size]
         if not free:
-            room = np.empty((1 << max(12, (nbytes - 1).bit_length())) + 64, np.uint8)
-            self.rooms.append(room)
-            free.append(room[-room.ctypes.data % 64 :][:-64])
+            room = np.empty(size + 64, np.uint8)
+            start = -_address_of(room) % 64
+            self._rooms.append(room)
+            self.ranges.append(bounds(room))
+            free.append(room[start : start + size])
         return np.asarray(_Loan(free.pop(), free))[:nbytes].view(dtype).reshape(shape)
 
     def poison(self):
         """Fill everything with what no result is made of."""
-        for room in self.rooms:
+        for room in self._rooms:
             room[:] = 0xFF  # NaN in float32, bfloat16 and float16
 
 
@@ -120,10 +125,9 @@ class Capture:
             if isinstance(x, np.ndarray) and x.size and not self._lasts(x):
                 self.refuse(f"{function.__name__}, called with memory of another")
         if self.refusal is None:
-            kinds = tuple(map(numba.typeof, arguments))
             words = np.array([word for x in arguments for word in _words(x)], np.int64)
-            entry, code = _address(_call_with, _types_of(kinds)), _address(function, kinds)
-            self._rows.append((entry, code, words.ctypes.data))
+            addresses = _addresses(function, arguments)
+            self._rows.append((*addresses, _address_of(words)))
             self._words.append(words)
 
     def pause(self, function):
@@ -148,7 +152,7 @@ class Capture:
         i = bisect(self._starts, start) - 1
         if i >= 0 and stop <= self._stops[i]:
             return True
-        return any(low <= start and stop <= high for low, high in map(bounds, self._memory.rooms))
+        return any(low <= start and stop <= high for low, high in self._memory.ranges)
 
 
 class Graph:
@@ -201,7 +205,7 @@ class Graph:
 
 def bounds(x):
     """Addresses of an array's first byte and behind its last one."""
-    start = stop = x.ctypes.data
+    start = stop = _address_of(x)
     for length, stride in zip(x.shape, x.strides, strict=True):
         if stride < 0:
             start += (length - 1) * stride
@@ -210,20 +214,41 @@ def bounds(x):
     return start, stop + x.itemsize
 
 
+def _address_of(x):
+    """Where the first item of an array is."""
+    return x.__array_interface__["data"][0]
+
+
 def _words(x):
     """What an argument is, as `_argument` reads it."""
     if isinstance(x, np.ndarray):
-        return [x.ctypes.data, *x.shape, *x.strides]
+        return [_address_of(x), *x.shape, *x.strides]
     if isinstance(x, (float, np.floating)):
         return struct.unpack("q", struct.pack("d", x))
     return [int(x)]
+
+
+def _addresses(function, arguments):
+    """Where `_call_with` for arguments of these types is, and the function for them."""
+    key = function, tuple(map(_kind, arguments))
+    if key not in _found:
+        kinds = tuple(map(numba.typeof, arguments))
+        _found[key] = _code(_call_with, _types_of(kinds)), _code(function, kinds)
+    return _found[key]
+
+
+def _kind(x):
+    """What Numba's type of an argument follows from."""
+    if not isinstance(x, np.ndarray):
+        return type(x)
+    return x.dtype, x.ndim, x.flags.c_contiguous, x.flags.f_contiguous, x.flags.writeable
 
 
 def _types_of(kinds):
     return types.intp, types.CPointer(types.Tuple(kinds))
 
 
-def _address(function, kinds):
+def _code(function, kinds):
     """Where the code of a compiled function for some types is."""
     if kinds not in function.overloads:
         function.compile(kinds)

@@ -12,7 +12,7 @@ import numpy as np
 
 from hpcinfer import array, capture
 from hpcinfer.ops.activation import Gate
-from hpcinfer.ops.cpu import activation, add, codes, machine, many_rows, onednn, parts
+from hpcinfer.ops.cpu import activation, codes, inplace, machine, many_rows, onednn, parts
 from hpcinfer.ops.cpu.compile import compiled
 from hpcinfer.ops.cpu.rounding import bits, narrowed, prepared
 from hpcinfer.ops.cpu.simd import tiles
@@ -47,7 +47,7 @@ def linear(x, weight, bias=None):
         y = _many_rows(x, weight)
         if y is None:
             return NotImplemented
-        return y if bias is None else add.add_into(y, bias)
+        return y if bias is None else inplace.add_into(y, bias)
     y = parts.empty((len(x), len(weight)), np.float32)
     few_rows(x, weight, y, bias)
     return y

@@ -1,4 +1,4 @@
-"""Sums in place."""
+"""Sums and copies into arrays that are there."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from hpcinfer.ops.cpu.compile import compiled
 
 
 def add_into(y, x):
-    """As `ops.add.add_into`."""
+    """As `ops.inplace.add_into`."""
     if y.dtype != np.float32 or x.dtype != np.float32 or y.ndim != 2:
         return NotImplemented
     rows = x.reshape(1, -1) if x.ndim == 1 else x
@@ -23,3 +23,19 @@ def _add(start, stop, y, x):
         row = t if len(x) > 1 else 0
         for i in range(y.shape[1]):
             y[t, i] += x[row, i]
+
+
+def copy_into(y, x):
+    """As `ops.inplace.copy_into`."""
+    if y.dtype != np.float32 or x.dtype != np.float32 or y.ndim != 3 or y.shape != x.shape:
+        return NotImplemented
+    parts.over_rows(_copy, len(y), y, x, work_bytes=2 * y.nbytes)
+    return y
+
+
+@compiled
+def _copy(start, stop, y, x):
+    for t in range(start, stop):
+        for h in range(y.shape[1]):
+            for i in range(y.shape[2]):
+                y[t, h, i] = x[t, h, i]
