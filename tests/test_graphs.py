@@ -179,13 +179,13 @@ def test_replayed_steps_answer_alike(comm, shared_path, monkeypatch, one_thread,
     engine = load(comm, shared_path, case, layouts[i])
     array.use_threads(1)
     few = answers(engine, case, monkeypatch, _STEPS=2)
-    assert engine.model.graphs.refusal is None
+    assert not engine.model.graphs.refusals
     assert engine.model.graphs._known
 
     # A frame without room to spare is given up at every page.
     engine.model.graphs.clear()
     assert answers(engine, case, monkeypatch, _MORE_PAGES=0) == few
-    engine.model.graphs.refusal = "a test"
+    engine.model.graphs.refusals[None] = "a test"
     assert answers(engine, case, monkeypatch) == few
 
 
@@ -194,7 +194,7 @@ def test_what_cannot_be_captured_goes_on(comm, shared_path, monkeypatch, one_thr
     engine = load(comm, shared_path, case, f"tp={comm.size}")
     array.use_threads(1)
     tried = answers(engine, case, monkeypatch, _STEPS=2)
-    assert engine.model.graphs.refusal
+    assert engine.model.graphs.refusals
     assert answers(engine, case, monkeypatch) == tried
 
 
@@ -211,5 +211,6 @@ def test_a_replay_that_differs_is_given_up(comm, shared_path, monkeypatch, one_t
 
     monkeypatch.setattr("hpcinfer.model.layer.rms_norm", changed)
     tried = answers(engine, "llama-gqa", monkeypatch, _STEPS=2)
-    assert "other numbers" in engine.model.graphs.refusal
+    assert all("other numbers" in why for why in engine.model.graphs.refusals.values())
+    assert engine.model.graphs.refusals
     assert answers(engine, "llama-gqa", monkeypatch)[0] == tried[0]

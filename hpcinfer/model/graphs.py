@@ -121,11 +121,12 @@ class Graphs:
 
     Attributes
     ----------
-    refusal : why there are none, once that is known; None if there is no reason
+    refusals : dict, why there is none, of steps of some number of tokens; of any for None
     """
 
     def __init__(self, model):
-        self._model, self.refusal = model, _reason_against(model)
+        reason = _reason_against(model)
+        self._model, self.refusals = model, {} if reason is None else {None: reason}
         self.clear()
 
     def clear(self):
@@ -167,7 +168,7 @@ class Graphs:
 
     def _serves(self, step, cut, x):
         """True if a step is of the kind that graphs are for, on every rank alike."""
-        if self.refusal is not None or not 0 < step.n_tokens <= _MOST_TOKENS:
+        if self.refusals.keys() & {None, len(x)} or not 0 < step.n_tokens <= _MOST_TOKENS:
             return False
         alone = step.n_single == step.n_tokens and not step.columns and cut.counts is None
         watched = self._model.tap is not None or collectives.ledger.tracing
@@ -186,7 +187,7 @@ class Graphs:
         with capture.capturing(Capture(self._memory, self._lasting(cut, frame))) as captured:
             y = compute(frame.x, frame.step(step), frame.rotation)
         result = y.copy()
-        if not self._agreed(cut, captured.refusal):
+        if not self._agreed(cut, len(x), captured.refusal):
             return result
 
         # Trust it if it makes the same of the frame where nothing is left of the first time.
@@ -194,17 +195,18 @@ class Graphs:
         self._memory.poison()
         graph.replay()
         reason = None if np.array_equal(y, result) else "other numbers when it was replayed"
-        if not self._agreed(cut, reason):
+        if not self._agreed(cut, len(x), reason):
             return compute(x, step, rotation)  # what the replay wrote into the cache is wrong
         self._known[len(x)] = frame, graph, y
         return result
 
-    def _agreed(self, cut, reason):
-        """True if no rank has a reason against graphs; else there will be none."""
+    def _agreed(self, cut, T, reason):
+        """True if no rank has a reason against the graph of T tokens; else there will be none."""
         with waiting("allgather", cut.comm, "graph"):
-            reasons = cut.comm.allgather(reason)
-        self.refusal = next((r for r in reasons if r is not None), None)
-        return self.refusal is None
+            reasons = [r for r in cut.comm.allgather(reason) if r is not None]
+        if reasons:
+            self.refusals[T] = reasons[0]
+        return not reasons
 
     def _lasting(self, cut, frame):
         """Arrays that stay where they are from one step to the next."""

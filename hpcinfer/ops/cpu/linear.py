@@ -38,12 +38,14 @@ _TWO_ROWS = tiles(2, _COLUMNS, ahead=2)
 
 
 def linear(x, weight, bias=None):
-    """As `ops.linear.linear`, for 16-bit and quantised weights whose rows are contiguous."""
+    """As `ops.linear.linear`, for weights whose rows are contiguous; many rows of 16 bits alone."""
     if isinstance(weight, Quantized):
         return codes.linear(x, weight, bias)
     if not _serves(x, weight):
         return NotImplemented
     if not _are_few(x, weight):
+        if weight.dtype == np.float32:
+            return NotImplemented
         y = _many_rows(x, weight)
         if y is None:
             return NotImplemented
@@ -72,8 +74,10 @@ def few_rows(x, weight, y, bias=None):
     """y = x · weightᵀ + bias, each weight read once for eight rows of x: (T, I), (O, I), (T, O)."""
     if weight.dtype == array.BFLOAT16:
         w, x = weight.view(np.uint16), bits(x)
-    else:
+    elif weight.dtype == np.float16:
         w, x = weight.view(np.int16), array.widen(array.narrow(x, weight.dtype))
+    else:
+        w, x = weight, array.widen(x)
     parts.over_rows(
         _few_rows, len(w), x, w, y, _NONE if bias is None else bias, work_bytes=weight.nbytes
     )
@@ -81,7 +85,7 @@ def few_rows(x, weight, y, bias=None):
 
 def _serves(x, weight):
     """True if the functions here know how both lie in memory."""
-    if isinstance(weight, Quantized) or weight.dtype.itemsize != 2 or weight.strides[-1] != 2:
+    if isinstance(weight, Quantized) or weight.strides[-1] != weight.itemsize:
         return False
     if x.dtype not in (np.float32, array.BFLOAT16):
         return False
