@@ -13,28 +13,28 @@ from hpcinfer.ops.cpu.simd import gate
 
 def gated(gate_up, function, widths):
     """As `ops.activation.gated`, for silu and the tanh form of GELU."""
-    kernel = kernel_of(function)
-    if kernel is None or gate_up.dtype != np.float32 or gate_up.shape[1] != 2 * sum(widths):
+    number = number_of(function)
+    if number is None or gate_up.dtype != np.float32 or gate_up.shape[1] != 2 * sum(widths):
         return NotImplemented
     if gate_up.strides[1] != 4:
         return NotImplemented
     y = parts.empty((len(gate_up), sum(widths)), np.float32)
-    gate_into(kernel, gate_up, widths, y)
+    gate_into(number, gate_up, widths, y)
     return y
 
 
-def kernel_of(function):
-    """The compiled gate of a function, or None."""
-    return {plain.silu: silu, plain.gelu_tanh: gelu_tanh}.get(function)
+def number_of(function):
+    """The number by which compiled functions know a function, or None."""
+    return {plain.silu: 0, plain.gelu_tanh: 1}.get(function)
 
 
-def gate_into(kernel, gate_up, widths, y):
+def gate_into(number, gate_up, widths, y):
     """Write the gate of (T, 2 F) to y (T, F), rows contiguous, each float32 or bfloat16."""
     start = 0
     for width in widths:
         columns = slice(2 * start, 2 * (start + width))
         blocks = bits(gate_up)[:, columns], bits(y)[:, start : start + width]
-        parts.over_rows(kernel, len(y), *blocks, work_bytes=gate_up.nbytes)
+        parts.over_rows(_gate_rows, len(y), *blocks, number, work_bytes=gate_up.nbytes)
         start += width
 
 
@@ -44,21 +44,14 @@ def _twice_tanh_argument(builder, number, g):
     return builder.fmul(builder.fmul(g, cubic), number(2 * math.sqrt(2 / math.pi)))
 
 
-TWICE = {"silu": lambda builder, number, g: g, "gelu_tanh": _twice_tanh_argument}
-_SILU, _GELU_TANH = gate(TWICE["silu"]), gate(TWICE["gelu_tanh"])
+# By their numbers, what `simd.gate` takes the exponential of.
+TWICES = (lambda builder, number, g: g), _twice_tanh_argument
+_GATE = gate(TWICES)
 
 
 @compiled
-def silu(start, stop, gate_up, y):
+def _gate_rows(start, stop, gate_up, y, number):
     n = y.shape[1]
     for t in range(start, stop):
         row = gate_up.ctypes.data + t * gate_up.strides[0]
-        _SILU(gate_up, y, row, n, y.ctypes.data + t * y.strides[0])
-
-
-@compiled
-def gelu_tanh(start, stop, gate_up, y):
-    n = y.shape[1]
-    for t in range(start, stop):
-        row = gate_up.ctypes.data + t * gate_up.strides[0]
-        _GELU_TANH(gate_up, y, row, n, y.ctypes.data + t * y.strides[0])
+        _GATE(number, gate_up, y, row, n, y.ctypes.data + t * y.strides[0])

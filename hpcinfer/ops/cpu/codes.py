@@ -7,10 +7,10 @@ bfloat16, some megabytes at a time.
 import numpy as np
 
 from hpcinfer import array
-from hpcinfer.ops.cpu import inplace, machine, many_rows, onednn, parts
+from hpcinfer.ops.cpu import inplace, machine, many_rows, onednn, parts, simd_codes
 from hpcinfer.ops.cpu.compile import compiled
 from hpcinfer.ops.cpu.rounding import bits, narrowed
-from hpcinfer.ops.cpu.simd_codes import BLOCKS, MOST, arranged, coded_rows, coded_tile, widen_codes
+from hpcinfer.ops.cpu.simd_codes import BLOCKS, MOST, MOST_FLOATS
 from hpcinfer.ops.quantize import LANES, place
 
 # Rows of x up to which codes are widened in registers, in pairs of bfloat16 and in float32.
@@ -23,10 +23,6 @@ _ROWS = 32
 _AHEAD_BYTES = 8192
 
 _NONE = np.empty(0, np.float32)
-
-_FOUR_1, _FOUR_2, _FOUR_4 = (coded_tile(4, n) for n in (1, 2, 4))
-_EIGHT_1, _EIGHT_2, _EIGHT_4 = (coded_tile(8, n) for n in (1, 2, 4))
-_WIDEN_4, _WIDEN_8 = widen_codes(4), widen_codes(8)
 
 # Rows of a quantised weight that are widened at a time, in bytes of bfloat16.
 _WIDENED_BYTES = 2 << 20
@@ -50,9 +46,8 @@ def _by_pairs(x, weight, bias):
     """As `linear` for few rows of x, rounded to bfloat16."""
     form, y = weight.form, parts.empty((len(x), len(weight)), np.float32)
     x = np.ascontiguousarray(bits(x if x.dtype == form.dtype else array.widen(x)))
-    words = weight.words.view(np.uint8) if form.bits == 8 else weight.words
     parts.over_rows(
-        _pairs_of_rows, len(weight), x, form.offset, words, weight.scales.view(np.uint16),
+        _pairs_of_rows, len(weight), x, form.offset, _words(weight), weight.scales.view(np.uint16),
         form.blocks, _shift(form), y, work_bytes=weight.nbytes,
     )  # fmt: skip
     return y if bias is None else inplace.add_into(y, bias)
@@ -63,10 +58,15 @@ def _by_float32(x, weight, bias):
     form, y = weight.form, parts.empty((len(x), len(weight)), np.float32)
     xs = array.widen(array.narrow(place(x, form), form.dtype))
     parts.over_rows(
-        _few_coded_rows, len(weight), xs, weight.words, weight.scales.view(np.uint16),
-        form.bits, _shift(form), y, _NONE if bias is None else bias, work_bytes=weight.nbytes,
+        _few_coded_rows, len(weight), xs, _words(weight), weight.scales.view(np.uint16),
+        form.blocks, _shift(form), y, _NONE if bias is None else bias, work_bytes=weight.nbytes,
     )  # fmt: skip
     return y
+
+
+def _words(weight):
+    """The words of a weight, whose type says how many bits a code has: uint16 4, uint8 8."""
+    return weight.words.view(np.uint8) if weight.form.bits == 8 else weight.words
 
 
 def _shift(form):
@@ -85,8 +85,8 @@ def _by_widened_rows(x, weight, bias):
         part = weight[start : start + rows]
         of_part = wide[: len(part)]
         parts.over_rows(
-            _widen_codes, len(part), part.words, array.widen(part.scales), form.bits, _shift(form),
-            of_part.view(np.uint16), work_bytes=of_part.nbytes,
+            _widen_codes, len(part), _words(part), array.widen(part.scales), form.blocks,
+            _shift(form), of_part.view(np.uint16), work_bytes=of_part.nbytes,
         )  # fmt: skip
         _multiply(xs, of_part, y[:, start : start + len(part)])
     return y if bias is None else inplace.add_into(y, bias)
@@ -110,13 +110,13 @@ def _arranged_rows(x, offset, blocks, per_word):
     out = room[first : first + T * width].reshape(T, width)
     for t in range(T):
         x_at, out_at = x.ctypes.data + t * x.strides[0], out.ctypes.data + t * out.strides[0]
-        arranged(x, x_at, x.shape[1], offset, blocks, per_word, out_at)
+        simd_codes.arranged(x, x_at, x.shape[1], offset, blocks, per_word, out_at)
     return out
 
 
 @compiled
 def _pairs_of_rows(start, stop, x, offset, words, scales, blocks, shift, y):
-    """y[:, start:stop] = x · wᵀ; words of codes of 8 bits are halved, as uint8."""
+    """y[:, start:stop] = x · wᵀ; words as `_words` has them."""
     xs = _arranged_rows(x, offset, blocks, 2 * words.itemsize)
     alone = np.empty((MOST, 2), np.float32)
     for first in range(start, stop, _ROWS):
@@ -139,48 +139,30 @@ def _times_some(x, words, scales, row, step, pairs, blocks, shift, y, y_next):
     w, w_next = words.ctypes.data + row * words.strides[0], step * words.strides[0]
     s, s_next = scales.ctypes.data + row * scales.strides[0], step * scales.strides[0]
     groups, ahead = scales.shape[1], 2 * max(1, _AHEAD_BYTES // (128 * blocks))
-    coded_rows(
+    simd_codes.coded_rows(
         len(x), words, x.ctypes.data, x.strides[0], w, w_next, s, s_next, pairs, blocks, groups,
         shift, ahead, y, y_next,
     )  # fmt: skip
 
 
 @compiled
-def _few_coded_rows(start, stop, x, words, scales, bits, shift, y, bias):
+def _few_coded_rows(start, stop, x, words, scales, blocks, shift, y, bias):
     """Codes of a row widened in registers; x float32."""
-    T, blocks, x_next, y_next = len(x), words.shape[1] // LANES, x.strides[0], y.strides[0]
+    T, x_next, y_next = len(x), x.strides[0], y.strides[0]
     for row in range(start, stop):
         b = bias.ctypes.data + 4 * row if bias.size else 0
         w = words.ctypes.data + row * words.strides[0]
         s = scales.ctypes.data + row * scales.strides[0]
-        t = 0
-        while t < T:
-            xt, out = x.ctypes.data + t * x_next, y.ctypes.data + t * y_next + 4 * row
-            columns = 4 if T - t >= 4 else 2 if T - t >= 2 else 1
-            if bits == 4:
-                if columns == 4:
-                    _FOUR_4(xt, x_next, w, s, blocks, shift, out, y_next, b)
-                elif columns == 2:
-                    _FOUR_2(xt, x_next, w, s, blocks, shift, out, y_next, b)
-                else:
-                    _FOUR_1(xt, x_next, w, s, blocks, shift, out, y_next, b)
-            elif columns == 4:
-                _EIGHT_4(xt, x_next, w, s, blocks, shift, out, y_next, b)
-            elif columns == 2:
-                _EIGHT_2(xt, x_next, w, s, blocks, shift, out, y_next, b)
-            else:
-                _EIGHT_1(xt, x_next, w, s, blocks, shift, out, y_next, b)
-            t += columns
+        for t in range(0, T, MOST_FLOATS):
+            few, xt = min(MOST_FLOATS, T - t), x.ctypes.data + t * x_next
+            out = y.ctypes.data + t * y_next + 4 * row
+            simd_codes.coded_tile(few, words, xt, x_next, w, s, blocks, shift, out, y_next, b)
 
 
 @compiled
-def _widen_codes(start, stop, words, scales, bits, shift, y):
+def _widen_codes(start, stop, words, scales, blocks, shift, y):
     """Rows start..stop of a quantised weight as bfloat16: y (rows, places) uint16."""
-    blocks = words.shape[1] // LANES
     for row in range(start, stop):
         w = words.ctypes.data + row * words.strides[0]
         s, y_at = scales.ctypes.data + row * scales.strides[0], y.ctypes.data + row * y.strides[0]
-        if bits == 4:
-            _WIDEN_4(w, s, blocks, shift, y_at)
-        else:
-            _WIDEN_8(w, s, blocks, shift, y_at)
+        simd_codes.widen_codes(words, w, s, blocks, shift, y_at)

@@ -57,7 +57,7 @@ def linear(x, weight, bias=None):
 
 def linear_pair(x, first, middle, second, bias=None):
     """As `ops.linear.linear_pair`, for a gate between products with bfloat16 weights."""
-    if type(middle) is not Gate or activation.kernel_of(middle.function) is None:
+    if type(middle) is not Gate or activation.number_of(middle.function) is None:
         return NotImplemented
     if bias is not None or not _serves(x, first) or first.dtype != array.BFLOAT16:
         return NotImplemented
@@ -116,11 +116,11 @@ def _many_rows_pair(x, first, middle, second):
     own = many_rows.serves(first) and not any(width % 2 for width in middle.widths)
     if not own and not onednn.serves(first.dtype):
         return NotImplemented
-    kernel = activation.kernel_of(middle.function)
+    function = activation.number_of(middle.function)
     x, y = _rows(x, first), parts.empty((len(x), len(second)), np.float32)
     if own:
         parts.over_rows(
-            many_rows.pair, len(x), bits(x), first.view(np.uint16), kernel is activation.gelu_tanh,
+            many_rows.pair, len(x), bits(x), first.view(np.uint16), function,
             _widths(middle.widths), second.view(np.uint16), y, work_bytes=first.nbytes,
         )  # fmt: skip
         return y
@@ -129,7 +129,7 @@ def _many_rows_pair(x, first, middle, second):
         if not onednn.product(x[rows], first.T, gate_up):
             return NotImplemented
         hidden = np.empty((len(gate_up), second.shape[1]), first.dtype)
-        activation.gate_into(kernel, gate_up, middle.widths, hidden)
+        activation.gate_into(function, gate_up, middle.widths, hidden)
         onednn.multiply(hidden, second.T, y[rows])
     return y
 

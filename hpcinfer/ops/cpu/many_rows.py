@@ -18,14 +18,8 @@ _MOST, _LEAST, _NUMBERS = 256, 2 * TILE, 1 << 18
 _COLUMNS = 960  # columns between two products at a time, a multiple of what a tile gives
 
 _HALF, _LANES = ROWS // 2, TILE // VECTORS
-_ADD, _ADD_4, _ADD_1 = (add_rows(n, VECTORS) for n in (ROWS, 4, 1))
-_ADD_HALF, _ADD_HALF_1 = (add_rows(n, 1) for n in (ROWS, 1))
-_SILU, _SILU_2, _SILU_HALF, _SILU_HALF_2, _GELU, _GELU_2, _GELU_HALF, _GELU_HALF_2 = (
-    gated_rows(rows, vectors, activation.TWICE[name])
-    for name in ("silu", "gelu_tanh")
-    for vectors in (VECTORS, 1)
-    for rows in (_HALF, 2)
-)
+_ADD, _ADD_4, _ADD_1 = (add_rows(n) for n in (ROWS, 4, 1))
+_GATED, _GATED_2 = (gated_rows(n, activation.TWICES) for n in (_HALF, 2))
 
 
 def serves(weight):
@@ -35,14 +29,14 @@ def serves(weight):
 
 
 @compiled
-def pair(start, stop, x, first, tanh, widths, second, y):
+def pair(start, stop, x, first, function, widths, second, y):
     """Rows start..stop of two products and the gate between them: y = gate(x · firstᵀ) · secondᵀ.
 
     Parameters
     ----------
     x : (T, I) bfloat16's bits, I even
     first, second : (2 F, I), (O, F) bfloat16's bits
-    tanh : True for the tanh form of GELU, False for silu
+    function : `activation.number_of` the gate's
     widths : (n,) even numbers adding up to F, as `activation.Gate` has them
     y : (T, O) float32
     """
@@ -57,7 +51,7 @@ def pair(start, stop, x, first, tanh, widths, second, y):
             for f in range(0, width, _COLUMNS):
                 n = min(_COLUMNS, width - f)
                 gate, up = 2 * begin + f, 2 * begin + width + f
-                _gate(xs, T, x.shape[1] // 2, first, gate, up, n, tanh, hidden)
+                _gate(xs, T, x.shape[1] // 2, first, gate, up, n, function, hidden)
                 _add_product(hidden, T, n // 2, second, begin + f, done == 0, sums)
                 done += n
             begin += width
@@ -97,53 +91,28 @@ def _packed(x, top, T):
 
 
 @compiled
-def _gate(xs, T, n_pairs, w, gate, up, n, tanh, hidden):
+def _vectors(tile, T):
+    """Vectors of a tile that have any of T rows of x."""
+    return VECTORS if T - tile * TILE > _LANES else 1
+
+
+@compiled
+def _gate(xs, T, n_pairs, w, gate, up, n, function, hidden):
     """The gate of n columns, whose rows in w begin at `gate` and `up`, as pairs in `hidden`."""
     stride = w.strides[0]
     for f in range(0, n, _HALF):
         m = min(_HALF, n - f)
         g, u = w.ctypes.data + (gate + f) * stride, w.ctypes.data + (up + f) * stride
         for tile in range(len(xs)):
-            x = xs.ctypes.data + tile * xs.strides[0]
+            x, vectors = xs.ctypes.data + tile * xs.strides[0], _vectors(tile, T)
             out = hidden.ctypes.data + tile * hidden.strides[0] + f // 2 * hidden.strides[1]
             ahead = _HALF * stride if tile == len(xs) - 1 else 0
-            half = T - tile * TILE <= _LANES
-            if tanh:
-                _gelu_tile(x, n_pairs, g, u, stride, ahead, m, half, out)
-            else:
-                _silu_tile(x, n_pairs, g, u, stride, ahead, m, half, out)
-
-
-@compiled
-def _silu_tile(x, n_pairs, gate, up, stride, ahead, n, half, out):
-    """Up to _HALF rows of the gate for one tile of x, or the first half of it, by addresses."""
-    if n == _HALF and half:
-        _SILU_HALF(gate, up, stride, ahead, n_pairs, x, out)
-    elif n == _HALF:
-        _SILU(gate, up, stride, ahead, n_pairs, x, out)
-    else:
-        for i in range(0, n, 2):
-            g, u, to = gate + i * stride, up + i * stride, out + 2 * i * TILE
-            if half:
-                _SILU_HALF_2(g, u, stride, ahead, n_pairs, x, to)
-            else:
-                _SILU_2(g, u, stride, ahead, n_pairs, x, to)
-
-
-@compiled
-def _gelu_tile(x, n_pairs, gate, up, stride, ahead, n, half, out):
-    """As `_silu_tile` for the tanh form of GELU."""
-    if n == _HALF and half:
-        _GELU_HALF(gate, up, stride, ahead, n_pairs, x, out)
-    elif n == _HALF:
-        _GELU(gate, up, stride, ahead, n_pairs, x, out)
-    else:
-        for i in range(0, n, 2):
-            g, u, to = gate + i * stride, up + i * stride, out + 2 * i * TILE
-            if half:
-                _GELU_HALF_2(g, u, stride, ahead, n_pairs, x, to)
-            else:
-                _GELU_2(g, u, stride, ahead, n_pairs, x, to)
+            if m == _HALF:
+                _GATED(function, vectors, g, u, stride, ahead, n_pairs, x, out)
+                continue
+            for i in range(0, m, 2):
+                by, to = i * stride, out + 2 * i * TILE
+                _GATED_2(function, vectors, g + by, u + by, stride, ahead, n_pairs, x, to)
 
 
 @compiled
@@ -154,40 +123,27 @@ def _add_product(xs, T, n_pairs, w, column, first, sums):
         n = min(ROWS, len(w) - row)
         at = w.ctypes.data + row * stride + 2 * column
         for tile in range(len(xs)):
-            x = xs.ctypes.data + tile * xs.strides[0]
+            x, vectors = xs.ctypes.data + tile * xs.strides[0], _vectors(tile, T)
             out = sums.ctypes.data + tile * sums.strides[0] + row * sums.strides[1]
             ahead = ROWS * stride if tile == len(xs) - 1 else 0
-            if T - tile * TILE > _LANES:
-                _add_tile(x, n_pairs, at, stride, ahead, n, first, out)
-            else:
-                _add_half_tile(x, n_pairs, at, stride, ahead, n, first, out)
+            _add_tile(x, vectors, n_pairs, at, stride, ahead, n, first, out)
 
 
 @compiled
-def _add_tile(x, n_pairs, w, stride, ahead, n, first, out):
+def _add_tile(x, vectors, n_pairs, w, stride, ahead, n, first, out):
     """Up to ROWS rows of a weight for one tile of x, by addresses."""
     if n == ROWS:
-        _ADD(w, stride, ahead, n_pairs, x, out, first)
+        _ADD(vectors, w, stride, ahead, n_pairs, x, out, first)
         return
     r = 0
     while r < n:
         at, to = w + r * stride, out + 4 * TILE * r
         if n - r >= 4:
-            _ADD_4(at, stride, ahead, n_pairs, x, to, first)
+            _ADD_4(vectors, at, stride, ahead, n_pairs, x, to, first)
             r += 4
         else:
-            _ADD_1(at, stride, ahead, n_pairs, x, to, first)
+            _ADD_1(vectors, at, stride, ahead, n_pairs, x, to, first)
             r += 1
-
-
-@compiled
-def _add_half_tile(x, n_pairs, w, stride, ahead, n, first, out):
-    """As `_add_tile` for the first vector of a tile alone."""
-    if n == ROWS:
-        _ADD_HALF(w, stride, ahead, n_pairs, x, out, first)
-        return
-    for r in range(n):
-        _ADD_HALF_1(w + r * stride, stride, ahead, n_pairs, x, out + 4 * TILE * r, first)
 
 
 @compiled

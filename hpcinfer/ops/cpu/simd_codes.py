@@ -19,35 +19,16 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from hpcinfer.ops.cpu.simd import (
-    FLOAT,
-    I16,
-    I32,
-    I64,
-    LANES,
-    PAIRS,
-    VECTOR,
-    Bfloat16Pairs,
-    _as_bfloat16,
-    _load,
-    _number_at,
-    _store,
-    _store_lanes,
-    fma,
-    horizontal_sum,
-    lane_mask,
-    splat,
-    sums_of_lanes,
-)
+from hpcinfer.ops.cpu import simd
+from hpcinfer.ops.cpu.simd import FLOAT, I16, I32, I64, LANES, PAIRS, VECTOR, ZERO, Bfloat16Pairs
 
 # Blocks whose quarters change places, and bytes of a block's words.
 BLOCKS, _BLOCK_BYTES = 4, 64
 
-# Rows of x in a tile: as many as leave all sums of two rows of a weight in registers.
-MOST = 8
+# Rows of x in a tile: as many as leave all sums of two rows of a weight in registers; in float32.
+MOST, MOST_FLOATS = 8, 4
 
 _WORDS, _WHOLE = ir.VectorType(I16, 32), ir.VectorType(I32, LANES)
-_ZERO = ir.Constant(VECTOR, None)
 
 # bfloat16 bits of the numbers that codes of 4 bits stand for, twice, as an index has five bits.
 _SIGNED = [0, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0]
@@ -66,8 +47,8 @@ def coded_rows(
 
     Codes and scales are as `ops.quantize` has them: a row has so many blocks and groups, and
     2^shift places share a scale. x is what `arranged` made; y is float32, rows of x by rows of w.
-    All but `like` are numbers, addresses or bytes; `like` is an array for its type alone: uint16
-    for codes of 4 bits, uint8 for codes of 8.
+    All but `like` are numbers, addresses or bytes; `like` is an array for its type alone, as for
+    `_bits_of`.
 
     Parameters
     ----------
@@ -75,21 +56,18 @@ def coded_rows(
     pairs : pairs of rows of w
     ahead : rows of w further on that are fetched into the cache meanwhile
     """
-    bits = 8 if like.dtype == types.uint8 else 4
 
     def generate(context, builder, signature, arguments):
-        end = builder.append_basic_block("rows.end")
-        switch = builder.switch(arguments[0], end)
-        for c in range(1, MOST + 1):
-            block = builder.append_basic_block(f"rows.{c}")
-            switch.add_case(I64(c), block)
-            builder.position_at_end(block)
-            _coded_rows(builder, arguments[2:], bits, c)
-            builder.branch(end)
-        builder.position_at_end(end)
+        for c in simd.cases(builder, arguments[0], range(1, MOST + 1)):
+            _coded_rows(builder, arguments[2:], _bits_of(like), c)
         return context.get_dummy_value()
 
     return types.void(types.int64, like, *[types.int64] * 13), generate
+
+
+def _bits_of(like):
+    """Bits of the codes in an array of words by its type: uint16 has them of 4, uint8 of 8."""
+    return 8 if like.dtype == types.uint8 else 4
 
 
 def _coded_rows(builder, arguments, bits, columns):
@@ -98,27 +76,26 @@ def _coded_rows(builder, arguments, bits, columns):
     add, mul = builder.add, builder.mul
     of = SimpleNamespace(
         bits=bits, columns=columns, blocks=blocks, groups=groups, shift=shift,
-        x=[add(x, mul(x_stride, I64(c))) for c in range(columns)],
+        x=simd.addresses(builder, x, x_stride, columns),
         w_ahead=mul(w_stride, ahead), s_ahead=mul(s_stride, ahead),
         scale_of=_places_of_scales(builder, bits, shift),
     )  # fmt: skip
-    y_rows = [add(y, mul(y_stride, I64(c))) for c in range(columns)]
+    y_rows = simd.addresses(builder, y, y_stride, columns)
     with cgutils.for_range_slice(builder, I64(0), pairs, I64(1), I64) as (pair, _):
         row = mul(pair, I64(2))
         w, s = add(words, mul(row, w_stride)), add(scales, mul(row, s_stride))
         of.w, of.s = (w, add(w, w_stride)), (s, add(s, s_stride))
         # The sums of a row of x, for both rows of w, stand side by side.
         sums = itertools.chain(*_sums_of_two(builder, of))
-        total = sums_of_lanes(builder, _to_a_power_of_two(sums))
+        total = simd.sums_of_lanes(builder, _to_a_power_of_two(sums))
         for c, of_row in enumerate(y_rows):
-            lanes = ir.Constant(ir.VectorType(I32, 2), [2 * c, 2 * c + 1])
-            both = builder.shuffle_vector(total, ir.Constant(total.type, ir.Undefined), lanes)
-            _store(builder, both, add(of_row, mul(pair, I64(8))))
+            both = simd.shuffled(builder, total, total, [2 * c, 2 * c + 1])
+            simd.store(builder, both, add(of_row, mul(pair, I64(8))))
 
 
 def _places_of_scales(builder, bits, shift):
     """For each place of a word, where its scale is among those of four blocks, by lane."""
-    per_word, by = 16 // bits, splat(builder, builder.trunc(shift, I32), LANES)
+    per_word, by = 16 // bits, simd.splat(builder, builder.trunc(shift, I32), LANES)
     return [
         builder.lshr(ir.Constant(_WHOLE, [n // 4 * per_word + i for n in range(LANES)]), by)
         for i in range(per_word)
@@ -127,14 +104,12 @@ def _places_of_scales(builder, bits, shift):
 
 def _to_a_power_of_two(vectors):
     vectors = list(vectors)
-    return vectors + [_ZERO] * ((1 << (len(vectors) - 1).bit_length()) - len(vectors))
+    return vectors + [ZERO] * ((1 << (len(vectors) - 1).bit_length()) - len(vectors))
 
 
 def _sums_of_two(builder, of):
     """Sums by row of x, then by row of w, each of 16 lanes."""
-    sums = [[cgutils.alloca_once(builder, VECTOR) for _ in of.w] for _ in of.x]
-    for total in itertools.chain(*sums):
-        builder.store(_ZERO, total)
+    sums = simd.sums_from_zero(builder, len(of.x), len(of.w))
     per_word = 16 // of.bits
     with cgutils.for_range_slice(builder, I64(0), of.blocks, I64(BLOCKS), I64) as (block, _):
         quarters = [_quarters(builder, of, w, block) for w in of.w]
@@ -151,13 +126,13 @@ def _sums_of_two(builder, of):
 
 def _add_products(builder, x, codes, factors, sums):
     """Add to the sums of one row of x: codes by row of w, then by quarter."""
-    found = [_ZERO for _ in codes]
+    found = [ZERO for _ in codes]
     for k in range(BLOCKS):
         numbers = Bfloat16Pairs.load_x(builder, builder.add(x, I64(_BLOCK_BYTES * k)), None)
         for r, of_row in enumerate(codes):
             found[r] = Bfloat16Pairs.add_product(builder, found[r], numbers, of_row[k])
     totals = [
-        fma(builder, product, factor, builder.load(total))
+        simd.fma(builder, product, factor, builder.load(total))
         for product, factor, total in zip(found, factors, sums, strict=True)
     ]
     for value, total in zip(_before_what_follows(builder, totals), sums, strict=True):
@@ -186,8 +161,8 @@ def _quarters(builder, of, row, block):
         number = builder.add(block, I64(q))
         number = builder.select(builder.icmp_signed("<", number, last), number, last)
         at = builder.add(row, builder.mul(number, I64(_BLOCK_BYTES)))
-        _fetch(builder, builder.add(at, of.w_ahead))
-        held.append(_load(builder, at, I16, 32))
+        simd.prefetch(builder, builder.add(at, of.w_ahead), 3)
+        held.append(simd.load(builder, at, I16, 32))
     return _transposed(builder, held)
 
 
@@ -195,12 +170,10 @@ def _scales(builder, of, row, block):
     """Scales of four blocks of a row as float32, times what `_as_pairs` leaves to them."""
     first = builder.lshr(builder.mul(block, I64(16 // of.bits)), of.shift)
     at = builder.add(row, builder.mul(first, I64(2)))
-    _fetch(builder, builder.add(at, of.s_ahead))
-    mask = lane_mask(builder, builder.sub(of.groups, first), LANES)
-    half = builder.bitcast(
-        _load(builder, at, I16, LANES, mask), ir.VectorType(ir.HalfType(), LANES)
-    )
-    scales = builder.fpext(half, VECTOR)
+    simd.prefetch(builder, builder.add(at, of.s_ahead), 3)
+    mask = simd.lane_mask(builder, builder.sub(of.groups, first), LANES)
+    half = simd.load(builder, at, I16, LANES, mask)
+    scales = builder.fpext(builder.bitcast(half, ir.VectorType(ir.HalfType(), LANES)), VECTOR)
     return builder.fmul(scales, _numbers(2.0**-24)) if of.bits == 8 else scales
 
 
@@ -220,40 +193,26 @@ def _as_pairs(builder, words, bits, place):
 
 def _looked_up(builder, words):
     """The lowest four bits of 32 words as bfloat16."""
-    kind = ir.FunctionType(_WORDS, (_WORDS, _WORDS))
-    name = "llvm.x86.avx512.permvar.hi.512"
-    function = cgutils.get_or_insert_function(builder.module, kind, name)
-    return builder.bitcast(builder.call(function, (ir.Constant(_WORDS, _SIGNED), words)), PAIRS)
+    name, table = "llvm.x86.avx512.permvar.hi.512", ir.Constant(_WORDS, _SIGNED)
+    return builder.bitcast(simd.call(builder, name, _WORDS, table, words), PAIRS)
 
 
 def _permuted(builder, vector, lanes):
-    kind = ir.FunctionType(VECTOR, (VECTOR, _WHOLE))
-    name = "llvm.x86.avx512.permvar.sf.512"
-    function = cgutils.get_or_insert_function(builder.module, kind, name)
-    return builder.call(function, (vector, lanes))
+    return simd.call(builder, "llvm.x86.avx512.permvar.sf.512", VECTOR, vector, lanes)
 
 
 def _transposed(builder, vectors):
     """Four vectors of 32 words: quarter q of vector k becomes quarter k of vector q."""
 
-    def shuffled(a, b, quarters):
-        lanes = [8 * q + j for q in quarters for j in range(8)]
-        return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, 32), lanes))
+    def by_quarters(a, b, quarters):
+        return simd.shuffled(builder, a, b, [8 * q + j for q in quarters for j in range(8)])
 
     a, b, c, d = vectors
     turned = []
     for quarters in ((0, 1, 4, 5), (2, 3, 6, 7)):
-        first, last = shuffled(a, b, quarters), shuffled(c, d, quarters)
-        turned += [shuffled(first, last, (0, 2, 4, 6)), shuffled(first, last, (1, 3, 5, 7))]
+        first, last = by_quarters(a, b, quarters), by_quarters(c, d, quarters)
+        turned += [by_quarters(first, last, (0, 2, 4, 6)), by_quarters(first, last, (1, 3, 5, 7))]
     return turned
-
-
-def _fetch(builder, address):
-    """Fetch a line into all caches."""
-    pointer = ir.IntType(8).as_pointer()
-    kind = ir.FunctionType(ir.VoidType(), (pointer, I32, I32, I32))
-    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(function, (builder.inttoptr(address, pointer), I32(0), I32(3), I32(1)))
 
 
 @intrinsic
@@ -265,7 +224,7 @@ def arranged(typing, like, x, n, offset, blocks, per_word, out):
     another. `like` is an array for its type alone: float32, or uint16 for bfloat16's bits.
     """
     item_bytes = 2 if like.dtype == types.uint16 else 4
-    load = _bits_at if item_bytes == 2 else _rounded_at
+    load_at = _bits_at if item_bytes == 2 else _rounded_at
 
     def generate(context, builder, signature, arguments):
         x, n, offset, blocks, per_word, out = arguments[1:]
@@ -277,11 +236,11 @@ def arranged(typing, like, x, n, offset, blocks, per_word, out):
                     first = builder.mul(builder.add(place, i), I64(32))
                     first = builder.sub(first, offset)
                     at = builder.add(x, builder.mul(first, I64(item_bytes)))
-                    held.append(load(builder, at, first, n))
+                    held.append(load_at(builder, at, first, n))
                 place = builder.add(builder.mul(block, per_word), builder.mul(i, I64(BLOCKS)))
                 at = builder.add(out, builder.mul(place, I64(_BLOCK_BYTES)))
                 for k, vector in enumerate(_transposed(builder, held)):
-                    _store_lanes(builder, vector, builder.add(at, I64(_BLOCK_BYTES * k)), None)
+                    simd.store(builder, vector, builder.add(at, I64(_BLOCK_BYTES * k)))
         return context.get_dummy_value()
 
     return types.void(like, *[types.int64] * 6), generate
@@ -289,7 +248,7 @@ def arranged(typing, like, x, n, offset, blocks, per_word, out):
 
 def _bits_at(builder, address, first, n):
     """32 bfloat16 from an address on, zero where first + lane is not one of n."""
-    return _load(builder, address, I16, 32, _inside(builder, first, n, 32))
+    return simd.load(builder, address, I16, 32, _inside(builder, first, n, 32))
 
 
 def _rounded_at(builder, address, first, n):
@@ -297,14 +256,14 @@ def _rounded_at(builder, address, first, n):
     halves = []
     for start in (0, LANES):
         mask = _inside(builder, builder.add(first, I64(start)), n, LANES)
-        numbers = _load(builder, builder.add(address, I64(4 * start)), FLOAT, LANES, mask)
-        halves.append(_as_bfloat16(builder, numbers))
-    return builder.shuffle_vector(*halves, ir.Constant(ir.VectorType(I32, 32), list(range(32))))
+        numbers = simd.load(builder, builder.add(address, I64(4 * start)), FLOAT, LANES, mask)
+        halves.append(simd.as_bfloat16(builder, numbers))
+    return simd.shuffled(builder, *halves, range(32))
 
 
 def _inside(builder, first, n, lanes):
     """Mask of the lanes of which first + lane is one of 0 ... n - 1."""
-    first, n = (splat(builder, builder.trunc(v, I32), lanes) for v in (first, n))
+    first, n = (simd.splat(builder, builder.trunc(v, I32), lanes) for v in (first, n))
     numbers = builder.add(first, ir.Constant(first.type, list(range(lanes))))
     return builder.icmp_unsigned("<", numbers, n)
 
@@ -312,27 +271,20 @@ def _inside(builder, first, n, lanes):
 # ---- one row of a weight in float32 ----
 
 
-def coded_tile(bits, columns):
-    """Intrinsic (x, x_stride, words, scales, blocks, shift, y, y_stride, bias): one row's tile.
+@intrinsic
+def coded_tile(typing, columns, like, x, x_stride, words, scales, blocks, shift, y, y_stride, bias):
+    """y = x · wᵀ + bias for 1 to 4 rows of x, float32, and one row of a weight.
 
-    Codes as `ops.quantize` packs them, of one row of the weight, times rows of x, float32. 2^shift
-    places share a scale. All are addresses, bytes or numbers, bias 0 for none.
-
-    Parameters
-    ----------
-    bits : 4 or 8
-    columns : rows of x
+    Codes are as `ops.quantize` packs them, and 2^shift places share a scale. All but `like`, an
+    array for its type alone, are numbers, addresses or bytes; bias is 0 for none.
     """
 
-    @intrinsic
-    def tile_of(typing, x, x_stride, words, scales, blocks, shift, y, y_stride, bias):
-        def generate(context, builder, signature, arguments):
-            _coded_tile(builder, arguments, bits, columns)
-            return context.get_dummy_value()
+    def generate(context, builder, signature, arguments):
+        for c in simd.cases(builder, arguments[0], range(1, MOST_FLOATS + 1)):
+            _coded_tile(builder, arguments[2:], _bits_of(like), c)
+        return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 9), generate
-
-    return tile_of
+    return types.void(types.int64, like, *[types.int64] * 9), generate
 
 
 def _coded_tile(builder, arguments, bits, columns):
@@ -340,77 +292,70 @@ def _coded_tile(builder, arguments, bits, columns):
     places = 16 // bits
 
     # Sums of each place apart where there are few: one has to wait for the one before.
-    apart = places if columns * places <= 8 else 1
-    sums = [[cgutils.alloca_once(builder, VECTOR) for _ in range(apart)] for _ in range(columns)]
-    for total in itertools.chain(*sums):
-        builder.store(_ZERO, total)
-    x_rows = [builder.add(x, builder.mul(x_stride, I64(c))) for c in range(columns)]
+    apart = places if columns * places <= 12 else 1
+    sums = simd.sums_from_zero(builder, columns, apart)
+    x_rows = simd.addresses(builder, x, x_stride, columns)
     with cgutils.for_range_slice(builder, I64(0), blocks, I64(1), I64) as (b, _):
-        held = _load(builder, builder.add(words, builder.mul(b, I64(_BLOCK_BYTES))), I16, 32)
+        held = simd.load(builder, builder.add(words, builder.mul(b, I64(_BLOCK_BYTES))), I16, 32)
         for i in range(places):
             slice_number = builder.add(builder.mul(b, I64(places)), I64(i))
             number = builder.lshr(slice_number, shift)
             at = builder.add(scales, builder.mul(number, I64(2)))
             half = builder.load(builder.inttoptr(at, ir.HalfType().as_pointer()), align=2)
-            scale = splat(builder, builder.fpext(half, FLOAT), LANES)
+            scale = simd.splat(builder, builder.fpext(half, FLOAT), LANES)
             start = builder.mul(slice_number, I64(32 * 4))
             halves = _code_halves(builder, held, bits, i)
             for c in range(columns):
                 total = sums[c][i % apart]
                 found = _products(builder, builder.add(x_rows[c], start), halves)
-                builder.store(fma(builder, found, scale, builder.load(total)), total)
-    for c in range(columns):
-        total = functools.reduce(builder.fadd, map(builder.load, sums[c]))
-        _store(
-            builder, horizontal_sum(builder, total), builder.add(y, builder.mul(y_stride, I64(c)))
-        )
+                builder.store(simd.fma(builder, found, scale, builder.load(total)), total)
+    y_rows = simd.addresses(builder, y, y_stride, columns)
+    for of_row, place in zip(sums, y_rows, strict=True):
+        total = functools.reduce(builder.fadd, map(builder.load, of_row))
+        simd.store(builder, simd.horizontal_sum(builder, total), place)
     with builder.if_then(builder.icmp_signed("!=", bias, I64(0)), likely=False):
-        for c in range(columns):
-            place = builder.add(y, builder.mul(y_stride, I64(c)))
-            value = builder.fadd(_number_at(builder, place), _number_at(builder, bias))
-            _store(builder, value, place)
+        for place in y_rows:
+            value = builder.fadd(simd.number_at(builder, place), simd.number_at(builder, bias))
+            simd.store(builder, value, place)
 
 
 def _products(builder, x, halves):
     """Products of 32 numbers of x, from an address on, with those of two vectors."""
-    total = _ZERO
+    total = ZERO
     for i, half in enumerate(halves):
-        numbers = _load(builder, builder.add(x, I64(4 * LANES * i)), FLOAT, LANES)
-        total = fma(builder, numbers, half, total)
+        numbers = simd.load(builder, builder.add(x, I64(4 * LANES * i)), FLOAT, LANES)
+        total = simd.fma(builder, numbers, half, total)
     return total
 
 
 # ---- a row of a weight made bfloat16 ----
 
 
-def widen_codes(bits):
-    """Intrinsic (words, scales, blocks, shift, y): one row of codes times scales, as bfloat16.
+@intrinsic
+def widen_codes(typing, like, words, scales, blocks, shift, y):
+    """One row of codes times scales, as bfloat16.
 
-    words, scales (float32) and y (32 · 16 / bits numbers a block) are addresses.
+    words, scales (float32) and y (32 · 16 / bits numbers a block) are addresses; `like` is an array
+    for its type alone.
     """
+    bits = _bits_of(like)
 
-    @intrinsic
-    def widen_of(typing, words, scales, blocks, shift, y):
-        def generate(context, builder, signature, arguments):
-            words, scales, blocks, shift, y = arguments
-            with cgutils.for_range_slice(builder, I64(0), blocks, I64(1), I64) as (b, _):
-                held = _load(builder, builder.add(words, builder.mul(b, I64(64))), I16, 32)
-                for i in range(16 // bits):
-                    number = builder.add(builder.mul(b, I64(16 // bits)), I64(i))
-                    of_scale = builder.mul(builder.lshr(number, shift), I64(4))
-                    scale = splat(
-                        builder, _number_at(builder, builder.add(scales, of_scale)), LANES
-                    )
-                    at = builder.add(y, builder.mul(number, I64(64)))
-                    for half in _code_halves(builder, held, bits, i):
-                        value = _as_bfloat16(builder, builder.fmul(half, scale))
-                        _store_lanes(builder, value, at, None)
-                        at = builder.add(at, I64(32))
-            return context.get_dummy_value()
+    def generate(context, builder, signature, arguments):
+        words, scales, blocks, shift, y = arguments[1:]
+        with cgutils.for_range_slice(builder, I64(0), blocks, I64(1), I64) as (b, _):
+            at = builder.add(words, builder.mul(b, I64(_BLOCK_BYTES)))
+            held = simd.load(builder, at, I16, 32)
+            for i in range(16 // bits):
+                number = builder.add(builder.mul(b, I64(16 // bits)), I64(i))
+                of_scale = builder.mul(builder.lshr(number, shift), I64(4))
+                scale = simd.splat_at(builder, builder.add(scales, of_scale), FLOAT)
+                at = builder.add(y, builder.mul(number, I64(64)))
+                for half in _code_halves(builder, held, bits, i):
+                    simd.store(builder, simd.as_bfloat16(builder, builder.fmul(half, scale)), at)
+                    at = builder.add(at, I64(32))
+        return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 5), generate
-
-    return widen_of
+    return types.void(like, *[types.int64] * 5), generate
 
 
 def _code_halves(builder, words, bits, place):
@@ -418,11 +363,10 @@ def _code_halves(builder, words, bits, place):
     # Move the code to the upper end of its word and back, so that its sign is the word's.
     up = builder.shl(words, ir.Constant(words.type, [16 - bits * (place + 1)] * 32))
     codes = builder.ashr(up, ir.Constant(words.type, [16 - bits] * 32))
-    undefined, halves = ir.Constant(words.type, ir.Undefined), []
+    halves = []
     for start in (0, LANES):
-        lanes = ir.Constant(ir.VectorType(I32, LANES), list(range(start, start + LANES)))
-        half = builder.shuffle_vector(codes, undefined, lanes)
-        halves.append(builder.sitofp(builder.sext(half, ir.VectorType(I32, LANES)), VECTOR))
+        half = simd.shuffled(builder, codes, codes, range(start, start + LANES))
+        halves.append(builder.sitofp(builder.sext(half, _WHOLE), VECTOR))
     return halves
 
 

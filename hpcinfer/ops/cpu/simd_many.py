@@ -12,8 +12,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from hpcinfer.ops.cpu import simd
-from hpcinfer.ops.cpu.simd import I32, I64, LANES, PAIRS, VECTOR, Bfloat16Pairs
-from hpcinfer.ops.cpu.simd_attention import _prefetch, _splat_at, _transposed
+from hpcinfer.ops.cpu.simd import I32, I64, LANES, PAIRS, Bfloat16Pairs
 
 VECTORS = 2  # of rows of x in a tile
 TILE = VECTORS * LANES
@@ -27,19 +26,16 @@ def _sums(builder, rows, ahead, x, n_pairs, vectors):
 
     Meanwhile the cache fetches what lies `ahead` bytes behind each row.
     """
-    zero = ir.Constant(VECTOR, None)
-    sums = [[cgutils.alloca_once(builder, VECTOR) for _ in range(vectors)] for _ in rows]
-    for total in itertools.chain(*sums):
-        builder.store(zero, total)
+    sums = simd.sums_from_zero(builder, len(rows), vectors)
 
     def turn(p):
         offset, start = builder.mul(p, I64(4)), builder.add(x, builder.mul(p, I64(4 * TILE)))
         columns = [
-            builder.bitcast(simd._load(builder, builder.add(start, I64(64 * u)), I32, LANES), PAIRS)
+            builder.bitcast(simd.load(builder, builder.add(start, I64(64 * u)), I32, LANES), PAIRS)
             for u in range(vectors)
         ]
         for row, of_row in zip(rows, sums, strict=True):
-            pair = builder.bitcast(_splat_at(builder, builder.add(row, offset), I32), PAIRS)
+            pair = builder.bitcast(simd.splat_at(builder, builder.add(row, offset), I32), PAIRS)
             for column, total in zip(columns, of_row, strict=True):
                 value = Bfloat16Pairs.add_product(builder, builder.load(total), column, pair)
                 builder.store(value, total)
@@ -51,73 +47,78 @@ def _sums(builder, rows, ahead, x, n_pairs, vectors):
         for i in range(LANES):
             turn(builder.add(p, I64(i)))
             for row in rows[i::LANES]:
-                _prefetch(builder, builder.add(row, further))
+                simd.prefetch(builder, builder.add(row, further), 2)
     with cgutils.for_range_slice(builder, whole, n_pairs, I64(1), I64) as (p, _):
         turn(p)
     return [[builder.load(total) for total in of_row] for of_row in sums]
 
 
-def _addresses(builder, start, stride, n):
-    return [builder.add(start, builder.mul(stride, I64(r))) for r in range(n)]
+def add_rows(rows):
+    """Intrinsic (vectors, w, w_stride, ahead, n_pairs, x, y, first): y (rows, TILE) = or += w · x.
 
-
-def add_rows(rows, vectors):
-    """Intrinsic (w, w_stride, ahead, n_pairs, x, y, first): y (rows, TILE) = or += w · x.
-
-    All are addresses and numbers; y is added to unless `first`. Of a tile the first vectors count.
+    All are addresses and numbers; y is added to unless `first`. The first `vectors` of a tile
+    count.
     """
 
     @intrinsic
-    def rows_of(typing, w, w_stride, ahead, n_pairs, x, y, first):
+    def rows_of(typing, vectors, w, w_stride, ahead, n_pairs, x, y, first):
         def generate(context, builder, signature, arguments):
-            w, w_stride, ahead, n_pairs, x, y, first = arguments
-            of_rows = _addresses(builder, w, w_stride, rows)
-            sums = _sums(builder, of_rows, ahead, x, n_pairs, vectors)
-            for r, u in itertools.product(range(rows), range(vectors)):
-                value, place = sums[r][u], builder.add(y, I64(4 * (TILE * r + LANES * u)))
-                held = simd._load(builder, place, simd.FLOAT, LANES)
-                held = builder.select(first, ir.Constant(VECTOR, None), held)
-                simd._store(builder, builder.fadd(value, held), place)
+            vectors, w, w_stride, ahead, n_pairs, x, y, first = arguments
+            of_rows = simd.addresses(builder, w, w_stride, rows)
+            for count in simd.cases(builder, vectors, range(1, VECTORS + 1)):
+                sums = _sums(builder, of_rows, ahead, x, n_pairs, count)
+                for r, u in itertools.product(range(rows), range(count)):
+                    place = builder.add(y, I64(4 * (TILE * r + LANES * u)))
+                    held = simd.load(builder, place, simd.FLOAT, LANES)
+                    held = builder.select(first, simd.ZERO, held)
+                    simd.store(builder, builder.fadd(sums[r][u], held), place)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 6, types.boolean), generate
+        return types.void(*[types.int64] * 7, types.boolean), generate
 
     return rows_of
 
 
-def gated_rows(rows, vectors, twice):
-    """Intrinsic (gate, up, w_stride, ahead, n_pairs, x, out): pairs of a gate's outputs, bfloat16.
+def gated_rows(rows, twices):
+    """Intrinsic (function, vectors, gate, up, w_stride, ahead, n_pairs, x, out): a gate's outputs.
 
     Of `rows` rows of the gate and as many of what it lets through; out (rows / 2, TILE) words, of
-    which each has two rows' values of one row of x.
+    which each has two rows' values of one row of x as bfloat16. The first `vectors` of a tile
+    count.
 
     Parameters
     ----------
     rows : even
-    twice : as for `simd.gate`
+    twices : as for `simd.gate`, and so is `function`
     """
 
     @intrinsic
-    def gated_of(typing, gate, up, w_stride, ahead, n_pairs, x, out):
+    def gated_of(typing, function, vectors, gate, up, w_stride, ahead, n_pairs, x, out):
         def generate(context, builder, signature, arguments):
-            gate, up, w_stride, ahead, n_pairs, x, out = arguments
-            weights = [*_addresses(builder, gate, w_stride, rows)]
-            weights += _addresses(builder, up, w_stride, rows)
-            sums = _sums(builder, weights, ahead, x, n_pairs, vectors)
-            shift = ir.Constant(_WORDS, [16] * LANES)
-            for pair, u in itertools.product(range(rows // 2), range(vectors)):
-                halves = []
-                for r in (2 * pair, 2 * pair + 1):
-                    value = simd.gated(builder, twice, sums[r][u], sums[rows + r][u])
-                    halves.append(builder.zext(simd._as_bfloat16(builder, value), _WORDS))
-                words = builder.or_(halves[0], builder.shl(halves[1], shift))
-                at = I64(4 * (TILE * pair + LANES * u))
-                simd._store(builder, words, builder.add(out, at))
+            function, vectors, gate, up, w_stride, ahead, n_pairs, x, out = arguments
+            weights = simd.addresses(builder, gate, w_stride, rows)
+            weights += simd.addresses(builder, up, w_stride, rows)
+            for count in simd.cases(builder, vectors, range(1, VECTORS + 1)):
+                sums = _sums(builder, weights, ahead, x, n_pairs, count)
+                for case in simd.cases(builder, function, range(len(twices))):
+                    _store_gated(builder, twices[case], sums[:rows], sums[rows:], out)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 7), generate
+        return types.void(*[types.int64] * 9), generate
 
     return gated_of
+
+
+def _store_gated(builder, twice, gate, up, out):
+    """Write the gate of vectors [row][vector] as words of two rows each."""
+    shift = ir.Constant(_WORDS, [16] * LANES)
+    for pair, u in itertools.product(range(len(gate) // 2), range(len(gate[0]))):
+        halves = []
+        for r in (2 * pair, 2 * pair + 1):
+            value = simd.as_bfloat16(builder, simd.gated(builder, twice, gate[r][u], up[r][u]))
+            halves.append(builder.zext(value, _WORDS))
+        words = builder.or_(halves[0], builder.shl(halves[1], shift))
+        simd.store(builder, words, builder.add(out, I64(4 * (TILE * pair + LANES * u))))
 
 
 @intrinsic
@@ -127,12 +128,12 @@ def turned(typing, source, next_source, out, next_out):
     def generate(context, builder, signature, arguments):
         source, next_source, out, next_out = arguments
         rows = [
-            simd._load(builder, at, I32, LANES)
-            for at in _addresses(builder, source, next_source, LANES)
+            simd.load(builder, at, I32, LANES)
+            for at in simd.addresses(builder, source, next_source, LANES)
         ]
-        places = _addresses(builder, out, next_out, LANES)
-        for word, place in zip(_transposed(builder, rows), places, strict=True):
-            simd._store(builder, word, place)
+        places = simd.addresses(builder, out, next_out, LANES)
+        for word, place in zip(simd.transposed(builder, rows), places, strict=True):
+            simd.store(builder, word, place)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 4), generate
