@@ -91,9 +91,12 @@ class Window:
 
 def open_windows(grid):
     """Give the communicators whose ranks sum small arrays a window each; every rank calls this."""
+    with waiting("allgather", grid.node, "window"):
+        of_ranks = grid.node.allgather(array.cores())
+    crowded = sum(bool(array.cores() & cores) for cores in of_ranks) > len(array.cores())
     for comm in (grid.tp, grid.tp_cp):
-        with waiting("window", comm, "sums"):
-            window = _opened(comm, grid.node)
+        with waiting("allreduce", comm, "window"):
+            window = _opened(comm, _TURNS_CROWDED if crowded else _TURNS)
         if window is not None:
             comm.Set_attr(_key, window)
 
@@ -103,7 +106,7 @@ def of(comm):
     return comm.Get_attr(_key)
 
 
-def _opened(comm, node):
+def _opened(comm, patience):
     """A window for a communicator; None where its ranks cannot have one, on all of them alike."""
     of_node = comm.Split_type(MPI.COMM_TYPE_SHARED)
     shares = of_node.size == comm.size
@@ -120,6 +123,4 @@ def _opened(comm, node):
     mapped = comm.allreduce(memory is not None, MPI.MIN)
     if comm.rank == 0:
         array.close_common(handle)
-    of_ranks = node.allgather(array.cores())
-    crowded = sum(bool(array.cores() & cores) for cores in of_ranks) > len(array.cores())
-    return Window(comm, memory, _TURNS_CROWDED if crowded else _TURNS) if mapped else None
+    return Window(comm, memory, patience) if mapped else None
