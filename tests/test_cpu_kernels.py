@@ -379,3 +379,18 @@ def test_a_processor_without_avx512(tmp_path):
         NUMBA_CPU_NAME="haswell", HPCINFER_CACHE=str(tmp_path),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+# ---- parts of a query ----
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_share_the_groups_of_a_query(threads):
+    """Long enough for several threads: a part begins and ends between the groups of a query."""
+    books, k, v = paged([900, 1500], 5, 64, 64, BF16)
+    tokens, q = np.array([(0, 899), (1, 1499)], np.int32), normal((2, 15, 64), 3)
+    options = {"scale": 0.125, "groups": [(3 * g, 3 * g + 3) for g in range(5)]}
+    one = attention.paged_attention(q, tokens, k, v, books, **options)
+    array.use_threads(threads)
+    for a, b in zip(attention.paged_attention(q, tokens, k, v, books, **options), one, strict=True):
+        assert (a == b).all()

@@ -251,25 +251,25 @@ def _over_row(builder, row, n, held, turn):
 
 
 def page_scores(heads):
-    """Intrinsic (k, queries, row, next_key, n, out, ahead, ahead_too): scores of 16 keys.
+    """Intrinsic (k, queries, row, next_key, n, out, ahead): scores of 16 keys.
 
     k is an array, for its type alone: how its items are multiplied is `simd.kind_of`. row is the
     address of the first key, of n items (pairs where they are multiplied so, else numbers), a
     multiple of 16 / heads. queries is the address of rows of 16 lanes, one for each 16 / heads
     items, with those of each head in turn; out becomes (16, heads) float32. Meanwhile the cache
-    fetches as many bytes as are read here from each of two addresses on, which need not be valid.
+    fetches as many bytes as are read here from `ahead` on, which need not be valid.
     """
     each = LANES // heads
 
     @intrinsic
-    def scores_of(typing, k, queries, row, next_key, n, out, ahead, ahead_too):
+    def scores_of(typing, k, queries, row, next_key, n, out, ahead):
         kind = simd.kind_of(k.dtype)
 
         def generate(context, builder, signature, arguments):
             _page_scores(builder, arguments[1:], kind, each)
             return context.get_dummy_value()
 
-        return types.void(k, *[types.int64] * 7), generate
+        return types.void(k, *[types.int64] * 6), generate
 
     return scores_of
 
@@ -474,15 +474,16 @@ def _soften(builder, arguments, heads, paired):
 
 
 def weigh(heads, vectors):
-    """Intrinsic (v, p, next_p, n, row, next_key, o, next_o): a tile of o += p · v.
+    """Intrinsic (v, p, next_p, n, row, next_key, o, next_o, ahead): a tile of o += p · v.
 
     v is an array, for its type alone. The rest are addresses and strides in bytes: p the weights
     as `soften` leaves them, from some head on, next_p from one key (or pair of keys) to the next;
-    row the first of n keys' values; o (heads, 16 · vectors) float32.
+    row the first of n keys' values; o (heads, 16 · vectors) float32. Meanwhile the cache fetches as
+    many bytes as are read here from `ahead` on, which need not be valid.
     """
 
     @intrinsic
-    def weigh_of(typing, v, p, next_p, n, row, next_key, o, next_o):
+    def weigh_of(typing, v, p, next_p, n, row, next_key, o, next_o, ahead):
         kind = simd.kind_of(v.dtype)
 
         def generate(context, builder, signature, arguments):
@@ -490,13 +491,13 @@ def weigh(heads, vectors):
             weigh_by(builder, arguments[1:], kind, heads, vectors)
             return context.get_dummy_value()
 
-        return types.void(v, *[types.int64] * 7), generate
+        return types.void(v, *[types.int64] * 8), generate
 
     return weigh_of
 
 
 def _weigh_numbers(builder, arguments, kind, heads, vectors):
-    p, next_p, n, row, next_key, o, next_o = arguments
+    p, next_p, n, row, next_key, o, next_o, ahead = arguments
     places = [
         [builder.add(builder.add(o, builder.mul(next_o, I64(c))), I64(64 * u))
          for u in range(vectors)]
@@ -512,6 +513,7 @@ def _weigh_numbers(builder, arguments, kind, heads, vectors):
             _widened(builder, kind, builder.add(start, I64(LANES * kind.w_bytes * u)), LANES)
             for u in range(vectors)
         ]
+        _fetch_further(builder, ahead, j, vectors * LANES * kind.w_bytes)
         at = builder.add(p, builder.mul(next_p, j))
         for c in range(heads):
             weight = _splat_at(builder, builder.add(at, I64(4 * c)), FLOAT)
@@ -521,8 +523,16 @@ def _weigh_numbers(builder, arguments, kind, heads, vectors):
         simd._store(builder, builder.load(sums[c][u]), places[c][u])
 
 
+def _fetch_further(builder, ahead, turn, n_bytes):
+    """Fetch from `ahead` on what a turn of a loop stands for that reads n_bytes in each."""
+    lines = max(1, n_bytes // 64)
+    start = builder.add(ahead, builder.mul(turn, I64(64 * lines)))
+    for line in range(lines):
+        _prefetch(builder, builder.add(start, I64(64 * line)))
+
+
 def _weigh_pairs(builder, arguments, kind, heads, vectors):
-    p, next_p, n, row, next_key, o, next_o = arguments
+    p, next_p, n, row, next_key, o, next_o, ahead = arguments
     width = min(2, vectors)  # vectors of numbers that one row's load of 16-bit items becomes
     outs = [builder.add(o, builder.mul(next_o, I64(c))) for c in range(heads)]
     blocks = range(0, vectors, width)
@@ -549,6 +559,7 @@ def _weigh_pairs(builder, arguments, kind, heads, vectors):
                 for at in (first, second)
             )
             columns += [builder.bitcast(x, PAIRS) for x in _interleaved(builder, a, b)]
+        _fetch_further(builder, ahead, j, vectors * LANES * 4)
         at = builder.add(p, builder.mul(next_p, j))
         for c, of_head in enumerate(sums):
             word = _splat_at(builder, builder.add(at, I64(4 * c)), I32)
@@ -624,11 +635,11 @@ def _larger(builder, a, b):
 
 
 def _prefetch(builder, address):
-    """Fetch a line into the second level of the cache: the first takes few at a time."""
+    """Fetch a line into the first level of the cache, little ahead of its use: it holds few."""
     pointer = ir.IntType(8).as_pointer()
     kind = ir.FunctionType(ir.VoidType(), (pointer, I32, I32, I32))
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    read, level, data = I32(0), I32(2), I32(1)
+    read, level, data = I32(0), I32(3), I32(1)
     builder.call(function, (builder.inttoptr(address, pointer), read, level, data))
 
 
