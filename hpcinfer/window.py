@@ -111,7 +111,7 @@ def _opened(comm, patience):
     of_node = comm.Split_type(MPI.COMM_TYPE_SHARED)
     shares = of_node.size == comm.size
     of_node.Free()
-    able = shares and fastest.backend("numpy") is not None
+    able = shares and fastest.chosen("numpy") is not None
     if comm.size == 1 or not comm.allreduce(able, MPI.MIN):
         return None
     memory = handle = None

@@ -11,9 +11,21 @@ pytest.importorskip("numba")
 
 from hpcinfer import array
 from hpcinfer.model.step import Books
-from hpcinfer.ops import activation, attention, fastest, linear, norm, quantize, rope, store
+from hpcinfer.ops import (
+    activation,
+    attention,
+    experts,
+    fastest,
+    linear,
+    norm,
+    quantize,
+    rope,
+    route,
+    store,
+)
 from hpcinfer.ops.cpu import attention as cpu_attention
 from hpcinfer.ops.cpu import codes, machine, onednn, parts, rounding
+from hpcinfer.ops.cpu import experts as cpu_experts
 from hpcinfer.ops.cpu import linear as cpu_linear
 
 pytestmark = pytest.mark.single
@@ -394,3 +406,36 @@ def test_threads_share_the_groups_of_a_query(threads):
     array.use_threads(threads)
     for a, b in zip(attention.paged_attention(q, tokens, k, v, books, **options), one, strict=True):
         assert (a == b).all()
+
+
+@pytest.mark.parametrize("dtype", [BF16, np.dtype(np.float32)])
+@pytest.mark.parametrize("function", [activation.silu, activation.gelu_tanh])
+@pytest.mark.parametrize("T", [1, 3, 8, 20])
+def test_experts_of_few_tokens(T, function, dtype):
+    """One of the choices is no expert, some are on another rank."""
+    array.use_threads(1)
+    E, D, F, first = 5, 40, 24, 2
+    up, down = normal((E, 2 * F, D), 1, dtype), normal((E, D, F), 2, dtype)
+    rng = np.random.default_rng(3)
+    ids = np.stack([rng.permutation(E + 3)[:3] for _ in range(T)]).astype(np.int32)
+    ids[-1, 0] = -1
+    weights, gate = rng.random((T, 3), np.float32), activation.Gate(function, (F,))
+    operands = normal((T, D)), ids, weights, up, down, first, gate
+    assert cpu_experts._serves(*operands[:5], gate)
+    agree(experts.experts_ffn(*operands), experts.experts_ffn.plain(*operands), ROUNDED[dtype])
+
+
+def test_choices_are_counted():
+    ids = np.array([[0, 3], [3, -1], [2, 3]], np.int32)
+    for count in (route.count_into, route.count_into.plain):
+        assert count(np.array([1, 0, 0, 5], np.int64), ids).tolist() == [2, 0, 1, 8]
+
+
+@pytest.mark.parametrize("T", [1, 2, 7, 16])
+def test_few_rows_of_float32_weights(T):
+    for n_in, n_out in ((896, 71), (67, 5), (33, 1), (1024, 64)):
+        x, w = normal((T, n_in)), normal((n_out, n_in), 1)
+        assert cpu_linear.linear(x, w) is not NotImplemented
+        for bias in (None, normal(n_out, 2)):
+            agree(linear.linear(x, w, bias), linear.linear.plain(x, w, bias), 3e-6)
+    assert cpu_linear.linear(normal((17, 896)), normal((71, 896))) is NotImplemented

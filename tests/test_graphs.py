@@ -13,13 +13,21 @@ pytest.importorskip("numba")
 
 import hpcinfer
 from hpcinfer import array, capture, collectives, window
+from hpcinfer.engine.record import ExpertLoad
 from hpcinfer.grid import Grid, parse_layout
 from hpcinfer.model import graphs
 from hpcinfer.ops import inplace, norm
 from hpcinfer.ops.cpu.graph import Capture, Memory
 
 # Families, ropes, windows and norms whose heads have widths that compiled attention knows.
-CAPTURED = ("llama-gqa", "llama-bias", "llama-rope-longrope", "mistral-full", "qwen3-window")
+CAPTURED = (
+    "llama-gqa",
+    "llama-bias",
+    "llama-rope-longrope",
+    "mistral-full",
+    "qwen3-window",
+    "mixtral-window",
+)
 LAYOUTS = {1: ["tp=1"], 2: ["tp=2", "pp=2"], 3: ["tp=3"], 4: ["tp=4", "tp=2,pp=2"]}
 
 
@@ -155,10 +163,11 @@ def load(comm, path, case, layout):
 
 
 def answers(engine, case, monkeypatch, **bounds):
-    """Greedy tokens of prompts that end at different times, and what was sent for them."""
+    """Greedy tokens of some prompts, what was sent for them, and which experts they chose."""
     for name, value in bounds.items():
         monkeypatch.setattr(graphs, name, value)
     engine._forget(engine.scheduler.pages.n)  # no prompt is in the cache
+    engine.model.expert_load.clear()
     collectives.ledger.clear()
     prompts = [models.tokens(case, n) for n in (3, 30, 61, 100)]
     tokens = greedy(engine, prompts, 40) + greedy(engine, prompts[:2], 70)
@@ -167,7 +176,7 @@ def answers(engine, case, monkeypatch, **bounds):
         for key, entry in collectives.ledger.entries.items()
         if key[2] in ("attention", "ffn")
     }
-    return tokens, sent
+    return tokens, sent, engine.expert_load().tolist()
 
 
 @pytest.mark.parametrize("case", CAPTURED)
@@ -187,6 +196,17 @@ def test_replayed_steps_answer_alike(comm, shared_path, monkeypatch, one_thread,
     assert answers(engine, case, monkeypatch, _MORE_PAGES=0) == few
     engine.model.graphs.refusals[None] = "a test"
     assert answers(engine, case, monkeypatch) == few
+
+
+def test_a_graph_counts_where_the_model_does(comm, shared_path, monkeypatch, one_thread):
+    """Counts that are replaced are not written any more."""
+    engine = load(comm, shared_path, "mixtral-window", f"tp={comm.size}")
+    array.use_threads(1)
+    first = answers(engine, "mixtral-window", monkeypatch, _STEPS=2)
+    before = engine.model.expert_load
+    engine.model.expert_load = ExpertLoad(engine.model.arch)
+    assert answers(engine, "mixtral-window", monkeypatch) == first
+    assert before.counts.sum() == engine.model.expert_load.counts.sum()
 
 
 @pytest.mark.parametrize("case", ["gpt2", "qwen2", "olmoe", "deepseek_v2"])

@@ -21,7 +21,7 @@ from hpcinfer.engine.generate import Generate
 from hpcinfer.engine.loop import run as run_loop
 from hpcinfer.engine.loop import sequences_of
 from hpcinfer.engine.pages import Pages, pages_for
-from hpcinfer.engine.record import ExpertLoad, Record
+from hpcinfer.engine.record import Record
 from hpcinfer.engine.request import BadRequest
 from hpcinfer.engine.scheduler import Scheduler
 from hpcinfer.errors import agreed
@@ -158,7 +158,7 @@ class Bench:
 
     def touched(self, tokens, measure):
         """Result of `measure()`, and the share of the experts that a step of it touched."""
-        self.model.expert_load = ExpertLoad(self.arch)
+        self.model.expert_load.clear()
         result = measure()
         return result, work.touched_share(self.arch, self.engine.expert_load(), tokens)
 

@@ -117,7 +117,7 @@ def _add_extract(names):
         ("steps", 64, "steps"),
         _REPEAT,
     )
-    parser.add_argument("--store", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--store", choices=common.DTYPES, default="float32")
     parser.set_defaults(measure=_extract)
 
 
@@ -229,7 +229,7 @@ def _add_shape(parser):
     )
     parser.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "float16"),
+        choices=common.DTYPES,
         default="float32",
         help="of keys and values (default float32)",
     )

@@ -151,7 +151,7 @@ def _add_source(parser, model, dtype, layout=True):
         )
     parser.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "float16"),
+        choices=common.DTYPES,
         default=dtype,
         help=f"of weights and cache (default {dtype or 'as the model says'})",
     )
@@ -166,13 +166,7 @@ def _add_source(parser, model, dtype, layout=True):
             "--group", type=int, choices=GROUPS,
             help="inputs that share a scale, with --quantize (default 32)",
         )  # fmt: skip
-    parser.add_argument("--device", choices=("cpu", "cuda", "auto"), default="cpu")
-    parser.add_argument(
-        "--kernels",
-        choices=("auto", "plain"),
-        default="auto",
-        help="the fast forms of functions where there are any, or the plain ones (default auto)",
-    )
+    common.add_device_options(parser)
     add_numbers(parser, ("step-tokens", 2048, "tokens of one step at most"))
 
 

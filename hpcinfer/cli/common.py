@@ -5,6 +5,8 @@ import sys
 import time
 from argparse import ArgumentTypeError
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 # Seconds before the end of the job at which a run stops.
 _JOB_END_S = 30.0
 
@@ -29,14 +31,8 @@ def add_model_options(parser):
         help='such as "tp=2" or "dp=2,pp=2,cp=2,tp=2,ep=4,sp=on,zero=allgather" or "afd=3:1"; '
         "default: all ranks in tp",
     )
-    group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
-    group.add_argument("--device", choices=("cpu", "cuda", "auto"), default="cpu")
-    group.add_argument(
-        "--kernels",
-        choices=("auto", "plain"),
-        default="auto",
-        help="the fast forms of functions where there are any, or the plain ones (default auto)",
-    )
+    group.add_argument("--dtype", choices=DTYPES)
+    add_device_options(group)
     group.add_argument(
         "--kv-memory",
         type=size,
@@ -109,6 +105,17 @@ def add_model_options(parser):
         "--trace",
         metavar="FOLDER",
         help="write every MPI call of every rank as a timeline (Chrome, Perfetto)",
+    )
+
+
+def add_device_options(parser):
+    """Options of every command and bench that loads a model."""
+    parser.add_argument("--device", choices=("cpu", "cuda", "auto"), default="cpu")
+    parser.add_argument(
+        "--kernels",
+        choices=("auto", "plain"),
+        default="auto",
+        help="the fast forms of functions where there are any, or the plain ones (default auto)",
     )
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hpcinfer import array, collectives
+from hpcinfer.ops.route import count_into
 
 
 @dataclass
@@ -31,10 +32,13 @@ class ExpertLoad:
     def __init__(self, arch):
         self.counts = np.zeros((arch.N, arch.E), np.int64)
 
+    def clear(self):
+        """Forget all choices."""
+        self.counts[...] = 0
+
     def add(self, n, ids):
         """Count the choices of some tokens in layer n: ids (T, k)."""
-        chosen = array.host(ids).reshape(-1)
-        self.counts[n] += np.bincount(chosen[chosen >= 0], minlength=self.counts.shape[1])
+        count_into(self.counts[n], array.host(ids))
 
 
 class Record:

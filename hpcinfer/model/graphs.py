@@ -71,9 +71,11 @@ class Frame:
     ----------
     step, x, rotation : of the step that is captured
     windows : of attention, that the model's layers have
+    load : ExpertLoad that the graph counts into, or None
     """
 
-    def __init__(self, step, x, rotation, windows):
+    def __init__(self, step, x, rotation, windows, load):
+        self.load = load
         self.x = np.empty_like(x)
         self.rotation = None if rotation is None else tuple(map(np.empty_like, rotation))
         self.stored, self.slots = np.empty_like(step.stored), np.empty_like(step.slots)
@@ -88,9 +90,11 @@ class Frame:
         for table in self.tables.values():
             yield from (table.positions, *table.pages)
 
-    def has_room(self, step):
-        """True if the pages that the step's sequences have fit in here."""
-        return all(len(t.places) >= self._most_pages(step) for t in self.tables.values())
+    def serves(self, step, load):
+        """True if it counts there, and the pages that the step's sequences have fit in here."""
+        return load is self.load and all(
+            len(t.places) >= self._most_pages(step) for t in self.tables.values()
+        )
 
     def fill(self, step, x, rotation):
         """Write what a step has into the frame."""
@@ -154,7 +158,7 @@ class Graphs:
         self._steps[T] += 1
         if self._steps[T] <= _STEPS:
             return compute(x, step, rotation)
-        if T not in self._known or not self._known[T][0].has_room(step):
+        if T not in self._known or not self._known[T][0].serves(step, self._model.expert_load):
             return self._captured(step, cut, x, rotation, compute)
         frame, graph, y = self._known[T]
         frame.fill(step, x, rotation)
@@ -182,9 +186,11 @@ class Graphs:
         if self._memory is None:
             self._memory = Memory()
         windows = {model.arch.windows[n] for n in model.layers}
-        frame = Frame(step, x, rotation, windows)
+        load = model.expert_load
+        frame = Frame(step, x, rotation, windows, load)
         frame.fill(step, x, rotation)
-        with capture.capturing(Capture(self._memory, self._lasting(cut, frame))) as captured:
+        lasting = [*self._lasting(cut, frame)]
+        with capture.capturing(Capture(self._memory, lasting)) as captured:
             y = compute(frame.x, frame.step(step), frame.rotation)
         result = y.copy()
         if not self._agreed(cut, len(x), captured.refusal):
@@ -193,7 +199,10 @@ class Graphs:
         # Trust it if it makes the same of the frame where nothing is left of the first time.
         graph = captured.graph()
         self._memory.poison()
+        counts = None if load is None else load.counts.copy()
         graph.replay()
+        if load is not None:
+            load.counts[...] = counts
         reason = None if np.array_equal(y, result) else "other numbers when it was replayed"
         if not self._agreed(cut, len(x), reason):
             return compute(x, step, rotation)  # what the replay wrote into the cache is wrong
@@ -216,6 +225,8 @@ class Graphs:
             yield from arrays_of(x)
         for _, pages in self._model.cache.arrays():
             yield pages
+        if self._model.expert_load is not None:
+            yield self._model.expert_load.counts
         shared = window.of(cut.comm)
         if shared is not None:
             yield from shared.arrays()
@@ -224,12 +235,14 @@ class Graphs:
 def _reason_against(model):
     """Why the layers of a model are not captured, or None."""
     arch, grid = model.arch, model.grid
-    if model.device.name != "cpu" or fastest.backend("numpy") is None:
+    if model.device.name != "cpu" or fastest.chosen("numpy") is None:
         return "there are no compiled functions"
     if grid.cp.size > 1 or model.context.kv.size > 1:
         return "attention passes between ranks"
-    if arch.mla is not None or any(arch.sparse[n] for n in model.layers):
-        return "what a layer does depends on its tokens"
+    if arch.mla is not None:
+        return "latent attention"
+    if grid.experts is not None:
+        return "tokens travel between ranks"
     if grid.layout.zero != "off" or grid.side:
         return "parameters or tokens come from other ranks"
     return None

@@ -14,6 +14,7 @@ from hpcinfer import array
 from hpcinfer.model.sides import expert_shares
 from hpcinfer.ops.activation import sigmoid
 from hpcinfer.ops.experts import experts_ffn
+from hpcinfer.ops.inplace import add_into
 from hpcinfer.ops.linear import linear, linear_pair
 from hpcinfer.ops.route import route
 from hpcinfer.parallel import expert
@@ -56,7 +57,7 @@ def moe_sum(cut, w, x, ids, weights):
     y = experts_ffn(
         x, ids, weights, w.experts_up, w.experts_down, cut.first_expert, cut.experts_middle
     )
-    return y if w.shared_up is None else y + shared_sum(cut, w, x)
+    return y if w.shared_up is None else add_into(y, shared_sum(cut, w, x))
 
 
 def shared_sum(cut, w, x):

@@ -63,15 +63,20 @@ def backend(name):
     return package if package.missing() is None else None
 
 
+def chosen(name):
+    """As `backend`; None too where the plain forms are to run."""
+    return backend(name) if _choice == "auto" else None
+
+
 def notice():
     """A line for the user where fast forms must be compiled first, which takes a while; or None."""
-    package = backend("numpy") if _choice == "auto" else None
+    package = chosen("numpy")
     return None if package is None else package.notice()
 
 
 def _find(name, place, plain):
     """The fast form of a plain function; the plain one if there is none, or it cannot run."""
-    package = backend(name) if _choice == "auto" else None
+    package = chosen(name)
     if package is None or place not in package.FILES:
         return plain
     module = importlib.import_module(f"{package.__name__}.{place}")

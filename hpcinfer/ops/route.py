@@ -8,6 +8,8 @@ correction that decides the choice but not the weight, DeepSeek-AI 2024, section
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from hpcinfer import array
 from hpcinfer.ops.activation import sigmoid
 from hpcinfer.ops.fastest import fastest
@@ -92,3 +94,21 @@ def _within_best_groups(router, choice):
 def _largest(scores, k):
     """Numbers (T, k) of the largest scores of every row, descending."""
     return array.namespace(scores).argsort(-scores, axis=1, kind="stable")[:, :k]
+
+
+@fastest
+def count_into(counts, ids):
+    """Add to counts how many tokens chose each expert.
+
+    Parameters
+    ----------
+    counts : (E,) int64, host
+    ids : (T, k) integers, host; below 0 for no choice
+
+    Returns
+    -------
+    counts
+    """
+    chosen = ids.reshape(-1)
+    counts += np.bincount(chosen[chosen >= 0], minlength=len(counts))
+    return counts

@@ -34,7 +34,7 @@ def gate_into(number, gate_up, widths, y):
     for width in widths:
         columns = slice(2 * start, 2 * (start + width))
         blocks = bits(gate_up)[:, columns], bits(y)[:, start : start + width]
-        parts.over_rows(_gate_rows, len(y), *blocks, number, work_bytes=gate_up.nbytes)
+        parts.over_rows(gate_rows, len(y), *blocks, number, work_bytes=gate_up.nbytes)
         start += width
 
 
@@ -50,7 +50,8 @@ _GATE = gate(TWICES)
 
 
 @compiled
-def _gate_rows(start, stop, gate_up, y, number):
+def gate_rows(start, stop, gate_up, y, number):
+    """Rows start..stop of the gate of one block of columns, (T, 2 F) -> y (T, F)."""
     n = y.shape[1]
     for t in range(start, stop):
         row = gate_up.ctypes.data + t * gate_up.strides[0]

@@ -2,16 +2,74 @@
 
 import numpy as np
 
+from hpcinfer import array
+from hpcinfer.ops.activation import Gate
+from hpcinfer.ops.cpu import activation, parts
+from hpcinfer.ops.cpu.compile import compiled
+from hpcinfer.ops.cpu.linear import times_rows
+from hpcinfer.ops.cpu.rounding import bits
 from hpcinfer.ops.linear import linear_pair
+from hpcinfer.ops.quantize import Quantized
 
 # Choices up to which lists are faster than sorted arrays.
 _FEW = 64
+
+_NONE = np.empty(0, np.float32)
 
 
 def experts_ffn(x, ids, weights, up, down, first, function):
     """As `ops.experts.experts_ffn`, for a few choices."""
     if not 0 < ids.size <= _FEW or not len(up):
         return NotImplemented
+    if array.threads() == 1 and _serves(x, ids, weights, up, down, function):
+        y = parts.empty(x.shape, np.float32)
+        gate, width = activation.number_of(function.function), function.widths[0]
+        operands = x, ids, weights, bits(up), bits(down)
+        parts.call(_few_tokens, *operands, first, gate, width, y)
+        return y
+    return _by_lists(x, ids, weights, up, down, first, function)
+
+
+def _serves(x, ids, weights, up, down, function):
+    """True if the compiled function knows the gate, and how the experts lie in memory."""
+    if type(function) is not Gate or len(function.widths) != 1:
+        return False
+    if activation.number_of(function.function) is None or isinstance(up, Quantized):
+        return False
+    F, D = function.widths[0], x.shape[1]
+    if up.shape[1:] != (2 * F, D) or down.shape != (len(up), D, F) or not F * D:
+        return False
+    if up.dtype != down.dtype or up.dtype not in (np.float32, array.BFLOAT16):
+        return False
+    rows = up.strides[2] == down.strides[2] == up.itemsize
+    return rows and x.dtype == weights.dtype == np.float32 and ids.shape == weights.shape
+
+
+@compiled
+def _few_tokens(x, ids, weights, up, down, first, gate, width, y):
+    """One expert after the other, with the tokens that chose it; y (T, D) is their sum."""
+    T, D = x.shape
+    chosen, factors = np.empty(T, np.int64), np.empty(T, np.float32)
+    rows, found = np.empty((T, D), np.float32), np.empty((T, D), np.float32)
+    gate_up, hidden = np.empty((T, 2 * width), np.float32), np.empty((T, width), np.float32)
+    y[:] = np.float32(0)
+    for e in range(len(up)):
+        n = 0
+        for t in range(T):
+            for j in range(ids.shape[1]):
+                if ids[t, j] == first + e:
+                    chosen[n], factors[n], rows[n] = t, weights[t, j], x[t]
+                    n += 1
+        if n:
+            times_rows(0, 2 * width, rows[:n], up[e], gate_up, _NONE)
+            activation.gate_rows(0, n, gate_up, hidden, gate)
+            times_rows(0, D, hidden[:n], down[e], found, _NONE)
+            for i in range(n):
+                for d in range(D):
+                    y[chosen[i], d] += factors[i] * found[i, d]
+
+
+def _by_lists(x, ids, weights, up, down, first, function):
     of_expert = {}
     for t, choices in enumerate(ids.tolist()):
         for j, e in enumerate(choices):

@@ -96,8 +96,8 @@ class Capture:
     Parameters
     ----------
     memory : Memory
-    lasting : arrays that stay where they are for as long as the graph is used; a call on other
-        memory than these, and than what is had from here, cannot be captured
+    lasting : list of arrays that stay where they are for as long as the graph is used; a call on
+        other memory than these, and than what is had from here, cannot be captured
 
     Attributes
     ----------
@@ -105,7 +105,7 @@ class Capture:
     """
 
     def __init__(self, memory, lasting):
-        self._memory = memory
+        self._memory, self._lasting = memory, lasting
         ranges = sorted(bounds(x) for x in lasting if x.size)
         self._starts, self._stops = [r[0] for r in ranges], [r[1] for r in ranges]
         self._rows, self._words, self._breaks, self._sums = [], [], [], []
@@ -145,7 +145,8 @@ class Capture:
     def graph(self):
         """Graph of what has been kept."""
         table = np.array(self._rows, np.int64).reshape(-1, 3)
-        return Graph(table, self._words, self._breaks, self._sums, self._window)
+        held = self._memory, self._lasting, self._words
+        return Graph(table, self._breaks, self._sums, self._window, held)
 
     def _lasts(self, x):
         start, stop = bounds(x)
@@ -165,8 +166,8 @@ class Graph:
     window : Window in which ranks sum, or None
     """
 
-    def __init__(self, table, words, breaks, sums, window):
-        self._table, self._words, self._breaks = table, words, breaks
+    def __init__(self, table, breaks, sums, window, held):
+        self._table, self._breaks, self._held = table, breaks, held
         self.sums, self.window = sums, window
         self._late = np.zeros(1, np.int64) if window is None else window.late
         self.totals = [

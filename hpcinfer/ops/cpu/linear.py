@@ -79,7 +79,7 @@ def few_rows(x, weight, y, bias=None):
     else:
         w, x = weight, array.widen(x)
     parts.over_rows(
-        _few_rows, len(w), x, w, y, _NONE if bias is None else bias, work_bytes=weight.nbytes
+        times_rows, len(w), x, w, y, _NONE if bias is None else bias, work_bytes=weight.nbytes
     )
 
 
@@ -155,7 +155,8 @@ def _blocks(T):
 
 
 @compiled
-def _few_rows(start, stop, x, w, y, bias):
+def times_rows(start, stop, x, w, y, bias):
+    """Columns start..stop of y = x · wᵀ + bias; no bias if it is empty."""
     xs = prepared(x, w)
     if xs.size * xs.itemsize <= _SMALL:
         _by_one_row(start, stop, xs, w, y, bias)

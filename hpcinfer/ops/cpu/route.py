@@ -16,7 +16,8 @@ def route(logits, router, bias=None):
     if bias is not None and bias.shape != (E,):
         return NotImplemented
     T = len(logits)
-    ids, weights = np.empty((T, router.k), np.int32), np.empty((T, router.k), np.float32)
+    ids = parts.empty((T, router.k), np.int32)
+    weights = parts.empty((T, router.k), np.float32)
     parts.over_rows(
         _route, T, logits, router.score == "softmax", _NONE if bias is None else bias,
         router.normalise, np.float32(router.scale), ids, weights, work_bytes=logits.nbytes,
@@ -24,7 +25,23 @@ def route(logits, router, bias=None):
     return ids, weights
 
 
+def count_into(counts, ids):
+    """As `ops.route.count_into`."""
+    if counts.dtype != np.int64 or not counts.flags.c_contiguous or ids.ndim != 2:
+        return NotImplemented
+    parts.call(_count, counts, ids)
+    return counts
+
+
 _NONE = np.empty(0, np.float32)
+
+
+@compiled
+def _count(counts, ids):
+    for t in range(ids.shape[0]):
+        for j in range(ids.shape[1]):
+            if 0 <= ids[t, j] < len(counts):
+                counts[ids[t, j]] += 1
 
 
 @numba.njit(inline="always")
