@@ -23,7 +23,7 @@ from functools import partial
 import numpy as np
 from mpi4py import MPI
 
-from hpcinfer import array, capture, window
+from hpcinfer import array, capture
 from hpcinfer.where import here
 
 
@@ -122,6 +122,24 @@ def axis_name(comm):
     return comm.Get_name() or "comm"
 
 
+_window = MPI.Comm.Create_keyval()
+
+
+def use_window(comm, window):
+    """Let small sums over a communicator go through memory that its ranks share.
+
+    Parameters
+    ----------
+    window : `parallel.window.Window`, or what has its `serves` and `sum`
+    """
+    comm.Set_attr(_window, window)
+
+
+def window_of(comm):
+    """What `use_window` gave a communicator, or None."""
+    return comm.Get_attr(_window)
+
+
 def Allreduce(comm, x, op=MPI.SUM, purpose=""):
     """Reduce `x` over the ranks, in place; small sums in a node's window, if there is one.
 
@@ -145,7 +163,7 @@ def Allreduce(comm, x, op=MPI.SUM, purpose=""):
     call = ledger.begin("Allreduce", comm, purpose)
     size = comm.size
     sent_bytes = 2 * x.nbytes * (size - 1) / size
-    shared = window.of(comm) if op == MPI.SUM else None
+    shared = window_of(comm) if op == MPI.SUM else None
     if shared is not None and not shared.serves(x):
         shared = None
     if capture.under_way is not None:

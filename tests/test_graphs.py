@@ -12,12 +12,13 @@ from reference.parity import greedy, on_root
 pytest.importorskip("numba")
 
 import hpcinfer
-from hpcinfer import array, capture, collectives, window
+from hpcinfer import array, capture, collectives
 from hpcinfer.engine.record import ExpertLoad
 from hpcinfer.grid import Grid, parse_layout
 from hpcinfer.model import graphs
 from hpcinfer.ops import inplace, norm
 from hpcinfer.ops.cpu.graph import Capture, Memory
+from hpcinfer.parallel.window import open_windows
 
 # Families, ropes, windows and norms whose heads have widths that compiled attention knows.
 CAPTURED = (
@@ -112,8 +113,8 @@ def test_python_is_called_between(one_thread):
 @pytest.fixture
 def grid(comm):
     grid = Grid(comm, parse_layout(f"tp={comm.size}", comm.size))
-    window.open_windows(grid)
-    assert (window.of(grid.tp) is None) == (comm.size == 1)
+    open_windows((grid.tp, grid.tp_cp), grid.node)
+    assert (collectives.window_of(grid.tp) is None) == (comm.size == 1)
     return grid
 
 

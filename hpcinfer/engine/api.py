@@ -36,7 +36,7 @@ from hpcinfer.model.ffn_side import FfnSide
 from hpcinfer.model.fit import refuse_unfit
 from hpcinfer.model.forward import Model
 from hpcinfer.model.weights import check
-from hpcinfer.window import open_windows
+from hpcinfer.parallel.window import open_windows
 
 # Share of the free memory that the cache takes where --kv-memory does not say.
 _KV_SHARE = 0.5
@@ -96,7 +96,7 @@ def load(
     take_threads(grid.node)
     device = take_device(grid, device)
     if device.name == "cpu":
-        open_windows(grid)
+        open_windows((grid.tp, grid.tp_cp), grid.node)
     return agree_all(
         comm, lambda: Engine(path, grid, dtype, device, kv_memory, limits, context, seed)
     ).ready()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from hpcinfer import array, capture, collectives, window
+from hpcinfer import array, capture, collectives
 from hpcinfer.model.alike import parameters
 from hpcinfer.model.cache import PAGE
 from hpcinfer.ops import fastest
@@ -55,9 +55,9 @@ class FramedBooks:
     def __init__(self, books, tables):
         self._books, self._tables = books, tables
 
-    def table(self, tokens, window_of_layer=None):
+    def table(self, tokens, looks_back=None):
         """As `Books.table`."""
-        return self._tables[window_of_layer]
+        return self._tables[looks_back]
 
     def __getattr__(self, name):
         capture.refuse(f"{name} of the cache, which only a form that is not compiled asks for")
@@ -80,9 +80,9 @@ class Frame:
         self.rotation = None if rotation is None else tuple(map(np.empty_like, rotation))
         self.stored, self.slots = np.empty_like(step.stored), np.empty_like(step.slots)
         self.tables, pages = {}, 2 * self._most_pages(step) + _MORE_PAGES
-        for window_of_layer in windows:
+        for looks_back in windows:
             integers = [np.zeros(n, np.int64) for n in (len(x), len(x) + 1, pages, pages)]
-            self.tables[window_of_layer] = Table(*integers)
+            self.tables[looks_back] = Table(*integers)
 
     def arrays(self):
         """All arrays of the frame."""
@@ -101,8 +101,8 @@ class Frame:
         self.x[...], self.stored[...], self.slots[...] = x, step.stored, step.slots
         for into, of_step in zip(self.rotation or (), rotation or (), strict=True):
             into[...] = of_step
-        for window_of_layer, into in self.tables.items():
-            table = step.books.table(step.decoding.tokens, window_of_layer)
+        for looks_back, into in self.tables.items():
+            table = step.books.table(step.decoding.tokens, looks_back)
             into.positions[...], (into.bounds[...], places, numbers) = table.positions, table.pages
             into.places[: len(places)], into.numbers[: len(numbers)] = places, numbers
 
@@ -227,7 +227,7 @@ class Graphs:
             yield pages
         if self._model.expert_load is not None:
             yield self._model.expert_load.counts
-        shared = window.of(cut.comm)
+        shared = collectives.window_of(cut.comm)
         if shared is not None:
             yield from shared.arrays()
 

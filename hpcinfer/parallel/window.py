@@ -1,9 +1,14 @@
-"""Sums over the ranks of one node in memory that they share, where a message takes longer.
+"""Allreduce inside a node: each rank writes its part into common memory and adds up all parts.
 
-A window belongs to a communicator whose ranks all share memory; `collectives.Allreduce` uses it for
-sums that are small enough (`Window.serves`). The ranks of a node wait for each other in a loop, as
-MPI does inside a node; who waits for long lets MPI go on meanwhile, since another rank may wait in
-a call that needs this one's part.
+    before   x on every rank, of one node
+    after    their sum on every rank, the same number on all
+    cost     n words written and (P-1) n read by each rank; for small n, as it is linear in P
+    source   the shared-memory windows of MPI-3 (Hoefler 2013, doi:10.1007/s00607-013-0324-2)
+
+`collectives.Allreduce` takes this way for small sums of ranks that have opened a window. Compiled
+functions make the sum (`ops.cpu.window`), so that a replayed step needs neither Python nor MPI for
+it. The ranks wait for each other in a loop, as MPI does inside a node; who waits for long lets MPI
+go on meanwhile, since another rank may wait in a call that needs this one's part.
 """
 
 import os
@@ -12,7 +17,7 @@ from time import perf_counter
 import numpy as np
 from mpi4py import MPI
 
-from hpcinfer import array
+from hpcinfer import array, collectives
 from hpcinfer.ops import fastest
 from hpcinfer.where import waiting
 
@@ -23,8 +28,6 @@ _PART_BYTES, _ALL_BYTES = 64 << 10, 256 << 10
 # core of their own.
 _TURNS, _TURNS_CROWDED = 10_000, 100
 
-_key = MPI.Comm.Create_keyval()
-
 
 class Window:
     """One rank's view of the memory that the ranks of a communicator share.
@@ -32,7 +35,7 @@ class Window:
     Parameters
     ----------
     comm : communicator
-    memory : uint8, shared, of `room(P)` bytes, 0 at first
+    memory : uint8, shared, 0 at first: a line of the cache for each rank, then two parts for each
     patience : turns of waiting between two calls of MPI
 
     Attributes
@@ -89,21 +92,22 @@ class Window:
         os.sched_yield()
 
 
-def open_windows(grid):
-    """Give the communicators whose ranks sum small arrays a window each; every rank calls this."""
-    with waiting("allgather", grid.node, "window"):
-        of_ranks = grid.node.allgather(array.cores())
+def open_windows(comms, node):
+    """Give communicators a window each for their small sums; every rank of the node calls this.
+
+    Parameters
+    ----------
+    comms : communicators of this rank
+    node : communicator of the ranks that share memory with this one
+    """
+    with waiting("allgather", node, "window"):
+        of_ranks = node.allgather(array.cores())
     crowded = sum(bool(array.cores() & cores) for cores in of_ranks) > len(array.cores())
-    for comm in (grid.tp, grid.tp_cp):
+    for comm in comms:
         with waiting("allreduce", comm, "window"):
             window = _opened(comm, _TURNS_CROWDED if crowded else _TURNS)
         if window is not None:
-            comm.Set_attr(_key, window)
-
-
-def of(comm):
-    """The window of a communicator, or None."""
-    return comm.Get_attr(_key)
+            collectives.use_window(comm, window)
 
 
 def _opened(comm, patience):
