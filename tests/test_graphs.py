@@ -189,8 +189,11 @@ def test_replayed_steps_answer_alike(comm, shared_path, monkeypatch, one_thread,
     engine = load(comm, shared_path, case, layouts[i])
     array.use_threads(1)
     few = answers(engine, case, monkeypatch, _STEPS=2)
-    assert not engine.model.graphs.refusals
-    assert engine.model.graphs._known
+
+    # A rank without heads, of which a small model may have some, computes otherwise.
+    idle = comm.allreduce(engine.model.heads.n_query == 0, MPI.LOR)
+    assert bool(engine.model.graphs.refusals) == idle
+    assert bool(engine.model.graphs._known) != idle
 
     # A frame without room to spare is given up at every page.
     engine.model.graphs.clear()

@@ -383,7 +383,7 @@ def test_the_file_is_read_once(comm, shared_path, case, axis):
 def test_a_rank_that_cannot_map_reads_alone(comm, shared_path, monkeypatch, case, axis, victim):
     """It answers the same, and so do the others, who share as before."""
     if comm.rank == victim:
-        monkeypatch.setattr(array, "map_common", lambda handle: None)
+        monkeypatch.setattr(array, "map_common", lambda handle, write=False: None)
     engine = load(comm, shared_path, case, f"{axis}={SIZE}")
     assert engine.shares_weights == (comm.rank != victim)
     assert any(map(is_mapped, parameters(engine.model.weights).values())) == engine.shares_weights
