@@ -17,8 +17,10 @@ from hpcinfer.engine.record import ExpertLoad
 from hpcinfer.grid import Grid, parse_layout
 from hpcinfer.model import graphs
 from hpcinfer.ops import inplace, norm
+from hpcinfer.ops.cpu import parts
 from hpcinfer.ops.cpu.graph import Capture, Memory
 from hpcinfer.parallel.window import open_windows
+from hpcinfer.where import here
 
 # Families, ropes, windows and norms whose heads have widths that compiled attention knows.
 CAPTURED = (
@@ -37,8 +39,9 @@ def numbers(shape, seed=0):
 
 
 @pytest.fixture
-def one_thread():
+def one_thread(monkeypatch):
     before = array.threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     array.use_threads(1)
     yield
     array.use_threads(before)
@@ -155,6 +158,31 @@ def test_a_rank_that_waits_lets_messages_pass(comm, grid):
         request.Wait()
 
 
+def test_a_replay_says_what_it_waits_in(comm, grid, one_thread):
+    """The last rank comes late: the others are in the sum, where a watchdog sees them."""
+    x, seen, layer, shared = numbers((2, 64)), [], here.layer, collectives.window_of(grid.tp)
+    here.layer = 7
+    lasting = [x, *([] if shared is None else shared.arrays())]
+    with capture.capturing(Capture(Memory(), lasting)) as captured:
+        y = inplace.copy_into(parts.empty((2, 64, 1), np.float32), x[..., None])
+        collectives.Allreduce(grid.tp, y, purpose="a test")
+    graph, here.layer = captured.graph(), None
+    if shared is not None:
+        wait = shared.wait
+        shared.wait = lambda: (seen.append((here.call[:-1], here.layer)), wait())
+    if comm.rank == comm.size - 1:
+        time.sleep(0.3)
+    graph.replay()
+    np.testing.assert_allclose(y[..., 0], x * comm.size, rtol=1e-6)
+    assert graph.totals == [
+        (("Allreduce", "tp", "a test"), 1, 2 * x.nbytes * (comm.size - 1) / comm.size)
+    ]
+    if comm.rank < comm.size - 1:
+        assert set(seen) == {(("Allreduce", "tp", "a test"), 7)}
+    assert here.call is None
+    here.layer = layer
+
+
 # ---- models ----
 
 
@@ -187,7 +215,6 @@ def test_replayed_steps_answer_alike(comm, shared_path, monkeypatch, one_thread,
     if i >= len(layouts):
         pytest.skip("no more layouts of so many ranks")
     engine = load(comm, shared_path, case, layouts[i])
-    array.use_threads(1)
     few = answers(engine, case, monkeypatch, _STEPS=2)
 
     # A rank without heads, of which a small model may have some, computes otherwise.
@@ -196,7 +223,7 @@ def test_replayed_steps_answer_alike(comm, shared_path, monkeypatch, one_thread,
     assert bool(engine.model.graphs._known) != idle
 
     # A frame without room to spare is given up at every page.
-    engine.model.graphs.clear()
+    engine.model.graphs.begin()
     assert answers(engine, case, monkeypatch, _MORE_PAGES=0) == few
     engine.model.graphs.refusals[None] = "a test"
     assert answers(engine, case, monkeypatch) == few
@@ -205,7 +232,6 @@ def test_replayed_steps_answer_alike(comm, shared_path, monkeypatch, one_thread,
 def test_a_graph_counts_where_the_model_does(comm, shared_path, monkeypatch, one_thread):
     """Counts that are replaced are not written any more."""
     engine = load(comm, shared_path, "mixtral-window", f"tp={comm.size}")
-    array.use_threads(1)
     first = answers(engine, "mixtral-window", monkeypatch, _STEPS=2)
     before = engine.model.expert_load
     engine.model.expert_load = ExpertLoad(engine.model.arch)
@@ -216,7 +242,6 @@ def test_a_graph_counts_where_the_model_does(comm, shared_path, monkeypatch, one
 @pytest.mark.parametrize("case", ["gpt2", "qwen2", "olmoe", "deepseek_v2"])
 def test_what_cannot_be_captured_goes_on(comm, shared_path, monkeypatch, one_thread, case):
     engine = load(comm, shared_path, case, f"tp={comm.size}")
-    array.use_threads(1)
     tried = answers(engine, case, monkeypatch, _STEPS=2)
     assert engine.model.graphs.refusals
     assert answers(engine, case, monkeypatch) == tried

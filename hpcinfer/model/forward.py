@@ -122,7 +122,7 @@ class Model:
             self.dtype,
             self.arch.value_width,
         )
-        self.graphs.clear()
+        self.graphs.begin()
 
     def forward(self, steps):
         """Hidden states of the wanted tokens of some micro-batches, after the final norm.

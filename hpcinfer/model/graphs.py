@@ -129,13 +129,13 @@ class Graphs:
     """
 
     def __init__(self, model):
-        reason = _reason_against(model)
-        self._model, self.refusals = model, {} if reason is None else {None: reason}
-        self.clear()
+        self._model, self.refusals = model, {}
 
-    def clear(self):
-        """Forget all graphs, as the memory that they use is given back."""
+    def begin(self):
+        """Begin with a cache that is new; every rank of tp and cp calls this."""
         self._known, self._memory, self._steps = {}, None, Counter()
+        self.refusals.clear()
+        self._agreed(self._model.grid.tp_cp, None, _reason_against(self._model))
 
     def layers(self, step, cut, x, rotation, compute):
         """Hidden states behind the layers.
@@ -176,7 +176,7 @@ class Graphs:
             return False
         alone = step.n_single == step.n_tokens and not step.columns and cut.counts is None
         watched = self._model.tap is not None or collectives.ledger.tracing
-        return alone and not watched and array.threads() == 1
+        return alone and not watched
 
     def _captured(self, step, cut, x, rotation, compute):
         """Compute the layers, and keep how if that can be done."""
@@ -193,7 +193,7 @@ class Graphs:
         with capture.capturing(Capture(self._memory, lasting)) as captured:
             y = compute(frame.x, frame.step(step), frame.rotation)
         result = y.copy()
-        if not self._agreed(cut, len(x), captured.refusal):
+        if not self._agreed(cut.comm, len(x), captured.refusal):
             return result
 
         # Trust it if it makes the same of the frame where nothing is left of the first time.
@@ -204,15 +204,15 @@ class Graphs:
         if load is not None:
             load.counts[...] = counts
         reason = None if np.array_equal(y, result) else "other numbers when it was replayed"
-        if not self._agreed(cut, len(x), reason):
+        if not self._agreed(cut.comm, len(x), reason):
             return compute(x, step, rotation)  # what the replay wrote into the cache is wrong
         self._known[len(x)] = frame, graph, y
         return result
 
-    def _agreed(self, cut, T, reason):
+    def _agreed(self, comm, T, reason):
         """True if no rank has a reason against the graph of T tokens; else there will be none."""
-        with waiting("allgather", cut.comm, "graph"):
-            reasons = [r for r in cut.comm.allgather(reason) if r is not None]
+        with waiting("allgather", comm, "graph"):
+            reasons = [r for r in comm.allgather(reason) if r is not None]
         if reasons:
             self.refusals[T] = reasons[0]
         return not reasons
@@ -237,6 +237,8 @@ def _reason_against(model):
     arch, grid = model.arch, model.grid
     if model.device.name != "cpu" or fastest.chosen("numpy") is None:
         return "there are no compiled functions"
+    if array.threads() > 1:
+        return "several threads"
     if grid.cp.size > 1 or model.context.kv.size > 1:
         return "attention passes between ranks"
     if arch.mla is not None:
