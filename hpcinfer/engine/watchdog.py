@@ -51,7 +51,7 @@ class Watchdog:
         self._tick_s = min(1.0, limit_s / 4)
         self._patience_s = _PATIENCE_S + _PATIENCE_PER_RANK_S * comm.size
         self._over, self._thread = threading.Event(), None
-        self._asking, self._ended = False, False
+        self._asking, self._reporting, self._ended = False, False, False
 
     def __enter__(self):
         with suppress(AttributeError, ValueError, OSError):  # where nobody could read the stacks
@@ -94,12 +94,14 @@ class Watchdog:
 
         # The first of the ranks that ask is the one that reports
         asking = [rank for rank, place in places.items() if place["asking"]]
-        if self._ended or self._over.is_set() or min(asking) < self._rank:
+        reported = any(place["reporting"] for place in places.values())
+        if self._ended or self._over.is_set() or reported or min(asking) < self._rank:
             return
         silent = {rank: self._silence(rank) for rank in others if rank not in places}
         idle = {r for r, p in places.items() if p["idle_s"] >= self._limit_s}
         missing = sorted({*silent, *(r for r in idle if places[r]["call"] is None)})
         if missing or len(idle) == len(self._ranks):
+            self._reporting = True
             self._report(places, silent, missing)
 
     def _report(self, places, silent, missing):
@@ -164,6 +166,7 @@ class Watchdog:
             "layer": here.layer,
             "idle_s": now_s - self._since_s,
             "asking": self._asking,
+            "reporting": self._reporting,
         }
 
     def _stack(self):

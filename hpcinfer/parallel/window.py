@@ -11,8 +11,7 @@ it. The ranks wait for each other in a loop, as MPI does inside a node; who wait
 go on meanwhile, since another rank may wait in a call that needs this one's part.
 """
 
-import os
-from time import perf_counter
+import time
 
 import numpy as np
 from mpi4py import MPI
@@ -27,6 +26,9 @@ _PART_BYTES, _ALL_BYTES = 64 << 10, 256 << 10
 # Turns of waiting between two calls of MPI: some tenths of a millisecond; few where ranks have no
 # core of their own.
 _TURNS, _TURNS_CROWDED = 10_000, 100
+
+# Calls after which a rank sleeps between them, and for how long.
+_SHORT_WAITS, _SLEEP_S = 1000, 1e-4
 
 
 class Window:
@@ -52,7 +54,8 @@ class Window:
         self._slots = memory[64 * P :].view(np.float32).reshape(2, P, -1)
         self.state = np.zeros(kernels.WORDS, np.int64)
         self.state[kernels.PATIENCE] = patience
-        self._begun = kernels.ticks(), perf_counter()
+        self._begun = kernels.ticks(), time.perf_counter()
+        self._waits = self._waited_for = 0
 
     @property
     def late(self):
@@ -62,8 +65,9 @@ class Window:
     @property
     def time_s(self):
         """Seconds that this rank has spent in sums so far."""
-        ticks, elapsed_s = self._kernels.ticks() - self._begun[0], perf_counter() - self._begun[1]
-        return float(self.state[self._kernels.TICKS]) * elapsed_s / max(1, ticks)
+        begun, begun_s = self._begun
+        tick_s = (time.perf_counter() - begun_s) / max(1, self._kernels.ticks() - begun)
+        return float(self.state[self._kernels.TICKS]) * tick_s
 
     def arrays(self):
         """What the sums use beside the numbers that are summed."""
@@ -87,9 +91,12 @@ class Window:
             kernels.take(self._slots, self._flags, self.state, flat)
 
     def wait(self):
-        """Let MPI and other processes go on."""
+        """Let MPI, other threads and other processes go on; for longer, the longer a sum takes."""
         self._comm.Iprobe(MPI.ANY_SOURCE, MPI.ANY_TAG)
-        os.sched_yield()
+        number = int(self.state[self._kernels.NUMBER])
+        self._waits = self._waits + 1 if number == self._waited_for else 0
+        self._waited_for = number
+        time.sleep(0 if self._waits < _SHORT_WAITS else _SLEEP_S)
 
 
 def open_windows(comms, node):
