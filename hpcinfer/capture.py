@@ -25,10 +25,6 @@ def capturing(into):
         under_way = None
 
 
-# Arrays outside of what a step has for itself that are never changed.
-constants = []
-
-
 def constant(x):
     """x, an array that nobody changes and that stays as long as the process does."""
     constants.append(x)

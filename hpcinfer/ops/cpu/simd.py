@@ -487,7 +487,3 @@ _AS_FLOAT = {
     True: (Bfloat16.load_w, 2, as_bfloat16),
     False: (Float32.load_w, 4, lambda builder, value: value),
 }
-
-# Names by which `simd_attention` has them.
-_load, _store, _store_lanes = load, store, store
-_as_bfloat16, _folded, _exponential = as_bfloat16, folded, exponential

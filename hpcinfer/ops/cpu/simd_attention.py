@@ -19,7 +19,6 @@ from numba.extending import intrinsic
 from hpcinfer.ops.cpu import machine, simd
 from hpcinfer.ops.cpu.simd import FLOAT, I16, I32, I64, LANES, PAIRS, VECTOR, Bfloat16Pairs
 
-_ZERO = ir.Constant(VECTOR, None)
 _LOWEST = ir.Constant(VECTOR, [float("-inf")] * LANES)
 _UNROLL = 4  # vectors in a turn of a loop over a row
 _LEAST = -150  # 2 to the power of less is no float32
@@ -49,34 +48,17 @@ def pack_keys(typing, row, next_key, n, n_pairs, out, next_pair):
             inside = simd.lane_mask(builder, builder.sub(n_pairs, p), LANES)
             offset = builder.mul(p, I64(4))
             words = [
-                simd._load(
+                simd.load(
                     builder, builder.add(start, offset), I32, LANES, builder.and_(mask, inside)
                 )
                 for start, mask in zip(starts, masks, strict=True)
             ]
-            for i, word in enumerate(_transposed(builder, words)):
+            for i, word in enumerate(simd.transposed(builder, words)):
                 at = builder.mul(builder.add(p, I64(i)), next_pair)
-                simd._store(builder, word, builder.add(out, at))
+                simd.store(builder, word, builder.add(out, at))
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 6), generate
-
-
-def _transposed(builder, rows):
-    """16 vectors of 16 words as 16 others, row i of which has word i of each."""
-    width = 1
-    while width < LANES:
-        # Exchange the off-diagonal blocks of `width` words of each pair of rows.
-        first = [i if not i & width else LANES + i - width for i in range(LANES)]
-        second = [i + width if not i & width else LANES + i for i in range(LANES)]
-        changed = list(rows)
-        for i in range(LANES):
-            if not i & width:
-                a, b = rows[i], rows[i + width]
-                changed[i] = _shuffled(builder, a, b, first)
-                changed[i + width] = _shuffled(builder, a, b, second)
-        rows, width = changed, 2 * width
-    return rows
 
 
 @intrinsic
@@ -104,13 +86,13 @@ def pack_values(typing, row, next_key, n, width, out):
                 halves = [
                     builder.select(
                         exists,
-                        simd._load(builder, builder.add(start, builder.mul(d, I64(2))), I16, LANES),
+                        simd.load(builder, builder.add(start, builder.mul(d, I64(2))), I16, LANES),
                         nothing,
                     )
                     for start, exists in zip(starts, exist, strict=True)
                 ]
-                pairs = _shuffled(builder, *halves, order)
-                simd._store(builder, pairs, builder.add(to, builder.mul(d, I64(4))))
+                pairs = simd.shuffled(builder, *halves, order)
+                simd.store(builder, pairs, builder.add(to, builder.mul(d, I64(4))))
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 5), generate
@@ -142,28 +124,28 @@ def _paired_product(builder, arguments, rows, vectors, add):
     sums = [[cgutils.alloca_once(builder, VECTOR) for _ in range(vectors)] for _ in range(rows)]
     for r in range(rows):
         if add:
-            factor = _splat_at(builder, builder.add(factors, I64(4 * r)), FLOAT)
+            factor = simd.splat_at(builder, builder.add(factors, I64(4 * r)), FLOAT)
         for u in range(vectors):
-            start = _ZERO
+            start = simd.ZERO
             if add:
-                held = simd._load(builder, builder.add(y_rows[r], I64(64 * u)), FLOAT, LANES)
+                held = simd.load(builder, builder.add(y_rows[r], I64(64 * u)), FLOAT, LANES)
                 start = builder.fmul(held, factor)
             builder.store(start, sums[r][u])
     with cgutils.for_range_slice(builder, I64(0), n_pairs, I64(1), I64) as (p, _):
         start = builder.add(b, builder.mul(next_b, p))
         columns = [
-            builder.bitcast(simd._load(builder, builder.add(start, I64(64 * u)), I32, LANES), PAIRS)
+            builder.bitcast(simd.load(builder, builder.add(start, I64(64 * u)), I32, LANES), PAIRS)
             for u in range(vectors)
         ]
         for r in range(rows):
             at = builder.add(a_rows[r], builder.mul(p, I64(4)))
-            pair = builder.bitcast(_splat_at(builder, at, I32), PAIRS)
+            pair = builder.bitcast(simd.splat_at(builder, at, I32), PAIRS)
             for u in range(vectors):
                 total = builder.load(sums[r][u])
                 total = Bfloat16Pairs.add_product(builder, total, pair, columns[u])
                 builder.store(total, sums[r][u])
     for r, u in itertools.product(range(rows), range(vectors)):
-        simd._store(builder, builder.load(sums[r][u]), builder.add(y_rows[r], I64(64 * u)))
+        simd.store(builder, builder.load(sums[r][u]), builder.add(y_rows[r], I64(64 * u)))
 
 
 @intrinsic
@@ -179,18 +161,18 @@ def weights_of(typing, row, n, scale, largest, out):
         log2_e = ir.Constant(FLOAT, _LOG2_E)
         factor = simd.splat(builder, builder.fmul(scale, log2_e), LANES)
         above = simd.splat(builder, builder.fneg(builder.fmul(largest, log2_e)), LANES)
-        totals = [cgutils.alloca_once_value(builder, _ZERO) for _ in range(_UNROLL)]
+        totals = [cgutils.alloca_once_value(builder, simd.ZERO) for _ in range(_UNROLL)]
 
         def turn(total, address, mask):
-            scores = simd._load(builder, address, FLOAT, LANES, mask)
+            scores = simd.load(builder, address, FLOAT, LANES, mask)
             scores = simd.fma(builder, scores, factor, above)
             weights = _power_of_two(builder, scores, half=True)
             if mask is not None:
-                weights = builder.select(mask, weights, _ZERO)
+                weights = builder.select(mask, weights, simd.ZERO)
             builder.store(builder.fadd(builder.load(total), weights), total)
             offset = builder.lshr(builder.sub(address, row), I64(1))
-            half = simd._as_bfloat16(builder, weights)
-            simd._store_lanes(builder, half, builder.add(out, offset), mask)
+            half = simd.as_bfloat16(builder, weights)
+            simd.store(builder, half, builder.add(out, offset), mask)
 
         _over_row(builder, row, n, totals, turn)
         total = functools.reduce(builder.fadd, map(builder.load, totals))
@@ -209,7 +191,7 @@ def largest_of(typing, row, n):
         held = [cgutils.alloca_once_value(builder, _LOWEST) for _ in range(_UNROLL)]
 
         def turn(largest, address, mask):
-            values = simd._load(builder, address, FLOAT, LANES, mask)
+            values = simd.load(builder, address, FLOAT, LANES, mask)
             if mask is not None:
                 values = builder.select(mask, values, _LOWEST)
             builder.store(_larger(builder, values, builder.load(largest)), largest)
@@ -279,12 +261,12 @@ def _page_scores(builder, arguments, kind, each):
     item_bytes = 4 if kind is Bfloat16Pairs else kind.w_bytes
     lines = max(1, each * item_bytes * LANES // 64)
     keys = _addresses(builder, row, next_key)
-    sums = [cgutils.alloca_once_value(builder, _ZERO) for _ in keys]
+    sums = [cgutils.alloca_once_value(builder, simd.ZERO) for _ in keys]
 
     def turn(number, count):
         at = builder.add(queries, builder.mul(number, I64(64)))
         of_heads = [
-            simd._load(builder, builder.add(at, I64(64 * u)), FLOAT, LANES) for u in range(count)
+            simd.load(builder, builder.add(at, I64(64 * u)), FLOAT, LANES) for u in range(count)
         ]
         fetched = [(start, 64 * line) for line in range(count * lines) for start in further]
         offset = builder.mul(number, I64(each * item_bytes))
@@ -294,7 +276,7 @@ def _page_scores(builder, arguments, kind, each):
         for j, ((key, further_on), total) in enumerate(zip(keys, sums, strict=True)):
             for start, by in fetched[j::LANES]:
                 address = builder.add(builder.add(start, fetched_offset), I64(by))
-                _prefetch(builder, address)
+                simd.prefetch(builder, address, 3)
             at, value = builder.add(builder.add(key, offset), further_on), builder.load(total)
             for u, query in enumerate(of_heads):
                 item = builder.add(at, I64(each * item_bytes * u))
@@ -314,9 +296,9 @@ def _page_scores(builder, arguments, kind, each):
         vectors, width = totals[i : i + each], each
         while len(vectors) > 1:
             pairs = zip(vectors[::2], vectors[1::2], strict=True)
-            vectors = [simd._folded(builder, a, b, LANES, width) for a, b in pairs]
+            vectors = [simd.folded(builder, a, b, LANES, width) for a, b in pairs]
             width //= 2
-        simd._store(builder, vectors[0], builder.add(out, I64(4 * LANES * (i // each))))
+        simd.store(builder, vectors[0], builder.add(out, I64(4 * LANES * (i // each))))
 
 
 @intrinsic
@@ -340,7 +322,7 @@ def deal_lanes(typing, rows, next_row, n_rows, n, lanes, out):
                 word = builder.inttoptr(builder.add(row, builder.mul(i, I64(4))), I64.as_pointer())
                 held = builder.select(exists, builder.load(word, align=4), I64(0))
                 at = builder.add(to, builder.mul(builder.add(turn, within), I64(4)))
-                simd._store(builder, held, at)
+                simd.store(builder, held, at)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 6), generate
@@ -353,7 +335,7 @@ def fetch(typing, address, n_bytes):
     def generate(context, builder, signature, arguments):
         address, n_bytes = arguments
         with cgutils.for_range_slice(builder, I64(0), n_bytes, I64(64), I64) as (at, _):
-            _prefetch(builder, builder.add(address, at))
+            simd.prefetch(builder, builder.add(address, at), 3)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), generate
@@ -378,18 +360,18 @@ def _add_items(builder, kind, total, query, address, each):
     """total + query · the `each` items at an address, which are given to all heads."""
     repeated = [i % each for i in range(LANES)]
     if kind is Bfloat16Pairs:
-        words = simd._load(builder, address, I32, each)
-        words = builder.bitcast(_shuffled(builder, words, words, repeated), PAIRS)
+        words = simd.load(builder, address, I32, each)
+        words = builder.bitcast(simd.shuffled(builder, words, words, repeated), PAIRS)
         return kind.add_product(builder, total, builder.bitcast(query, PAIRS), words)
     numbers = _widened(builder, kind, address, each)
-    return simd.fma(builder, query, _shuffled(builder, numbers, numbers, repeated), total)
+    return simd.fma(builder, query, simd.shuffled(builder, numbers, numbers, repeated), total)
 
 
 def _widened(builder, kind, address, lanes):
     """Numbers at an address as float32."""
     if kind is simd.Float32:
-        return simd._load(builder, address, FLOAT, lanes)
-    bits = simd._load(builder, address, I16, lanes)
+        return simd.load(builder, address, FLOAT, lanes)
+    bits = simd.load(builder, address, I16, lanes)
     if kind is simd.Float16:
         half = builder.bitcast(bits, ir.VectorType(ir.HalfType(), lanes))
         return builder.fpext(half, ir.VectorType(FLOAT, lanes))
@@ -430,47 +412,49 @@ def _soften(builder, arguments, heads, paired):
     with cgutils.for_range_slice(builder, I64(0), stop, I64(128), I64) as (at, _):
         for i, largest in enumerate(held):
             place = builder.add(builder.add(scores, at), I64(64 * i))
-            values = simd._load(builder, place, FLOAT, LANES)
+            values = simd.load(builder, place, FLOAT, LANES)
             builder.store(_larger(builder, values, builder.load(largest)), largest)
     largest = _larger(builder, *(builder.load(part) for part in held))
     shift = heads
     while shift < LANES:
-        turned = _shuffled(builder, largest, largest, [(i + shift) % LANES for i in range(LANES)])
+        turned = simd.shuffled(
+            builder, largest, largest, [(i + shift) % LANES for i in range(LANES)]
+        )
         largest, shift = _larger(builder, largest, turned), 2 * shift
-    before = simd._load(builder, m_at, FLOAT, LANES)
+    before = simd.load(builder, m_at, FLOAT, LANES)
     m = _larger(builder, builder.fmul(largest, factor), before)
     correction = _power_of_two(builder, builder.fsub(before, m), half=False)
-    simd._store(builder, m, m_at)
-    simd._store(builder, correction, correction_at)
+    simd.store(builder, m, m_at)
+    simd.store(builder, correction, correction_at)
 
     # Weights relative to it, two vectors at a time, and their sum.
-    above, total = builder.fneg(m), simd._load(builder, total_at, FLOAT, LANES)
-    sums = [cgutils.alloca_once_value(builder, _ZERO) for _ in range(2)]
+    above, total = builder.fneg(m), simd.load(builder, total_at, FLOAT, LANES)
+    sums = [cgutils.alloca_once_value(builder, simd.ZERO) for _ in range(2)]
     with cgutils.for_range_slice(builder, I64(0), stop, I64(128), I64) as (at, _):
         weights = []
         for i, part in enumerate(sums):
             place = builder.add(builder.add(scores, at), I64(64 * i))
-            values = simd._load(builder, place, FLOAT, LANES)
+            values = simd.load(builder, place, FLOAT, LANES)
             values = simd.fma(builder, values, factor, above)
             values = _power_of_two(builder, values, paired)
             builder.store(builder.fadd(builder.load(part), values), part)
             weights.append(values)
         if paired:
-            halves = [simd._as_bfloat16(builder, values) for values in weights]
+            halves = [simd.as_bfloat16(builder, values) for values in weights]
             order = [
                 (2 * pair + odd) * heads + head
                 for pair in range(LANES // heads)
                 for head in range(heads)
                 for odd in range(2)
             ]
-            pairs = _shuffled(builder, *halves, order)
-            simd._store(builder, pairs, builder.add(scores, builder.lshr(at, I64(1))))
+            pairs = simd.shuffled(builder, *halves, order)
+            simd.store(builder, pairs, builder.add(scores, builder.lshr(at, I64(1))))
         else:
             for i, values in enumerate(weights):
                 place = builder.add(builder.add(scores, at), I64(64 * i))
-                simd._store(builder, values, place)
+                simd.store(builder, values, place)
     found = builder.fadd(*(builder.load(part) for part in sums))
-    simd._store(builder, simd.fma(builder, total, correction, found), total_at)
+    simd.store(builder, simd.fma(builder, total, correction, found), total_at)
 
 
 def weigh(heads, vectors):
@@ -504,7 +488,7 @@ def _weigh_numbers(builder, arguments, kind, heads, vectors):
         for c in range(heads)
     ]  # fmt: skip
     sums = [
-        [cgutils.alloca_once_value(builder, simd._load(builder, at, FLOAT, LANES)) for at in row_]
+        [cgutils.alloca_once_value(builder, simd.load(builder, at, FLOAT, LANES)) for at in row_]
         for row_ in places
     ]
     with cgutils.for_range_slice(builder, I64(0), n, I64(1), I64) as (j, _):
@@ -516,11 +500,11 @@ def _weigh_numbers(builder, arguments, kind, heads, vectors):
         _fetch_further(builder, ahead, j, vectors * LANES * kind.w_bytes)
         at = builder.add(p, builder.mul(next_p, j))
         for c in range(heads):
-            weight = _splat_at(builder, builder.add(at, I64(4 * c)), FLOAT)
+            weight = simd.splat_at(builder, builder.add(at, I64(4 * c)), FLOAT)
             for value, total in zip(values, sums[c], strict=True):
                 builder.store(simd.fma(builder, weight, value, builder.load(total)), total)
     for c, u in itertools.product(range(heads), range(vectors)):
-        simd._store(builder, builder.load(sums[c][u]), places[c][u])
+        simd.store(builder, builder.load(sums[c][u]), places[c][u])
 
 
 def _fetch_further(builder, ahead, turn, n_bytes):
@@ -528,7 +512,7 @@ def _fetch_further(builder, ahead, turn, n_bytes):
     lines = max(1, n_bytes // 64)
     start = builder.add(ahead, builder.mul(turn, I64(64 * lines)))
     for line in range(lines):
-        _prefetch(builder, builder.add(start, I64(64 * line)))
+        simd.prefetch(builder, builder.add(start, I64(64 * line)), 3)
 
 
 def _weigh_pairs(builder, arguments, kind, heads, vectors):
@@ -540,7 +524,7 @@ def _weigh_pairs(builder, arguments, kind, heads, vectors):
     for out, of_head in zip(outs, sums, strict=True):
         for u in blocks:
             natural = [
-                simd._load(builder, builder.add(out, I64(64 * (u + i))), FLOAT, LANES)
+                simd.load(builder, builder.add(out, I64(64 * (u + i))), FLOAT, LANES)
                 for i in range(width)
             ]
             for vector in _reordered(builder, natural, _TO_PAIRS):
@@ -555,14 +539,14 @@ def _weigh_pairs(builder, arguments, kind, heads, vectors):
         columns = []
         for u in blocks:
             a, b = (
-                simd._load(builder, builder.add(at, I64(2 * LANES * u)), I16, LANES * width)
+                simd.load(builder, builder.add(at, I64(2 * LANES * u)), I16, LANES * width)
                 for at in (first, second)
             )
             columns += [builder.bitcast(x, PAIRS) for x in _interleaved(builder, a, b)]
         _fetch_further(builder, ahead, j, vectors * LANES * 4)
         at = builder.add(p, builder.mul(next_p, j))
         for c, of_head in enumerate(sums):
-            word = _splat_at(builder, builder.add(at, I64(4 * c)), I32)
+            word = simd.splat_at(builder, builder.add(at, I64(4 * c)), I32)
             pair = builder.bitcast(word, PAIRS)
             for column, total in zip(columns, of_head, strict=True):
                 found = kind.add_product(builder, builder.load(total), pair, column)
@@ -571,7 +555,7 @@ def _weigh_pairs(builder, arguments, kind, heads, vectors):
         for u in blocks:
             vectors_of = [builder.load(total) for total in of_head[u : u + width]]
             for i, vector in enumerate(_reordered(builder, vectors_of, _FROM_PAIRS)):
-                simd._store(builder, vector, builder.add(out, I64(64 * (u + i))))
+                simd.store(builder, vector, builder.add(out, I64(64 * (u + i))))
 
 
 # Two vectors' numbers as `_interleaved` has them, which stays within 128 bits, and back.
@@ -585,7 +569,7 @@ _FROM_PAIRS = [
 def _reordered(builder, vectors, orders):
     if len(vectors) == 1:
         return vectors
-    return [_shuffled(builder, *vectors, order) for order in orders]
+    return [simd.shuffled(builder, *vectors, order) for order in orders]
 
 
 def _interleaved(builder, a, b):
@@ -593,7 +577,7 @@ def _interleaved(builder, a, b):
     lanes = a.type.count
     orders = [range(LANES)] if lanes == LANES else _TO_PAIRS
     return [
-        _shuffled(builder, a, b, [i + lanes * odd for i in o for odd in (0, 1)]) for o in orders
+        simd.shuffled(builder, a, b, [i + lanes * odd for i in o for odd in (0, 1)]) for o in orders
     ]
 
 
@@ -614,7 +598,7 @@ def _power_of_two(builder, x, half):
         return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), operands)
 
     if not machine.has("avx512f"):
-        return simd._exponential(builder, builder.fmul(x, number(math.log(2))))
+        return simd.exponential(builder, builder.fmul(x, number(math.log(2))))
 
     # x = n + r: 2^r by its Taylor series, times 2^n.
     x = _larger(builder, number(_LEAST), x)
@@ -626,28 +610,9 @@ def _power_of_two(builder, x, half):
         series = simd.fma(builder, series, r, term)
     name, present_rounding = "llvm.x86.avx512.mask.scalef.ps.512", I32(4)
     kinds = (VECTOR, VECTOR, VECTOR, I16, I32)
-    return call(name, kinds, series, n, _ZERO, ir.Constant(I16, -1), present_rounding)
+    return call(name, kinds, series, n, simd.ZERO, ir.Constant(I16, -1), present_rounding)
 
 
 def _larger(builder, a, b):
     """The larger of each two numbers; that of b if either is NaN."""
     return builder.select(builder.fcmp_ordered(">", a, b), a, b)
-
-
-def _prefetch(builder, address):
-    """Fetch a line into the first level of the cache, little ahead of its use: it holds few."""
-    pointer = ir.IntType(8).as_pointer()
-    kind = ir.FunctionType(ir.VoidType(), (pointer, I32, I32, I32))
-    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    read, level, data = I32(0), I32(3), I32(1)
-    builder.call(function, (builder.inttoptr(address, pointer), read, level, data))
-
-
-def _shuffled(builder, a, b, order):
-    kind = ir.VectorType(I32, len(order))
-    return builder.shuffle_vector(a, b, ir.Constant(kind, list(order)))
-
-
-def _splat_at(builder, address, item):
-    value = builder.load(builder.inttoptr(address, item.as_pointer()), align=4)
-    return simd.splat(builder, value, LANES)
