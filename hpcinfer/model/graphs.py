@@ -162,11 +162,10 @@ class Graphs:
             return self._captured(step, cut, x, rotation, compute)
         frame, graph, y = self._known[T]
         frame.fill(step, x, rotation)
-        time_s = 0.0 if graph.window is None else graph.window.time_s
-        graph.replay()
-        time_s = 0.0 if graph.window is None else graph.window.time_s - time_s
+        time_s = graph.replay()
+        n_sums = sum(calls for _, calls, _ in graph.totals)
         for key, calls, sent_bytes in graph.totals:
-            share_s = time_s * calls / len(graph.sums)
+            share_s = time_s * calls / n_sums
             collectives.ledger.enter_many(key, calls, sent_bytes, share_s)
         return y.copy()
 

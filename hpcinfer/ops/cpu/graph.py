@@ -161,30 +161,27 @@ class Graph:
 
     Attributes
     ----------
-    sums : list of Sum
     totals : list of (key, calls, sent_bytes) of the sums
-    window : Window in which ranks sum, or None
     """
 
     def __init__(self, table, breaks, sums, window, held):
         self._table, self._breaks, self._held = table, breaks, held
-        self.sums, self.window = sums, window
+        self._sums, self._window = sums, window
         self._late = np.zeros(1, np.int64) if window is None else window.late
-        self.totals = [
-            (key, len(of_key), sum(s.sent_bytes for s in of_key))
-            for key in dict.fromkeys(s.key for s in sums)
-            if (of_key := [s for s in sums if s.key == key])
-        ]
+        of_keys = defaultdict(list)
+        for s in sums:
+            of_keys[s.key].append(s.sent_bytes)
+        self.totals = [(key, len(sent), sum(sent)) for key, sent in of_keys.items()]
 
     def replay(self):
-        """Make all calls.
+        """Make all calls; returns the seconds spent in sums of the window.
 
         Raises
         ------
         MemoryError
             If a function has failed, which compiled ones do where they get no memory.
         """
-        at = 0
+        at, before_s = 0, self._window_s()
         for stop, function in (*self._breaks, (len(self._table), None)):
             while at < stop:
                 at = _replay(self._table, at, stop, self._late)
@@ -195,13 +192,17 @@ class Graph:
             here.call = None
             if function is not None:
                 function()
+        return self._window_s() - before_s
+
+    def _window_s(self):
+        return 0.0 if self._window is None else self._window.time_s
 
     def _wait(self, at):
         """Wait for other ranks, in the call that is to be made again."""
         if here.call is None:
-            found = next(s for s in self.sums if s.call == at)
+            found = next(s for s in self._sums if s.call == at)
             here.call, here.layer = (*found.key, time.perf_counter()), found.layer
-        self.window.wait()
+        self._window.wait()
 
 
 def bounds(x):
