@@ -100,6 +100,36 @@ static float __shfl_xor_sync(unsigned, float x, int step) {
     return y;
 }
 
+// Words that the lanes of a warp show one another.
+static unsigned shown[1024][6];
+
+// d += a · b as a warp's matrix units make it; `number` reads a 16-bit value.
+template <class F>
+static void matrix_product(float* d, const unsigned* a, const unsigned* b, F number) {
+    memcpy(shown[current], a, 16), memcpy(shown[current] + 4, b, 8);
+    meet(warps[current / 32]);
+    const unsigned(*lanes)[6] = shown + current / 32 * 32;
+    auto half = [&](int lane, int word, int k) {
+        return number((unsigned short)(lanes[lane][word] >> 16 * (k & 1)));
+    };
+    int row = current % 32 / 4, column = current % 4 * 2;
+    for (int i = 0; i < 4; i++)
+        for (int k = 0; k < 16; k++) {
+            int lane = k % 8 / 2, word = k / 8;
+            float left = half(row * 4 + lane, 2 * word + i / 2, k);
+            d[i] += left * half((column + i % 2) * 4 + lane, 4 + word, k);
+        }
+    meet(warps[current / 32]);
+}
+
+static void mma_f16(float* d, const unsigned* a, const unsigned* b) {
+    matrix_product(d, a, b, half_to_float);
+}
+
+static void mma_bf16(float* d, const unsigned* a, const unsigned* b) {
+    matrix_product(d, a, b, [](unsigned short x) { return __uint_as_float((unsigned)x << 16); });
+}
+
 // Kernels with the arguments that `a` points to.
 template <class... P, size_t... I>
 static void call(void (*kernel)(P...), void** a, std::index_sequence<I...>) {

@@ -15,6 +15,22 @@ __device__ inline unsigned short float_to_half(float x) {
     return bits;
 }
 
+// A product of matrix units, which a warp makes together: d (16, 8) += a (16, 16) · b (16, 8).
+// Lane 4 i + j has of a the rows i and i + 8, in pairs of columns 2 j, 2 j + 1 and 2 j + 8, 2 j + 9;
+// of b the same of column i, its rows in place of columns; of d columns 2 j, 2 j + 1 of both rows.
+#define MATRIX_PRODUCT(NAME, TYPE)                                                              \
+    __device__ inline void NAME(float* d, const unsigned* a, const unsigned* b) {               \
+        asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 "                      \
+            "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                             \
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                    \
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                \
+    }
+
+#if __CUDA_ARCH__ >= 800
+MATRIX_PRODUCT(mma_f16, "f16")
+MATRIX_PRODUCT(mma_bf16, "bf16")
+#endif
+
 #endif
 
 // Values of 16 bits, as they lie in memory.
