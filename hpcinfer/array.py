@@ -175,6 +175,17 @@ def unstage(buffer, x):
         x[...] = whole
 
 
+def to_device(x, like):
+    """Host array `x` in the memory that `like` is in; the host goes on at once, and may change x."""
+    xp = namespace(like)
+    if xp is np:
+        return x
+    buffer, result = page_locked(x.shape, x.dtype), xp.empty(x.shape, x.dtype)
+    buffer[...] = x
+    unstage(buffer, result)
+    return result
+
+
 def page_locked(shape, dtype):
     """Uninitialised host array that a GPU reads and writes itself.
 

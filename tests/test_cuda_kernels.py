@@ -221,6 +221,24 @@ def test_norms(put, rng, shape):
         agree(got, plain(norm.layer_norm)(x, weight, b, 1e-5))
 
 
+@pytest.mark.parametrize("dtype", sorted(array.DTYPES))
+@pytest.mark.parametrize("D", [64, 30])
+def test_sum_before_a_norm(put, rng, dtype, D):
+    """The sum stands in the memory of its first part; the norm is rounded."""
+    x, y, weight, bias = (normal(rng, *shape) for shape in ((3, D), (3, D), (D,), (D,)))
+    dtype = array.DTYPES[dtype]
+    for name, parameters in (("rms", (weight,)), ("layer", (weight, bias))):
+        there = put(y.copy())
+        total, normed = getattr(fast("norm"), f"add_{name}_norm")(
+            there, put(x), *map(put, parameters), 1e-5, dtype
+        )
+        assert total is there and normed.dtype == dtype
+        agree(total, y + x)
+        wanted = plain(getattr(norm, f"{name}_norm"))(y + x, *parameters, 1e-5)
+        got, tolerance = array.host(array.widen(normed)), 1e-5 if dtype == np.float32 else 1e-2
+        np.testing.assert_allclose(got, wanted, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("columns", [slice(0, 2), slice(2, 5)])
 def test_norm_of_heads_within_tokens(put, rng, columns):
     """Heads that lie within wider tokens are read where they are."""
@@ -233,7 +251,7 @@ def test_norm_of_heads_within_tokens(put, rng, columns):
 @pytest.mark.parametrize("columns", [slice(0, 4), slice(4, 6)])
 def test_rotate(put, rng, K, half, columns):
     x, cos, sin = normal(rng, 5, 6, K), normal(rng, 5, half), normal(rng, 5, half)
-    got = fast("rope").rotate(put(x)[:, columns], put(cos), put(sin))
+    got = fast("rope").rotate(put(x)[:, columns], cos, sin)
     agree(got, plain(rope.rotate)(x[:, columns], cos, sin))
 
 
@@ -269,6 +287,26 @@ def test_store(put, rng, dtype, width):
         np.testing.assert_array_equal(array.host(array.widen(result)), array.widen(expected))
 
 
+@pytest.mark.parametrize("dtype", sorted(array.DTYPES))
+@pytest.mark.parametrize(("K", "half"), [(16, 8), (96, 48), (72, 9), (256, 128), (12, None)])
+@pytest.mark.parametrize("with_norms", [False, True])
+def test_place_heads(put, rng, dtype, K, half, with_norms):
+    """Queries and keys normed and rotated, keys and values of some tokens in their pages."""
+    qkv, rows, slots = normal(rng, 5, 7, K), np.array([0, 3, 4]), np.array([70, 31, 32])
+    rotation = half and (normal(rng, 5, half), normal(rng, 5, half))
+    norms = (normal(rng, K), normal(rng, K)) if with_norms else (None, None)
+    pages = [normal(rng, 3, 2, 32, K).astype(array.DTYPES[dtype]) for _ in range(2)]
+    got = [put(p.copy()) for p in pages]
+    there = [None if w is None else put(w) for w in norms]
+    result = fast("store").place_heads(put(qkv), there, 1e-5, rotation, rows, *got, slots)
+    expected = plain(store.place_heads)(qkv, norms, 1e-5, rotation, rows, *pages, slots)
+    agree(result, expected, 1e-5)
+    for result, expected in zip(got, pages, strict=True):
+        result, expected = array.host(array.widen(result)), array.widen(expected)
+        tolerance = 1e-5 if dtype == "float32" else 1e-2
+        np.testing.assert_allclose(result, expected, rtol=tolerance, atol=tolerance)
+
+
 def test_store_of_nothing(put, rng):
     k, pages, none = put(normal(rng, 2, 1, 8)), put(normal(rng, 1, 1, 32, 8)), np.empty(0, np.int64)
     assert fast("store").store(k, k, none, pages, pages, none) is None
@@ -282,10 +320,23 @@ def weight_of(rng, name, *shape):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("T", [1, 3, 8, 9, 16])
+@pytest.mark.parametrize(("n_in", "n_out"), [(8, 1), (520, 37), (2056, 16)])
+def test_linear_of_few_tokens(put, rng, dtype, T, n_in, n_out):
+    """By matrix units: outputs and inputs that fill no block, one that is too long for its warps."""
+    x, weight, bias = normal(rng, T, n_in), weight_of(rng, dtype, n_out, n_in), normal(rng, n_out)
+    expected = plain(linear.linear)(x, weight, bias)
+    agree(fast("linear").linear(put(x), put(weight), put(bias)), expected, 3e-4)
+    rounded = x.astype(weight.dtype)
+    agree(fast("linear").linear(put(rounded), put(weight)), expected - bias, 3e-4)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("T", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize(("n_in", "n_out"), [(8, 1), (520, 37)])
-def test_linear_of_few_tokens(put, rng, monkeypatch, dtype, T, n_in, n_out):
+def test_linear_without_matrix_units(put, rng, monkeypatch, dtype, T, n_in, n_out):
     """Any number of outputs to a warp, with a last warp that has fewer."""
+    monkeypatch.setattr(fast("linear"), "_most_tokens", lambda x: 0)
     x, weight, bias = normal(rng, T, n_in), weight_of(rng, dtype, n_out, n_in), normal(rng, n_out)
     expected = plain(linear.linear)(x, weight, bias)
     for busy in (1, 16, 1000):
@@ -295,7 +346,38 @@ def test_linear_of_few_tokens(put, rng, monkeypatch, dtype, T, n_in, n_out):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize(("T", "n_in"), [(9, 64), (3, 12), (40, 256)])
+@pytest.mark.parametrize("name", ["silu", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize(("T", "widths"), [(1, (24,)), (5, (13,)), (16, (9, 0, 15))])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_linear_pair(put, rng, dtype, name, T, widths, with_bias):
+    """A gate in the first product, in one block of columns or more."""
+    F, function = sum(widths), activation.activation(name)
+    x, first = normal(rng, T, 72), weight_of(rng, dtype, 2 * F, 72)
+    second, bias = weight_of(rng, dtype, 6, F), normal(rng, 2 * F) if with_bias else None
+    first, middle = first * first.dtype.type(0.125), activation.Gate(function, widths)
+    expected = plain(linear.linear_pair)(x, first, middle, second, bias)
+    between = fast("linear")._gated_by_tiles(
+        put(x), put(first), middle, second.dtype, None if bias is None else put(bias)
+    )
+    between = array.host(array.widen(between))
+    wanted = middle(plain(linear.linear)(x, first, bias))
+    np.testing.assert_allclose(between, wanted, rtol=1e-2, atol=1e-3)
+    if F % 8 == 0:
+        got = fast("linear").linear_pair(
+            put(x), put(first), middle, put(second), None if bias is None else put(bias)
+        )
+        agree(got, expected, 1e-2)
+
+
+def test_linear_pair_leaves_other_functions_to_the_plain_form(put, rng):
+    x, weight = put(normal(rng, 2, 8)), put(weight_of(rng, "bfloat16", 8, 8))
+    for middle in (activation.relu, activation.Gate(activation.relu, (4,))):
+        got = fast("linear").linear_pair(x, weight, middle, weight)
+        assert got is NotImplemented
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("T", "n_in"), [(17, 64), (3, 12), (40, 256)])
 def test_linear_of_many_tokens(rng, dtype, T, n_in):
     """cuBLAS, which only a GPU has."""
     if not array._gpu_count():
@@ -306,9 +388,14 @@ def test_linear_of_many_tokens(rng, dtype, T, n_in):
     agree(got, plain(linear.linear)(x, weight, bias), 2e-4)
 
 
-def test_linear_leaves_float32_to_the_plain_form(put, rng):
-    x, weight = put(normal(rng, 2, 8)), put(normal(rng, 4, 8))
-    assert fast("linear").linear(x, weight) is NotImplemented
+def test_linear_of_float32(put, rng):
+    """cuBLAS again; the plain form where there is no GPU."""
+    x, weight = normal(rng, 2, 8), normal(rng, 4, 8)
+    got = fast("linear").linear(put(x), put(weight))
+    if array.namespace(put(x)) is np:
+        assert got is NotImplemented
+    else:
+        agree(got, plain(linear.linear)(x, weight))
 
 
 # Attention

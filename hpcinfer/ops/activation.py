@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from hpcinfer import array
 from hpcinfer.ops.fastest import fastest
 
@@ -77,17 +79,18 @@ def activation(name):
 
 
 @fastest
-def gated(gate_up, function, widths):
+def gated(gate_up, function, widths, dtype=np.float32):
     """function(gate) · up (Shazeer 2020, arXiv:2002.05202).
 
     Parameters
     ----------
     gate_up : (T, 2 F) float32, in blocks of columns: the gate of a block, then its up
     widths : columns of the gate in every block, adding up to F
+    dtype : type that the result is rounded to, where nothing but a product in it follows
 
     Returns
     -------
-    (T, F) float32
+    (T, F) of the type
     """
     xp = array.namespace(gate_up)
     y = xp.empty((gate_up.shape[0], sum(widths)), xp.float32)
@@ -96,7 +99,7 @@ def gated(gate_up, function, widths):
         gate, up = gate_up[:, 2 * start :][:, :width], gate_up[:, 2 * start + width :][:, :width]
         y[:, start : start + width] = function(gate) * up
         start += width
-    return y
+    return array.narrow(y, dtype)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import numpy as np
 
 from hpcinfer import array
 from hpcinfer.ops.fastest import fastest
+from hpcinfer.ops.inplace import add_into
 
 
 @fastest
@@ -46,3 +47,39 @@ def layer_norm(x, weight, bias, eps, dtype=np.float32):
     variance = xp.mean(centred * centred, axis=-1, keepdims=True)
     y = centred / xp.sqrt(variance + xp.float32(eps)) * weight
     return array.narrow(y if bias is None else y + bias, dtype)
+
+
+@fastest
+def add_rms_norm(y, x, weight, eps, dtype=np.float32):
+    """y + x in the memory of y, and its RMS norm.
+
+    Parameters
+    ----------
+    y, x : (T, D) float32
+    weight, eps, dtype : as for `rms_norm`
+
+    Returns
+    -------
+    y : (T, D) float32
+    normed : (T, D) of the type
+    """
+    y = add_into(y, x)
+    return y, rms_norm(y, weight, eps, dtype)
+
+
+@fastest
+def add_layer_norm(y, x, weight, bias, eps, dtype=np.float32):
+    """y + x in the memory of y, and its layer norm.
+
+    Parameters
+    ----------
+    y, x : (T, D) float32
+    weight, bias, eps, dtype : as for `layer_norm`
+
+    Returns
+    -------
+    y : (T, D) float32
+    normed : (T, D) of the type
+    """
+    y = add_into(y, x)
+    return y, layer_norm(y, weight, bias, eps, dtype)

@@ -122,7 +122,7 @@ def rotate(x, cos, sin):
     Parameters
     ----------
     x : (T, H, K) float32
-    cos, sin : (T, dim/2) float32
+    cos, sin : (T, dim/2) float32, host
 
     Returns
     -------
@@ -130,7 +130,7 @@ def rotate(x, cos, sin):
     """
     xp = array.namespace(x)
     half = cos.shape[-1]
-    cos, sin = cos[:, None, :], sin[:, None, :]
+    cos, sin = (xp.asarray(table)[:, None, :] for table in (cos, sin))
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return xp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
 

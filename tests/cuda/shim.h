@@ -23,17 +23,25 @@ struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
 
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+
 struct alignas(16) float4 {
     float x, y, z, w;
 };
 
 static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
+static uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 static uint3 threadIdx, blockIdx, blockDim, gridDim;
 
 static int min(int a, int b) { return a < b ? a : b; }
+
+static int max(int a, int b) { return a > b ? a : b; }
 
 static float __uint_as_float(unsigned bits) {
     float x;
@@ -91,6 +99,8 @@ static void meet(Meeting& meeting) {
 }
 
 static void __syncthreads() { meet(block); }
+
+static void __syncwarp() { meet(warps[current / 32]); }
 
 static float __shfl_xor_sync(unsigned, float x, int step) {
     exchange[current] = x;

@@ -1,15 +1,8 @@
-// function(gate) · up: a thread computes N columns of a token.
-
-__device__ inline float silu(float x) { return x / (1.0f + expf(-x)); }
-
-__device__ inline float gelu_tanh(float x) {
-    float inner = 0.7978845608f * (x + 0.044715f * x * x * x);
-    return 0.5f * x * (1.0f + tanhf(inner));
-}
+// function(gate) · up: a thread computes N columns of a token, of type TO.
 
 #define GATED(FUNCTION, N)                                                                      \
     extern "C" __global__ void gated_##FUNCTION##_##N(const float* gate, const float* up,       \
-                                                      float* y, int T, int width,               \
+                                                      TO* y, int T, int width,                  \
                                                       long long row_stride, int y_stride) {     \
         int per_row = width / N;                                                                \
         long long item = (long long)blockIdx.x * blockDim.x + threadIdx.x;                      \

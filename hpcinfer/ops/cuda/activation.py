@@ -3,24 +3,24 @@
 import numpy as np
 
 from hpcinfer import array
-from hpcinfer.ops.cuda.launch import aligned, launch
+from hpcinfer.ops.cuda.launch import NAMES, aligned, launch
 
-_FUNCTIONS = ("silu", "gelu_tanh")
+FUNCTIONS = ("silu", "gelu_tanh")
 
-OPTIONS = ((),)
-KERNELS = tuple(f"gated_{function}_{width}" for function in _FUNCTIONS for width in (1, 4))
+OPTIONS = tuple((f"-DTO={to}",) for to in NAMES.values())
+KERNELS = tuple(f"gated_{function}_{width}" for function in FUNCTIONS for width in (1, 4))
 
 _THREADS = 256
 
 
-def gated(gate_up, function, widths):
+def gated(gate_up, function, widths, dtype=np.float32):
     """As `ops.activation.gated`, for silu and gelu_tanh."""
-    if function.__name__ not in _FUNCTIONS or gate_up.dtype != np.float32:
+    if function.__name__ not in FUNCTIONS or gate_up.dtype != np.float32:
         return NotImplemented
     if not (gate_up.size and gate_up.flags.c_contiguous):
         return NotImplemented
     T, n_columns = gate_up.shape
-    y = array.namespace(gate_up).empty((T, sum(widths)), np.float32)
+    y = array.namespace(gate_up).empty((T, sum(widths)), dtype)
     fours = n_columns % 8 == 0 and all(n % 4 == 0 for n in widths) and aligned(gate_up)
     width, start = 4 if fours else 1, 0
     for n in widths:
@@ -30,6 +30,7 @@ def gated(gate_up, function, widths):
                 "activation", f"gated_{function.__name__}_{width}",
                 (-(-T * n // (width * _THREADS)),), _THREADS,
                 gate, up, y[:, start:], T, n, np.int64(n_columns), y.shape[1],
+                options=(f"-DTO={NAMES[y.dtype.name]}",),
             )  # fmt: skip
         start += n
     return y

@@ -16,7 +16,8 @@ constexpr int THREADS = 128, STREAMS = THREADS / LANES;
 template <int N>
 __device__ void decode(const float* q, const HELD* k_pages, const HELD* v_pages, const int* table,
                        float* o, float* lse, int entries_at, int places_at, int numbers_at, int H,
-                       int G, int K, int page_bits, int pages_per_split, float scale) {
+                       int G, int K, int page_bits, int fewest_pages, long long q_stride,
+                       float scale) {
     constexpr int BATCH = sizeof(HELD) == 2 && N <= 4 ? 4 : 2;
     __shared__ float all_m[STREAMS][N], all_total[STREAMS][N], all_o[STREAMS][N][LANES * 8];
     const int *row = table + 5 * blockIdx.z, *entry = table + entries_at + 3 * blockIdx.y;
@@ -30,14 +31,16 @@ __device__ void decode(const float* q, const HELD* k_pages, const HELD* v_pages,
 #pragma unroll
     for (int i = 0; i < N; i++) {
         bool mine = i < n && column < K;
-        const float* from = q + ((long long)row[0] * H + head + i) * K + column;
+        const float* from = q + row[0] * q_stride + (head + i) * K + column;
         unpack(mine ? load8(from) : zero8<float>(), query[i]);
         m[i] = LOWEST, total[i] = 0;
 #pragma unroll
         for (int c = 0; c < 8; c++) query[i][c] *= scale * LOG2_E, sums[i][c] = 0;
     }
 
-    // Every block has the same loop for all its threads, which sum over lanes in it.
+    // Every block has the same loop for all its threads, which sum over lanes in it; none if the
+    // pages are fewer than there are blocks for.
+    int pages_per_split = max(fewest_pages, (pages + splits - 1) / splits);
     int begin = (split * pages_per_split) << page_bits;
     int end = min((split + 1) * pages_per_split, pages) << page_bits;
     for (int base = begin; base < end; base += STREAMS * BATCH) {
@@ -135,9 +138,9 @@ __device__ void decode(const float* q, const HELD* k_pages, const HELD* v_pages,
     extern "C" __global__ void __launch_bounds__(128) decode_##N(                               \
         const float* q, const HELD* k_pages, const HELD* v_pages, const int* table, float* o,   \
         float* lse, int entries_at, int places_at, int numbers_at, int H, int G, int K,         \
-        int page_bits, int pages_per_split, float scale) {                                      \
+        int page_bits, int fewest_pages, long long q_stride, float scale) {                     \
         decode<N>(q, k_pages, v_pages, table, o, lse, entries_at, places_at, numbers_at, H, G,  \
-                  K, page_bits, pages_per_split, scale);                                        \
+                  K, page_bits, fewest_pages, q_stride, scale);                                 \
     }
 
 DECODE(1)

@@ -10,7 +10,7 @@ import numpy as np
 
 from hpcinfer import array
 from hpcinfer.ops import attention as plain
-from hpcinfer.ops.cuda.launch import NAMES, aligned, kept, launch
+from hpcinfer.ops.cuda.launch import NAMES, aligned, kept, launch, on_device
 
 _HEADS, _LANES, _THREADS = (1, 2, 4, 8), (4, 8, 16, 32), 128
 
@@ -21,7 +21,7 @@ KERNELS = (*(f"decode_{heads}" for heads in _HEADS), "merge_splits")
 
 # Queries of a sequence up to which each reads the keys for itself; blocks that keep a large device
 # busy; pages below which a split costs more than it brings.
-_FEW_QUERIES, _BUSY_BLOCKS, _FEWEST_PAGES = 4, 512, 4
+_FEW_QUERIES, _BUSY_BLOCKS, _FEWEST_PAGES = 4, 512, 2
 
 # Query heads and queries of a block, together, and keys of a block, at least; its most scores.
 _ROWS, _KEYS, _SCORES = 4096, 512, 64 << 20
@@ -128,8 +128,9 @@ def paged_attention(
     if table is None:
         return NotImplemented
     xp = array.namespace(q)
-    q = xp.ascontiguousarray(q)
-    if not aligned(q):
+    if not _has_whole_heads(q):
+        q = xp.ascontiguousarray(q)
+    if not aligned(q) or q.strides[0] % 16:
         return NotImplemented
     o, lse = xp.empty(q.shape, np.float32), xp.empty(q.shape[:2], np.float32)
     _decode(q, k_pages, v_pages, table, scale, o, lse)
@@ -162,6 +163,11 @@ def _served(q, k_pages, v_pages, groups):
     )
 
 
+def _has_whole_heads(q):
+    """True if the heads of every token lie end to end."""
+    return q.strides[1:] == (4 * q.shape[2], 4)
+
+
 @dataclass(frozen=True)
 class _Table:
     """What the kernels must know of a step's queries; `attention.cu` says how it lies.
@@ -171,7 +177,7 @@ class _Table:
     values : (n,) int32, of the device
     entries_at, places_at, numbers_at : where its parts begin
     n_queries, n_entries : queries, and parts of at most `heads` query heads of one key/value head
-    pages_per_split, splits : into how many blocks a query's pages are split
+    splits : into how many blocks a query's pages are split at most
     others : list of (b, rows), sequences with more queries than the kernels serve
     """
 
@@ -182,37 +188,24 @@ class _Table:
     n_queries: int
     n_entries: int
     heads: int
-    pages_per_split: int
     splits: int
     others: list
 
 
 def _table(q_tokens, books, groups, window, k_pages):
     """Table of a step's queries; None if the kernels serve none of them."""
-    xp = array.namespace(k_pages)
     groups = tuple(map(tuple, groups))
-    values = xp, groups, window
-    return kept((q_tokens, books), values, lambda: _build(q_tokens, books, groups, window, xp))
+
+    def build():
+        return _build(q_tokens, books, groups, window, k_pages)
+
+    return kept((q_tokens, books), (groups, window), build)
 
 
-def _build(q_tokens, books, groups, window, xp):
-    # The queries of every sequence with few, over the sequence's pages.
-    rows, places, numbers, others, n_pages, most = [], [], [], [], 0, 0
-    for b, tokens in plain.sequences(q_tokens):
-        if tokens.stop - tokens.start > _FEW_QUERIES:
-            others.append((b, tokens))
-            continue
-        positions = q_tokens[tokens, 1]
-        own_places, own_numbers = books.pages(b, plain.reach(positions, window))
-        for token, position in enumerate(positions.tolist(), tokens.start):
-            first = 0 if window is None else position - window + 1
-            last = min(position, int(books.lengths[b]) - 1)
-            rows.append((token, n_pages, len(own_places), first, last))
-        places.append(own_places)
-        numbers.append(own_numbers)
-        n_pages += len(own_places)
-        most = max(most, len(own_places))
-    if not rows:
+def _build(q_tokens, books, groups, window, k_pages):
+    runs = list(plain.sequences(q_tokens))
+    few = [(b, rows) for b, rows in runs if rows.stop - rows.start <= _FEW_QUERIES]
+    if not few:
         return None
 
     # The query heads of a key/value head, at most so many together.
@@ -225,22 +218,53 @@ def _build(q_tokens, books, groups, window, xp):
     ]
 
     # As many splits as keep the device busy, of so many pages that each is worth its merge.
-    splits = min(-(-most // _FEWEST_PAGES), _BUSY_BLOCKS // (len(rows) * len(entries)))
-    pages_per_split = max(1, -(-most // max(1, splits)))
-    parts = [np.asarray(part, np.int32).reshape(-1) for part in (rows, entries, *places, *numbers)]
-    entries_at, places_at = 5 * len(rows), 5 * len(rows) + 3 * len(entries)
+    n_queries = sum(rows.stop - rows.start for _, rows in few)
+    n_pages, longest = books.room or _pages_of(few, q_tokens, books, window)
+    splits = min(-(-longest // _FEWEST_PAGES), _BUSY_BLOCKS // (n_queries * len(entries)))
+
+    def values():
+        return _values(plain.sequences(q_tokens), q_tokens, books, window, entries, n_pages)
+
+    places_at = 5 * n_queries + 3 * len(entries)
     return _Table(
-        values=xp.asarray(np.concatenate(parts)),
-        entries_at=entries_at,
+        values=on_device(k_pages, (q_tokens, books, groups, window), values),
+        entries_at=5 * n_queries,
         places_at=places_at,
         numbers_at=places_at + n_pages,
-        n_queries=len(rows),
+        n_queries=n_queries,
         n_entries=len(entries),
         heads=heads,
-        pages_per_split=pages_per_split,
-        splits=max(1, -(-most // pages_per_split)),
-        others=others,
+        splits=max(1, splits),
+        others=[(b, rows) for b, rows in runs if rows.stop - rows.start > _FEW_QUERIES],
     )
+
+
+def _pages_of(runs, q_tokens, books, window):
+    """Pages that the queries of some sequences meet: of all, and of the one with the most."""
+    counts = [
+        len(books.pages(b, plain.reach(q_tokens[rows, 1], window))[0]) for b, rows in runs
+    ]
+    return sum(counts), max(counts)
+
+
+def _values(runs, q_tokens, books, window, entries, room):
+    """The table: a row for every query of sequences with few, the entries, pages with some room."""
+    rows, places, numbers, n_pages = [], [], [], 0
+    for b, tokens in runs:
+        if tokens.stop - tokens.start > _FEW_QUERIES:
+            continue
+        positions = q_tokens[tokens, 1]
+        own_places, own_numbers = books.pages(b, plain.reach(positions, window))
+        for token, position in enumerate(positions.tolist(), tokens.start):
+            first = 0 if window is None else position - window + 1
+            last = min(position, int(books.lengths[b]) - 1)
+            rows.append((token, n_pages, len(own_places), first, last))
+        places.append(own_places)
+        numbers.append(own_numbers)
+        n_pages += len(own_places)
+    left = np.zeros(room - n_pages, np.int32)
+    parts = (rows, entries, *places, left, *numbers, left)
+    return np.concatenate([np.asarray(part, np.int32).reshape(-1) for part in parts])
 
 
 def _decode(q, k_pages, v_pages, table, scale, o, lse):
@@ -257,7 +281,8 @@ def _decode(q, k_pages, v_pages, table, scale, o, lse):
         (table.splits, table.n_entries, table.n_queries), _THREADS,
         q, k_pages, v_pages, table.values, o_parts, lse_parts,
         table.entries_at, table.places_at, table.numbers_at, H, G, K,
-        page.bit_length() - 1, table.pages_per_split, float(scale), options=options,
+        page.bit_length() - 1, _FEWEST_PAGES, np.int64(q.strides[0] // 4), float(scale),
+        options=options,
     )  # fmt: skip
     if table.splits > 1:
         launch(

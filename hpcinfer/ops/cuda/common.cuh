@@ -64,7 +64,19 @@ __device__ inline void narrow(float x, float* to) { *to = x; }
 __device__ inline void narrow(float x, f16* to) { to->bits = float_to_half(x); }
 
 __device__ inline void narrow(float x, bf16* to) {
+#if __CUDA_ARCH__ >= 800
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to->bits) : "f"(x));
+#else
     to->bits = (unsigned short)(__float_as_uint(rounded(x, bf16())) >> 16);
+#endif
+}
+
+// Two values rounded to a type of 16 bits, side by side.
+template <class V>
+__device__ inline unsigned pack2(float low, float high) {
+    V a, b;
+    narrow(low, &a), narrow(high, &b);
+    return a.bits | (unsigned)b.bits << 16;
 }
 
 // Eight values as they lie in memory, at a multiple of 16 bytes.
@@ -132,10 +144,26 @@ __device__ inline void load(const float* from, Run<4>& y) {
     y.x[0] = x.x, y.x[1] = x.y, y.x[2] = x.z, y.x[3] = x.w;
 }
 
-__device__ inline void store(float* to, const Run<1>& y) { to[0] = y.x[0]; }
+template <class V>
+__device__ inline void store(V* to, const Run<1>& y) {
+    narrow(y.x[0], to);
+}
 
 __device__ inline void store(float* to, const Run<4>& y) {
     *reinterpret_cast<float4*>(to) = make_float4(y.x[0], y.x[1], y.x[2], y.x[3]);
+}
+
+template <class V>
+__device__ inline void store(V* to, const Run<4>& y) {
+    *reinterpret_cast<uint2*>(to) = make_uint2(pack2<V>(y.x[0], y.x[1]), pack2<V>(y.x[2], y.x[3]));
+}
+
+// Non-linearities of an FFN's gate.
+__device__ inline float silu(float x) { return x / (1.0f + expf(-x)); }
+
+__device__ inline float gelu_tanh(float x) {
+    float inner = 0.7978845608f * (x + 0.044715f * x * x * x);
+    return 0.5f * x * (1.0f + tanhf(inner));
 }
 
 // Sum over groups of WIDTH lanes that follow one another, on each of them.

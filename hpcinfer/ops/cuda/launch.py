@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from hpcinfer import array, capture
+
 # Names of the element types in the sources.
 NAMES = {"float32": "float", "float16": "f16", "bfloat16": "bf16"}
 
@@ -59,8 +61,8 @@ def _argument(x):
     return _NULL if x is None else x
 
 
-# What the layers of the last steps have asked for: with windows or latent keys a few things each.
-_recent = deque(maxlen=16)
+# What the layers of the last steps have asked for: of each step a few things.
+_recent = deque(maxlen=64)
 
 
 def kept(objects, values, build):
@@ -71,7 +73,7 @@ def kept(objects, values, build):
     objects : tuple, compared by identity, and not to be changed
     values : tuple, compared by value
     """
-    for known, equal, result in _recent:
+    for known, equal, result in reversed(_recent):
         if (
             len(known) == len(objects)
             and all(a is b for a, b in zip(known, objects, strict=True))
@@ -81,6 +83,26 @@ def kept(objects, values, build):
     result = build()
     _recent.append((objects, values, result))
     return result
+
+
+def on_device(like, objects, build):
+    """Numbers that are found from host objects, on the device; every layer of a step asks again.
+
+    Parameters
+    ----------
+    like : array of the device
+    objects : tuple of what they are found from, as for `kept`
+    build : function that returns them as a host array; where a step is captured
+        (`hpcinfer.capture`) it is called again before each replay, when the objects hold what
+        belongs to that step, and must return an array of the same shape
+    """
+
+    def send():
+        if capture.under_way is None or array.namespace(like) is np:
+            return array.to_device(build(), like)
+        return capture.under_way.upload(build)
+
+    return kept(objects, ("on device",), send)
 
 
 def aligned(*arrays):

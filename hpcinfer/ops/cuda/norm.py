@@ -1,43 +1,65 @@
-"""Norms, one block of threads for a row."""
+"""Norms, one block of threads for a row, with the sum before them in the same pass."""
 
 import numpy as np
 
 from hpcinfer import array
-from hpcinfer.ops.cuda.launch import aligned, launch, rows_of
+from hpcinfer.ops.cuda.launch import NAMES, aligned, launch, rows_of
 
-OPTIONS = ((),)
+OPTIONS = tuple((f"-DTO={to}",) for to in NAMES.values())
 KERNELS = ("rms_norm_1", "rms_norm_4", "layer_norm_1", "layer_norm_4")
 
-_MOST_THREADS = 256
+# Threads of a block: as many as a row has use for where there are few rows.
+_MOST_THREADS, _MANY_THREADS, _MANY_ROWS = 1024, 256, 256
 
 
 def rms_norm(x, weight, eps, dtype=np.float32):
     """As `ops.norm.rms_norm`."""
-    return _normed("rms_norm", x, (weight,), eps, dtype)
+    return _normed("rms_norm", x, None, (weight,), eps, dtype)
 
 
 def layer_norm(x, weight, bias, eps, dtype=np.float32):
     """As `ops.norm.layer_norm`."""
-    return _normed("layer_norm", x, (weight, bias), eps, dtype)
+    return _normed("layer_norm", x, None, (weight, bias), eps, dtype)
 
 
-def _normed(kernel, x, parameters, eps, dtype):
+def add_rms_norm(y, x, weight, eps, dtype=np.float32):
+    """As `ops.norm.add_rms_norm`."""
+    normed = _normed("rms_norm", x, y, (weight,), eps, dtype)
+    return NotImplemented if normed is NotImplemented else (y, normed)
+
+
+def add_layer_norm(y, x, weight, bias, eps, dtype=np.float32):
+    """As `ops.norm.add_layer_norm`."""
+    normed = _normed("layer_norm", x, y, (weight, bias), eps, dtype)
+    return NotImplemented if normed is NotImplemented else (y, normed)
+
+
+def _normed(kernel, x, total, parameters, eps, dtype):
     placed, D = rows_of(x), x.shape[-1]
     if placed is None or not all(p is None or _is_vector(p, D) for p in parameters):
         return NotImplemented
+    if total is not None and not (_is_whole(total) and total.shape == x.shape):
+        return NotImplemented
     inner, *strides = placed
-    y = array.namespace(x).empty(x.shape, np.float32)
+    y = array.namespace(x).empty(x.shape, dtype)
 
     # Four values at a time where they lie so.
-    fours = D % 4 == 0 and all(s % 4 == 0 for s in strides) and aligned(x, y, *parameters)
-    width = 4 if fours else 1
-    threads = min(_MOST_THREADS, 32 * max(1, -(-D // (32 * width))))
+    fours = D % 4 == 0 and all(s % 4 == 0 for s in strides)
+    width = 4 if fours and aligned(x, total, y, *parameters) else 1
+    rows = x.size // D
+    most = _MOST_THREADS if rows < _MANY_ROWS else _MANY_THREADS
+    threads = min(most, 32 * max(1, -(-D // (32 * width))))
     launch(
-        "norm", f"{kernel}_{width}", (x.size // D,), threads,
-        x, *parameters, y, D, inner, *strides, float(eps),
+        "norm", f"{kernel}_{width}", (rows,), threads,
+        x, total, *parameters, y, D, inner, *strides, float(eps),
+        options=(f"-DTO={NAMES[y.dtype.name]}",),
     )  # fmt: skip
-    return array.narrow(y, dtype)
+    return y
 
 
 def _is_vector(x, n):
-    return x.dtype == np.float32 and x.shape == (n,) and x.flags.c_contiguous
+    return _is_whole(x) and x.shape == (n,)
+
+
+def _is_whole(x):
+    return x.dtype == np.float32 and x.flags.c_contiguous
