@@ -323,7 +323,7 @@ def weight_of(rng, name, *shape):
 @pytest.mark.parametrize("T", [1, 3, 8, 9, 16])
 @pytest.mark.parametrize(("n_in", "n_out"), [(8, 1), (520, 37), (2056, 16)])
 def test_linear_of_few_tokens(put, rng, dtype, T, n_in, n_out):
-    """By matrix units: outputs and inputs that fill no block, one that is too long for its warps."""
+    """By matrix units: outputs and inputs that fill no block, or all warps more than once."""
     x, weight, bias = normal(rng, T, n_in), weight_of(rng, dtype, n_out, n_in), normal(rng, n_out)
     expected = plain(linear.linear)(x, weight, bias)
     agree(fast("linear").linear(put(x), put(weight), put(bias)), expected, 3e-4)

@@ -18,7 +18,7 @@ _WORKSPACE = 32 << 20  # bytes, as NVIDIA recommends for Hopper
 
 
 def product(x, weight, y):
-    """y (T, O) float32 = x (T, I) · weightᵀ (O, I); x and the weight of one type, all contiguous."""
+    """y (T, O) float32 = x (T, I) · weightᵀ (O, I), all contiguous, x of the weight's type."""
     (T, n_in), n_out, kind = x.shape, len(weight), TYPES[weight.dtype.name]
 
     # Columns are what cuBLAS calls our rows: it computes yᵀ = weight · xᵀ.
