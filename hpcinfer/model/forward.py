@@ -39,6 +39,8 @@ class Model:
     Attributes
     ----------
     layers : range, the layers of this rank's stage of the pipeline
+    operand_type : type in which products are given what else is float32: on a GPU that of the
+        weights, as rounding is one pass less there; on the CPU products round what they read
     pipeline : Pipeline, this rank's place in it
     expert_load : ExpertLoad, or None; counts the experts that tokens choose
     tap : object or None; its `wants(point)` says whether a point is wanted in any layer, its
@@ -48,6 +50,7 @@ class Model:
     def __init__(self, arch, checkpoint, grid, device, dtype):
         self.arch, self.grid, self.device, self.dtype = arch, grid, device, dtype
         self.cache = self.expert_load = self.tap = None
+        self.operand_type = np.dtype(np.float32) if device.name == "cpu" else np.dtype(dtype)
         self.pipeline = Pipeline(grid.pp)
         self.layers = layers_of_stage(arch, grid.layout, dtype, checkpoint.tensors)[grid.pp.rank]
         self.context = Context(arch, grid, lambda n: (self.cache.k[n], self.cache.v[n]), self)

@@ -102,6 +102,14 @@ static void __syncthreads() { meet(block); }
 
 static void __syncwarp() { meet(warps[current / 32]); }
 
+static void __threadfence() {}
+
+static int atomicAdd(int* to, int x) {
+    int before = *to;
+    *to += x;
+    return before;
+}
+
 static float __shfl_xor_sync(unsigned, float x, int step) {
     exchange[current] = x;
     meet(warps[current / 32]);

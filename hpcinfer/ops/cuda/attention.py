@@ -4,6 +4,7 @@ In decoding every query reads its keys and values once for all query heads that 
 queries of a sequence are blocks of two products of all heads at a time, by cuBLAS.
 """
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,13 +16,16 @@ from hpcinfer.ops.cuda.launch import NAMES, aligned, kept, launch, on_device
 _HEADS, _LANES, _THREADS = (1, 2, 4, 8), (4, 8, 16, 32), 128
 
 OPTIONS = tuple(
-    (f"-DHELD={held}", f"-DLANES={lanes}") for held in NAMES.values() for lanes in _LANES
+    (f"-DHELD={held}", f"-DOUT={out}", f"-DLANES={lanes}")
+    for held in NAMES.values()
+    for out in dict.fromkeys(("float", held))
+    for lanes in _LANES
 )
-KERNELS = (*(f"decode_{heads}" for heads in _HEADS), "merge_splits")
+KERNELS = tuple(f"decode_{heads}" for heads in _HEADS)
 
 # Queries of a sequence up to which each reads the keys for itself; blocks that keep a large device
-# busy; pages below which a split costs more than it brings.
-_FEW_QUERIES, _BUSY_BLOCKS, _FEWEST_PAGES = 4, 512, 2
+# busy; pages below which a split costs more than it brings; splits that a block can merge.
+_FEW_QUERIES, _BUSY_BLOCKS, _FEWEST_PAGES, _MOST_SPLITS = 4, 512, 2, 64
 
 # Query heads and queries of a block, together, and keys of a block, at least; its most scores.
 _ROWS, _KEYS, _SCORES = 4096, 512, 64 << 20
@@ -119,10 +123,13 @@ def _by_heads(x):
 
 
 def paged_attention(
-    q, q_tokens, k_pages, v_pages, books, *, scale, groups, window=None, v_columns=None
-):
+    q, q_tokens, k_pages, v_pages, books, *,
+    scale, groups, window=None, v_columns=None, dtype=np.float32,
+):  # fmt: skip
     """As `ops.attention.paged_attention`; sequences with many queries take the plain form."""
     if v_columns is not None or not _served(q, k_pages, v_pages, groups):
+        return NotImplemented
+    if dtype not in (np.float32, k_pages.dtype):
         return NotImplemented
     table = _table(q_tokens, books, groups, window, k_pages)
     if table is None:
@@ -132,14 +139,15 @@ def paged_attention(
         q = xp.ascontiguousarray(q)
     if not aligned(q) or q.strides[0] % 16:
         return NotImplemented
-    o, lse = xp.empty(q.shape, np.float32), xp.empty(q.shape[:2], np.float32)
+    o, lse = xp.empty(q.shape, dtype), xp.empty(q.shape[:2], np.float32)
     _decode(q, k_pages, v_pages, table, scale, o, lse)
     for b, rows in table.others:
         q_pos = q_tokens[rows, 1]
         k, v, k_pos = plain.cached(k_pages, v_pages, books, b, plain.reach(q_pos, window))
-        o[rows], lse[rows] = plain.attention(
+        of_rows, lse[rows] = plain.attention(
             q[rows], k, v, q_pos, k_pos, scale=scale, groups=groups, window=window
         )
+        o[rows] = array.narrow(of_rows, dtype)
     return o, lse
 
 
@@ -221,6 +229,7 @@ def _build(q_tokens, books, groups, window, k_pages):
     n_queries = sum(rows.stop - rows.start for _, rows in few)
     n_pages, longest = books.room or _pages_of(few, q_tokens, books, window)
     splits = min(-(-longest // _FEWEST_PAGES), _BUSY_BLOCKS // (n_queries * len(entries)))
+    splits = min(splits, _MOST_SPLITS)
 
     def values():
         return _values(plain.sequences(q_tokens), q_tokens, books, window, entries, n_pages)
@@ -271,21 +280,23 @@ def _decode(q, k_pages, v_pages, table, scale, o, lse):
     """Fill in the rows of o (T, H, K) and lse (T, H) that the table's queries have."""
     xp, (_, H, K), (_, G, page, _) = array.namespace(q), q.shape, k_pages.shape
     lanes = next(n for n in _LANES if 8 * n >= K)
-    options = (f"-DHELD={NAMES[k_pages.dtype.name]}", f"-DLANES={lanes}")
-    o_parts, lse_parts = o, lse
+    out, held = NAMES[o.dtype.name], NAMES[k_pages.dtype.name]
+    o_parts = lse_parts = arrived = None
     if table.splits > 1:
         o_parts = xp.empty((table.n_queries, H, table.splits, K), np.float32)
         lse_parts = xp.empty((table.n_queries, H, table.splits), np.float32)
+        arrived = _counters(xp, 1 << (table.n_queries * table.n_entries - 1).bit_length())
     launch(
         "attention", f"decode_{table.heads}",
         (table.splits, table.n_entries, table.n_queries), _THREADS,
-        q, k_pages, v_pages, table.values, o_parts, lse_parts,
+        q, k_pages, v_pages, table.values, o_parts, lse_parts, arrived, o, lse,
         table.entries_at, table.places_at, table.numbers_at, H, G, K,
         page.bit_length() - 1, _FEWEST_PAGES, np.int64(q.strides[0] // 4), float(scale),
-        options=options,
+        options=(f"-DHELD={held}", f"-DOUT={out}", f"-DLANES={lanes}"),
     )  # fmt: skip
-    if table.splits > 1:
-        launch(
-            "attention", "merge_splits", (H, table.n_queries), min(_THREADS, -(-K // 32) * 32),
-            o_parts, lse_parts, table.values, o, lse, table.splits, K, options=options,
-        )  # fmt: skip
+
+
+@functools.cache
+def _counters(xp, n):
+    """(n,) int32 of blocks that have come: zero before and after every launch."""
+    return xp.zeros(n, np.int32)

@@ -1,4 +1,4 @@
-"""Matrix products: kernels that read the weight once for few tokens, cuBLAS for more."""
+"""Matrix products: of one token by kernels, with a gate in them, of more by cuBLAS."""
 
 import functools
 
@@ -10,19 +10,18 @@ from hpcinfer.ops.cuda import activation, blas
 from hpcinfer.ops.cuda.launch import NAMES, aligned, launch
 from hpcinfer.ops.quantize import Quantized
 
-# Tokens that the kernels serve: by matrix units in tiles of eight, without them in any number.
-_TILES, _TILE = (1, 2), 8
+# Tokens that the kernels for devices without 16-bit matrix units serve, and outputs of a warp.
 _TOKENS, _ROWS = (1, 2, 4, 8), (1, 2, 4)
 
 OPTIONS = (("-DWEIGHT=f16",), ("-DWEIGHT=bf16",))
 KERNELS = (
-    *(f"product_{of}_{tiles}" for of in ("float", "held") for tiles in _TILES),
-    *(f"{function}_product_{tiles}" for function in activation.FUNCTIONS for tiles in _TILES),
+    *(f"one_{of}" for of in ("float", "held", *activation.FUNCTIONS)),
     *(f"matvec_{tokens}_{rows}" for tokens in _TOKENS for rows in _ROWS),
 )
 
-# Outputs and warps of a block; warps that keep the memory of a large device busy.
-_BLOCK_OUTPUTS, _BLOCK_WARPS, _BUSY_WARPS = 16, 8, 2048
+# Warps of a block; warps that keep the memory of a large device busy, where they have one output
+# and where they have more; inputs that make a part of a row worth a warp.
+_BLOCK_WARPS, _MANY_WARPS, _BUSY_WARPS, _PART = 8, 4096, 2048, 1024
 
 
 def linear(x, weight, bias=None):
@@ -30,9 +29,9 @@ def linear(x, weight, bias=None):
     if isinstance(weight, Quantized) or not (x.size and weight.size and weight.flags.c_contiguous):
         return NotImplemented
     x = array.namespace(x).ascontiguousarray(x)
-    if _is_served(x, weight, _most_tokens(x)):
-        return _by_tiles(x, weight, bias)
-    if _is_served(x, weight, _TOKENS[-1]):
+    if _is_served(x, weight, 1):
+        return _one_token(x, weight, bias)
+    if _is_served(x, weight, _TOKENS[-1]) and not _has_matrix_units():
         return _by_rows(x, weight, bias)
     return _by_blocks(x, weight, bias)
 
@@ -43,7 +42,7 @@ def linear_pair(x, first, middle, second, bias=None):
         return NotImplemented
     if isinstance(second, Quantized) or not array.is_half(second.dtype) or not x.size:
         return NotImplemented
-    between = _gated_by_tiles(x, first, middle, second.dtype, bias)
+    between = _one_gated(x, first, middle, second.dtype, bias)
     if between is None:
         from hpcinfer.ops.linear import linear as any_linear
 
@@ -54,17 +53,12 @@ def linear_pair(x, first, middle, second, bias=None):
     return linear(between, second)
 
 
-def _most_tokens(x):
-    """Tokens of a product by tiles, 0 where the device has no such matrix units."""
-    served = array.namespace(x) is np or _capability() >= 80
-    return _TILE * _TILES[-1] if served else 0
-
-
 @functools.cache
-def _capability():
+def _has_matrix_units():
+    """True if cuBLAS multiplies both 16-bit types by matrix units here."""
     from cupy.cuda import device
 
-    return int(device.get_compute_capability())
+    return int(device.get_compute_capability()) >= 80
 
 
 def _is_served(x, weight, most_tokens):
@@ -78,16 +72,15 @@ def _is_served(x, weight, most_tokens):
     )
 
 
-def _by_tiles(x, weight, bias):
-    """Products of few tokens by matrix units: a block for 16 outputs."""
-    (T, n_in), n_out = x.shape, len(weight)
-    y = array.namespace(x).empty((T, n_out), np.float32)
-    fused = bias is None or _is_fused(bias)
+def _one_token(x, weight, bias):
+    """The product of one token: a warp for an output, or for a part of it."""
+    n_out, n_in = weight.shape
+    y = array.namespace(x).empty((1, n_out), np.float32)
+    fused, parts = bias is None or _is_fused(bias), _parts(n_out, n_in)
     of = "float" if x.dtype == np.float32 else "held"
     launch(
-        "linear", f"product_{of}_{_tiles(T)}",
-        (-(-n_out // _BLOCK_OUTPUTS),), 32 * _BLOCK_WARPS,
-        x, weight, bias if fused else None, y, T, n_in, n_out,
+        "linear", f"one_{of}", (-(-n_out * parts // _BLOCK_WARPS),), 32 * _BLOCK_WARPS,
+        x, weight, bias if fused else None, y, n_in, n_out, parts,
         options=(f"-DWEIGHT={NAMES[weight.dtype.name]}",),
     )  # fmt: skip
     if not fused:
@@ -95,32 +88,35 @@ def _by_tiles(x, weight, bias):
     return y
 
 
-def _gated_by_tiles(x, weight, gate, dtype, bias):
-    """(T, F), the first product of few tokens with its gate; None if the kernel serves it not."""
+def _one_gated(x, weight, gate, dtype, bias):
+    """(1, F), the first product of one token with its gate; None if the kernel serves it not."""
     if isinstance(weight, Quantized) or not (
         weight.size and weight.flags.c_contiguous and weight.dtype == dtype
     ):
         return None
-    x = array.namespace(x).ascontiguousarray(x)
-    if not _is_served(x, weight, _most_tokens(x)) or not (bias is None or _is_fused(bias)):
+    xp = array.namespace(x)
+    x = xp.ascontiguousarray(x)
+    if not _is_served(x, weight, 1) or not (bias is None or _is_fused(bias)):
         return None
-    (T, n_in), xp = x.shape, array.namespace(x)
-    x, y, start = array.narrow(x, dtype), xp.empty((T, sum(gate.widths)), dtype), 0
+    x, y, start = array.narrow(x, dtype), xp.empty((1, sum(gate.widths)), dtype), 0
     for n in gate.widths:
+        parts = _parts(2 * n, x.shape[1])
         if n:
             launch(
-                "linear", f"{gate.function.__name__}_product_{_tiles(T)}",
-                (-(-n // (_BLOCK_OUTPUTS // 2)),), 32 * _BLOCK_WARPS,
+                "linear", f"one_{gate.function.__name__}",
+                (-(-n * parts // _BLOCK_WARPS),), 32 * _BLOCK_WARPS,
                 x, weight[2 * start :], None if bias is None else bias[2 * start :],
-                y[:, start:], T, n_in, n, y.shape[1],
+                y[:, start:], x.shape[1], n, parts,
                 options=(f"-DWEIGHT={NAMES[dtype.name]}",),
             )  # fmt: skip
         start += n
     return y
 
 
-def _tiles(T):
-    return next(n for n in _TILES if _TILE * n >= T)
+def _parts(n_out, n_in):
+    """Warps that share an output, so that there are many."""
+    wanted = min(_MANY_WARPS // max(1, n_out), n_in // _PART)
+    return max([1, *(n for n in (2, 4, 8) if n <= wanted)])
 
 
 def _is_fused(bias):
@@ -152,7 +148,7 @@ def _by_blocks(x, weight, bias):
     """Products of many tokens by cuBLAS, whose matrix units sum in float32."""
     if array.namespace(x) is np or weight.dtype.name not in blas.TYPES:
         return NotImplemented
-    if weight.dtype == array.BFLOAT16 and _capability() < 80:
+    if weight.dtype == array.BFLOAT16 and not _has_matrix_units():
         return NotImplemented
     y = array.namespace(x).empty((len(x), len(weight)), np.float32)
     x = array.narrow(array.widen(x) if weight.dtype == np.float32 else x, weight.dtype)
