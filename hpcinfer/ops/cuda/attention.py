@@ -1,7 +1,8 @@
 """Attention: queries over their pages, split over the device and merged, or large matrix products.
 
 In decoding every query reads its keys and values once for all query heads that share them. Many
-queries of a sequence are blocks of two products of all heads at a time, by cuBLAS.
+queries of a sequence go to `prefill`; what that does not serve are blocks of two products of all
+heads at a time, by cuBLAS.
 """
 
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import numpy as np
 
 from hpcinfer import array
 from hpcinfer.ops import attention as plain
+from hpcinfer.ops.cuda import prefill
 from hpcinfer.ops.cuda.launch import NAMES, aligned, kept, launch, on_device
 
 _HEADS, _LANES, _THREADS = (1, 2, 4, 8), (4, 8, 16, 32), 128
@@ -32,6 +34,11 @@ def attention(
     q, k, v, q_pos, k_pos, *, scale, groups, window=None, softcap=None, between=None, v_columns=None
 ):
     """As `ops.attention.attention`, where all key/value heads have equally many query heads."""
+    if softcap is None and v_columns is None:
+        options = {"scale": scale, "groups": groups, "window": window, "between": between}
+        result = prefill.attention(q, k, v, q_pos, k_pos, **options)
+        if result is not NotImplemented:
+            return result
     xp, (S, H, K), G = array.namespace(q), q.shape, len(groups)
     n = H // G if G else 0
     if not (n and S and len(k)) or [tuple(g) for g in groups] != [
@@ -121,25 +128,30 @@ def _by_heads(x):
 def paged_attention(
     q, q_tokens, k_pages, v_pages, books, *, scale, groups, window=None, v_columns=None
 ):
-    """As `ops.attention.paged_attention`; sequences with many queries take the plain form."""
+    """As `ops.attention.paged_attention`; what no kernel serves takes the plain form."""
     if v_columns is not None or not _served(q, k_pages, v_pages, groups):
-        return NotImplemented
-    table = _table(q_tokens, books, groups, window, k_pages)
-    if table is None:
         return NotImplemented
     xp = array.namespace(q)
     if not _has_whole_heads(q):
         q = xp.ascontiguousarray(q)
     if not aligned(q) or q.strides[0] % 16:
         return NotImplemented
+    pages, options = (k_pages, v_pages, books), {"scale": scale, "groups": groups, "window": window}
+    table = _table(q_tokens, books, groups, window, k_pages)
+    if table is None:
+        return prefill.paged_attention(q, q_tokens, *pages, **options)
     o, lse = xp.empty(q.shape, np.float32), xp.empty(q.shape[:2], np.float32)
     _decode(q, k_pages, v_pages, table, scale, o, lse)
-    for b, rows in table.others:
+
+    # Sequences with many queries in one launch, or one by one.
+    others, many = table.others, {"more_than": _FEW_QUERIES, "out": (o, lse)}
+    if others:
+        result = prefill.paged_attention(q, q_tokens, *pages, **options, **many)
+        others = others if result is NotImplemented else []
+    for b, rows in others:
         q_pos = q_tokens[rows, 1]
-        k, v, k_pos = plain.cached(k_pages, v_pages, books, b, plain.reach(q_pos, window))
-        o[rows], lse[rows] = plain.attention(
-            q[rows], k, v, q_pos, k_pos, scale=scale, groups=groups, window=window
-        )
+        k, v, k_pos = plain.cached(*pages, b, plain.reach(q_pos, window))
+        o[rows], lse[rows] = plain.attention(q[rows], k, v, q_pos, k_pos, **options)
     return o, lse
 
 
