@@ -519,7 +519,7 @@ def agree_rounded(got, expected, dtype):
     """The weights are rounded, so that outputs are less exact than log-sum-exps."""
     assert got is not NotImplemented
     (o, lse), tolerance = got, 6e-3 if dtype == "bfloat16" else 1e-3
-    np.testing.assert_allclose(array.host(lse), expected[1], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(array.host(lse), expected[1], rtol=2e-5, atol=5e-5)
     np.testing.assert_allclose(array.host(o), expected[0], rtol=tolerance, atol=tolerance)
     assert o.dtype == np.float32
 
@@ -531,7 +531,7 @@ def attend_many(put, rng, lengths, runs, dtype, K, groups, window=None, **dealt)
     for pages in (k, v):  # what is behind the end of a sequence is no number
         for b, length in enumerate(lengths):
             pages[books.places[b, (length - 1) // 32], :, (length - 1) % 32 + 1 :] = np.nan
-    q = 3 * normal(rng, len(tokens), groups[-1][1] + 1, K)
+    q = 10 * normal(rng, len(tokens), groups[-1][1] + 1, K)  # so that the largest scores grow
     q[:, 1:] = rounded_queries(q[:, 1:], scale, dtype)
     options = {"scale": scale, "groups": groups, "window": window}
     call = fast("attention").paged_attention
