@@ -13,7 +13,7 @@
 #define __device__
 #define __global__
 #define __shared__ static
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 struct uint3 {
     unsigned x, y, z;
@@ -38,6 +38,9 @@ static uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 static uint3 threadIdx, blockIdx, blockDim, gridDim;
+
+// Shared memory whose size the launch says: as much as any device has.
+static uint4 dynamic_shared[(227 << 10) / 16];
 
 static int min(int a, int b) { return a < b ? a : b; }
 
@@ -118,6 +121,71 @@ static float __shfl_xor_sync(unsigned, float x, int step) {
     return y;
 }
 
+static int __any_sync(unsigned, bool truth) {
+    exchange[current] = truth;
+    meet(warps[current / 32]);
+    bool any = false;
+    for (int lane = 0; lane < 32; lane++) any = any || exchange[current / 32 * 32 + lane];
+    meet(warps[current / 32]);
+    return any;
+}
+
+static float fast_exp2(float x) { return exp2f(x); }
+
+// Copies under way: those of even blocks land at once, those of odd ones when they are waited for.
+struct Copy {
+    void* to;
+    const void* from;
+};
+
+static std::vector<std::vector<std::vector<Copy>>> copies;  // of each thread, in groups
+
+static void land(const Copy& copy) {
+    if (copy.from) {
+        memcpy(copy.to, copy.from, 16);
+    } else {
+        memset(copy.to, 0, 16);
+    }
+}
+
+static void copy16(void* to, const void* from, bool there) {
+    Copy copy = {to, there ? from : nullptr};
+    if ((blockIdx.x + blockIdx.y + blockIdx.z) % 2 == 0) return land(copy);
+    copies[current].back().push_back(copy);
+}
+
+static void commit_copies() { copies[current].emplace_back(); }
+
+template <int PENDING>
+static void wait_copies() {
+    auto& groups = copies[current];
+    int landing = (int)groups.size() - 1 - PENDING;
+    for (int i = 0; i < landing; i++)
+        for (const Copy& copy : groups[i]) land(copy);
+    if (landing > 0) groups.erase(groups.begin(), groups.begin() + landing);
+}
+
+// Where the rows are that the lanes of a warp show one another.
+static const unsigned short* rows_shown[1024];
+
+// x[i] = the columns 2 (lane % 4) and one more of row lane / 4 of matrix i, or of its transpose.
+static void matrices(unsigned* x, const void* row, bool transposed) {
+    rows_shown[current] = static_cast<const unsigned short*>(row);
+    meet(warps[current / 32]);
+    int lane = current % 32, down = lane / 4, right = lane % 4 * 2;
+    for (int i = 0; i < 4; i++) {
+        auto rows = rows_shown + current / 32 * 32 + 8 * i;
+        unsigned low = transposed ? rows[right][down] : rows[down][right];
+        unsigned high = transposed ? rows[right + 1][down] : rows[down][right + 1];
+        x[i] = low | high << 16;
+    }
+    meet(warps[current / 32]);
+}
+
+static void load_matrices(unsigned* x, const void* row) { matrices(x, row, false); }
+
+static void load_transposed(unsigned* x, const void* row) { matrices(x, row, true); }
+
 // Words that the lanes of a warp show one another.
 static unsigned shown[1024][6];
 
@@ -141,7 +209,9 @@ static void matrix_product(float* d, const unsigned* a, const unsigned* b, F num
 }
 
 static void mma_f16(float* d, const unsigned* a, const unsigned* b) {
-    matrix_product(d, a, b, half_to_float);
+    static std::vector<float> known;
+    for (int x = (int)known.size(); x < 1 << 16; x++) known.push_back(half_to_float(x));
+    matrix_product(d, a, b, [](unsigned short x) { return known[x]; });
 }
 
 static void mma_bf16(float* d, const unsigned* a, const unsigned* b) {
@@ -186,6 +256,7 @@ static int run(const unsigned* grid, int n) {
     for (unsigned i = 0; i < grid[0] * grid[1] * grid[2]; i++) {
         blockIdx = {i % grid[0], i / grid[0] % grid[1], i / grid[0] / grid[1]};
         ended.assign(n, 0), warps.assign(n / 32, {32, 0, 0}), block = {n, 0, 0};
+        copies.assign(n, std::vector<std::vector<Copy>>(1));
         for (int t = 0; t < n; t++) {
             getcontext(&threads[t]);
             threads[t].uc_stack.ss_sp = stacks[t].data();

@@ -1,7 +1,8 @@
 """Attention: queries over their pages, split over the device and merged, or large matrix products.
 
 In decoding every query reads its keys and values once for all query heads that share them. Many
-queries of a sequence are blocks of two products of all heads at a time, by cuBLAS.
+queries of a sequence go to `prefill`; what that does not serve are blocks of two products of all
+heads at a time, by cuBLAS.
 """
 
 import functools
@@ -11,6 +12,7 @@ import numpy as np
 
 from hpcinfer import array
 from hpcinfer.ops import attention as plain
+from hpcinfer.ops.cuda import prefill
 from hpcinfer.ops.cuda.launch import NAMES, aligned, kept, launch, on_device
 
 _HEADS, _LANES, _THREADS = (1, 2, 4, 8), (4, 8, 16, 32), 128
@@ -36,6 +38,11 @@ def attention(
     q, k, v, q_pos, k_pos, *, scale, groups, window=None, softcap=None, between=None, v_columns=None
 ):
     """As `ops.attention.attention`, where all key/value heads have equally many query heads."""
+    if softcap is None and v_columns is None:
+        options = {"scale": scale, "groups": groups, "window": window, "between": between}
+        result = prefill.attention(q, k, v, q_pos, k_pos, **options)
+        if result is not NotImplemented:
+            return result
     xp, (S, H, K), G = array.namespace(q), q.shape, len(groups)
     n = H // G if G else 0
     if not (n and S and len(k)) or [tuple(g) for g in groups] != [
@@ -126,29 +133,34 @@ def paged_attention(
     q, q_tokens, k_pages, v_pages, books, *,
     scale, groups, window=None, v_columns=None, dtype=np.float32,
 ):  # fmt: skip
-    """As `ops.attention.paged_attention`; sequences with many queries take the plain form."""
+    """As `ops.attention.paged_attention`; what no kernel serves takes the plain form."""
     if v_columns is not None or not _served(q, k_pages, v_pages, groups):
-        return NotImplemented
-    if dtype not in (np.float32, k_pages.dtype):
-        return NotImplemented
-    table = _table(q_tokens, books, groups, window, k_pages)
-    if table is None:
         return NotImplemented
     xp = array.namespace(q)
     if not _has_whole_heads(q):
         q = xp.ascontiguousarray(q)
     if not aligned(q) or q.strides[0] % 16:
         return NotImplemented
-    o, lse = xp.empty(q.shape, dtype), xp.empty(q.shape[:2], np.float32)
+    pages, options = (k_pages, v_pages, books), {"scale": scale, "groups": groups, "window": window}
+    table = _table(q_tokens, books, groups, window, k_pages)
+    if table is None:
+        result = prefill.paged_attention(q, q_tokens, *pages, **options)
+        return result if result is NotImplemented else (array.narrow(result[0], dtype), result[1])
+
+    # Sequences with few queries; rounded at once where there are no others.
+    others, is_rounded = table.others, dtype == k_pages.dtype
+    o = xp.empty(q.shape, dtype if is_rounded and not others else np.float32)
+    lse = xp.empty(q.shape[:2], np.float32)
     _decode(q, k_pages, v_pages, table, scale, o, lse)
-    for b, rows in table.others:
-        q_pos = q_tokens[rows, 1]
-        k, v, k_pos = plain.cached(k_pages, v_pages, books, b, plain.reach(q_pos, window))
-        of_rows, lse[rows] = plain.attention(
-            q[rows], k, v, q_pos, k_pos, scale=scale, groups=groups, window=window
-        )
-        o[rows] = array.narrow(of_rows, dtype)
-    return o, lse
+
+    # Those with many in one launch, or one by one.
+    many = {"more_than": _FEW_QUERIES, "out": (o, lse)}
+    if others and prefill.paged_attention(q, q_tokens, *pages, **options, **many) is NotImplemented:
+        for b, rows in others:
+            q_pos = q_tokens[rows, 1]
+            k, v, k_pos = plain.cached(*pages, b, plain.reach(q_pos, window))
+            o[rows], lse[rows] = plain.attention(q[rows], k, v, q_pos, k_pos, **options)
+    return array.narrow(o, dtype), lse
 
 
 def _served(q, k_pages, v_pages, groups):
@@ -250,9 +262,7 @@ def _build(q_tokens, books, groups, window, k_pages):
 
 def _pages_of(runs, q_tokens, books, window):
     """Pages that the queries of some sequences meet: of all, and of the one with the most."""
-    counts = [
-        len(books.pages(b, plain.reach(q_tokens[rows, 1], window))[0]) for b, rows in runs
-    ]
+    counts = [len(books.pages(b, plain.reach(q_tokens[rows, 1], window))[0]) for b, rows in runs]
     return sum(counts), max(counts)
 
 
