@@ -322,7 +322,7 @@ class Graphs:
         self._replay(known.graph)
         frame = known.frame
         result = compute(frame.x, frame.step(step), frame.rotation)
-        known.trusted = bool((known.y == result).all())
+        known.trusted = np.array_equal(array.host(known.y), array.host(result))
         if not self._agreed(cut.comm, len(result), None if known.trusted else _OTHER_NUMBERS):
             del self._known[len(result)]
         return result
