@@ -140,7 +140,10 @@ def host(x):
     if namespace(x) is np:
         return x
     capture.refuse("the host reads what is computed")
-    return namespace(x).asnumpy(x)
+    stream = namespace(x).cuda.get_current_stream()
+    result = namespace(x).asnumpy(x, stream=stream)
+    stream.synchronize()
+    return result
 
 
 def synchronize(x):
@@ -159,7 +162,9 @@ def staged(x):
     capture.refuse("the host reads what is computed")
     buffer = page_locked(x.shape, x.dtype)
     if x.size:
-        namespace(x).ascontiguousarray(x).get(out=buffer)
+        stream = namespace(x).cuda.get_current_stream()
+        namespace(x).ascontiguousarray(x).get(stream=stream, out=buffer)
+        stream.synchronize()
     return buffer
 
 
@@ -173,7 +178,7 @@ def unstage(buffer, x):
     capture.refuse("the host writes what is computed with")
     xp = namespace(x)
     whole = x if x.flags.c_contiguous else xp.empty(x.shape, x.dtype)
-    whole.set(buffer)
+    whole.set(buffer, stream=xp.cuda.get_current_stream())
     event = xp.cuda.Event(disable_timing=True)
     event.record()
     while _copies and _copies[0][0].done:

@@ -33,11 +33,11 @@ from hpcinfer.collectives import (
 class DeviceArray(np.ndarray):
     """An array that the host cannot read, but by copies."""
 
-    def get(self, out):
+    def get(self, stream, out):
         assert type(out) is np.ndarray and out.flags.c_contiguous and self.flags.c_contiguous
         out[...] = self.view(np.ndarray)
 
-    def set(self, buffer):
+    def set(self, buffer, stream):
         assert type(buffer) is np.ndarray and buffer.shape == self.shape
         assert buffer.dtype == self.dtype and self.flags.c_contiguous
         self.view(np.ndarray)[...] = buffer
@@ -67,7 +67,7 @@ class Device(types.ModuleType):
 
         return call
 
-    def asnumpy(self, x):
+    def asnumpy(self, x, stream):
         return np.array(x.view(np.ndarray))
 
     def _alloc(self, size):

@@ -147,7 +147,7 @@ class Model:
 
     def logits(self, hidden):
         """Scores of this rank's part of the vocabulary: (R, D) -> (R, V/P)."""
-        return linear(hidden, self.weights.output())
+        return linear(array.narrow(hidden, self.operand_type), self.weights.output())
 
     def count_choices(self, n, ids):
         """Count the experts that tokens of layer n chose: (T, k), each token on one rank alone."""

@@ -25,25 +25,35 @@ __device__ inline bool is_last(int* arrived, int blocks) {
     return last;
 }
 
-// The rule of `hpcinfer.ops.attention.merge` over the splits of n heads of a query: o_parts
-// (n, splits, K), lse_parts (n, splits).
+// The rule of `hpcinfer.ops.attention.merge` over the first `used` splits of n heads of a query:
+// o_parts (n, splits, K), lse_parts (n, splits).
 template <int N>
 __device__ inline void merge_splits(const float* o_parts, const float* lse_parts, int n, int splits,
-                                    int K, OUT* o, float* lse) {
+                                    int used, int K, OUT* o, float* lse) {
     __shared__ float weights[N][MOST_SPLITS];
 
-    // Weigh the splits: a thread for a head.
-    if ((int)threadIdx.x < n) {
-        int i = (int)threadIdx.x;
-        float largest = minus_infinity(), total = 0;
-        for (int s = 0; s < splits; s++) largest = fmaxf(largest, lse_parts[i * splits + s]);
-        bool empty = largest == minus_infinity();
-        for (int s = 0; s < splits; s++) {
-            weights[i][s] = empty ? 0.0f : expf(lse_parts[i * splits + s] - largest);
-            total += weights[i][s];
+    // Weigh the splits: a warp for a head.
+    int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
+    for (int i = warp; i < n; i += THREADS / 32) {
+        float of_lane[MOST_SPLITS / 32], largest = minus_infinity(), total = 0;
+#pragma unroll
+        for (int j = 0; j < MOST_SPLITS / 32; j++) {
+            int s = lane + 32 * j;
+            of_lane[j] = s < used ? lse_parts[i * splits + s] : minus_infinity();
+            largest = fmaxf(largest, of_lane[j]);
         }
-        for (int s = 0; s < splits; s++) weights[i][s] /= empty ? 1.0f : total;
-        lse[i] = empty ? largest : largest + logf(total);
+        largest = lanes_max(largest);
+        bool empty = largest == minus_infinity();
+#pragma unroll
+        for (int j = 0; j < MOST_SPLITS / 32; j++) {
+            of_lane[j] = empty ? 0.0f : expf(of_lane[j] - largest);
+            total += of_lane[j];
+        }
+        total = lanes_sum<32>(total);
+#pragma unroll
+        for (int j = 0; j < MOST_SPLITS / 32; j++)
+            weights[i][lane + 32 * j] = empty ? 0.0f : of_lane[j] / total;
+        if (lane == 0) lse[i] = empty ? largest : largest + logf(total);
     }
     __syncthreads();
 
@@ -52,9 +62,8 @@ __device__ inline void merge_splits(const float* o_parts, const float* lse_parts
         int i = item / K, c = item % K;
         const float* from = o_parts + (long long)i * splits * K + c;
         float sum = 0;
-#pragma unroll 8
-        for (int s = 0; s < splits; s++)
-            if (weights[i][s] > 0) sum += weights[i][s] * from[(long long)s * K];
+#pragma unroll 4
+        for (int s = 0; s < used; s++) sum += weights[i][s] * from[(long long)s * K];
         narrow(sum, o + (long long)i * K + c);
     }
 }
@@ -74,6 +83,14 @@ __device__ void decode(const float* q, const HELD* k_pages, const HELD* v_pages,
     int stream = (int)threadIdx.x / LANES, column = (int)threadIdx.x % LANES * 8;
     const int *places = table + places_at + row[1], *numbers = table + numbers_at + row[1];
 
+    // Share out the pages; blocks for which there are none have nothing to do, but the first.
+    int pages_per_split = max(fewest_pages, (pages + splits - 1) / splits);
+    int used = max(1, (pages + pages_per_split - 1) / pages_per_split);
+    int begin = (split * pages_per_split) << page_bits;
+    int end = min((split + 1) * pages_per_split, pages) << page_bits;
+    wait_for_others();
+    if (split >= used) return;
+
     // Take up the queries.
     float query[N][8], sums[N][8], m[N], total[N];
 #pragma unroll
@@ -86,11 +103,7 @@ __device__ void decode(const float* q, const HELD* k_pages, const HELD* v_pages,
         for (int c = 0; c < 8; c++) query[i][c] *= scale * LOG2_E, sums[i][c] = 0;
     }
 
-    // Every block has the same loop for all its threads, which sum over lanes in it; none if the
-    // pages are fewer than there are blocks for.
-    int pages_per_split = max(fewest_pages, (pages + splits - 1) / splits);
-    int begin = (split * pages_per_split) << page_bits;
-    int end = min((split + 1) * pages_per_split, pages) << page_bits;
+    // Every block has the same loop for all its threads, which sum over lanes in it.
     for (int base = begin; base < end; base += STREAMS * BATCH) {
         // Read all keys and values of the batch before any is used.
         Eight<HELD> k[BATCH], v[BATCH];
@@ -177,15 +190,15 @@ __device__ void decode(const float* q, const HELD* k_pages, const HELD* v_pages,
         }
         float result = weight > 0 ? sum / weight : 0.0f;
         float known = weight > 0 ? (largest + log2f(weight)) * LN_2 : minus_infinity();
-        if (splits == 1)
+        if (used == 1)
             narrow(result, o + (place + i) * K + c);
         else
             o_parts[(part + (long long)i * splits) * K + c] = result;
-        if (c == 0 && splits == 1) lse[place + i] = known;
-        if (c == 0 && splits > 1) lse_parts[part + (long long)i * splits] = known;
+        if (c == 0 && used == 1) lse[place + i] = known;
+        if (c == 0 && used > 1) lse_parts[part + (long long)i * splits] = known;
     }
-    if (splits > 1 && is_last(arrived + blockIdx.z * gridDim.y + blockIdx.y, splits))
-        merge_splits<N>(o_parts + (part - split) * K, lse_parts + part - split, n, splits, K,
+    if (used > 1 && is_last(arrived + blockIdx.z * gridDim.y + blockIdx.y, used))
+        merge_splits<N>(o_parts + (part - split) * K, lse_parts + part - split, n, splits, used, K,
                         o + place * K, lse + place);
 }
 

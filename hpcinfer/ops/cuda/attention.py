@@ -27,7 +27,7 @@ KERNELS = tuple(f"decode_{heads}" for heads in _HEADS)
 
 # Queries of a sequence up to which each reads the keys for itself; blocks that keep a large device
 # busy; pages below which a split costs more than it brings; splits that a block can merge.
-_FEW_QUERIES, _BUSY_BLOCKS, _FEWEST_PAGES, _MOST_SPLITS = 4, 512, 2, 64
+_FEW_QUERIES, _BUSY_BLOCKS, _FEWEST_PAGES, _MOST_SPLITS = 4, 2048, 2, 64
 
 # Query heads and queries of a block, together, and keys of a block, at least; its most scores.
 _ROWS, _KEYS, _SCORES = 4096, 512, 64 << 20
@@ -302,7 +302,7 @@ def _decode(q, k_pages, v_pages, table, scale, o, lse):
         q, k_pages, v_pages, table.values, o_parts, lse_parts, arrived, o, lse,
         table.entries_at, table.places_at, table.numbers_at, H, G, K,
         page.bit_length() - 1, _FEWEST_PAGES, np.int64(q.strides[0] // 4), float(scale),
-        options=(f"-DHELD={held}", f"-DOUT={out}", f"-DLANES={lanes}"),
+        options=(f"-DHELD={held}", f"-DOUT={out}", f"-DLANES={lanes}"), early=True,
     )  # fmt: skip
 
 

@@ -72,6 +72,15 @@ extern __shared__ uint4 dynamic_shared[];
 
 #endif
 
+// Kernels of a captured step may begin while the one before still runs (`launch.launch`, `early`):
+// what they read of others, and all that they write, comes behind this wait.
+__device__ inline void wait_for_others() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // Values of 16 bits, as they lie in memory.
 struct f16 {
     unsigned short bits;
@@ -223,6 +232,12 @@ template <int WIDTH>
 __device__ inline float lanes_sum(float x) {
 #pragma unroll
     for (int step = WIDTH / 2; step > 0; step /= 2) x += __shfl_xor_sync(ALL_LANES, x, step);
+    return x;
+}
+
+__device__ inline float lanes_max(float x) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, step));
     return x;
 }
 

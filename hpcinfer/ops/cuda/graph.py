@@ -45,7 +45,7 @@ class Memory:
 
     def send(self, staging, nbytes):
         """Start copying the first bytes of what `staging` has given."""
-        self.block[:nbytes].set(staging[:nbytes])
+        self.block[:nbytes].set(staging[:nbytes], stream=cupy.cuda.get_current_stream())
         self._events[self._turn].record()
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from hpcinfer import array, capture
+from hpcinfer.ops.cuda import overlapped
 
 # Names of the element types in the sources.
 NAMES = {"float32": "float", "float16": "f16", "bfloat16": "bf16"}
@@ -26,7 +27,7 @@ def source(file):
     return "\n".join((_FOLDER / name).read_text(encoding="utf-8") for name in names)
 
 
-def launch(file, kernel, grid, threads, *args, options=(), shared=0):
+def launch(file, kernel, grid, threads, *args, options=(), shared=0, early=False):
     """Start a kernel on the current stream.
 
     Parameters
@@ -37,12 +38,19 @@ def launch(file, kernel, grid, threads, *args, options=(), shared=0):
     args : arrays, None for a null pointer, int for a C++ int, float for a float, or NumPy scalars
     options : of the compiler, definitions as a rule
     shared : bytes of shared memory whose size the source leaves open
+    early : True if it may begin while the kernel before still runs, as it waits for it itself
     """
-    function = _kernel(file, kernel, options)
-    if not shared:
-        return function(grid, (threads,), tuple(map(_argument, args)))
-    _make_room(file, kernel, options, shared)
-    return function(grid, (threads,), tuple(map(_argument, args)), shared_mem=shared)
+    function, arguments = _kernel(file, kernel, options), tuple(map(_argument, args))
+    if shared:
+        _make_room(file, kernel, options, shared)
+        function(grid, (threads,), arguments, shared_mem=shared)
+    elif not (early and _is_captured() and overlapped.start(function, grid, threads, arguments)):
+        function(grid, (threads,), arguments)
+
+
+def _is_captured():
+    """True while a step is captured, where what a launch costs the host does not count."""
+    return capture.under_way is not None and capture.under_way.defers
 
 
 @functools.cache

@@ -160,6 +160,19 @@ __device__ inline void operands(const float* from, float* y) {
     for (int i = 0; i < 8; i++) y[i] = rounded(y[i], WEIGHT());
 }
 
+// Eight inputs of each run of some rows of the weight, zero behind the end.
+template <int ROWS, int RUNS>
+__device__ inline void read_rows(const WEIGHT* const (&rows)[ROWS], int first, int I,
+                                 Eight<WEIGHT> (&values)[RUNS][ROWS]) {
+#pragma unroll
+    for (int i = 0; i < RUNS; i++)
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            int column = first + 256 * i;
+            values[i][r] = column < I ? load8(rows[r] + column) : zero8<WEIGHT>();
+        }
+}
+
 // Of one token: `parts` warps of a block share the columns of ROWS rows of the weight, RUNS times
 // 256 columns at a time, and add up what they have found in a fixed order.
 template <int ROWS, int RUNS, class X>
@@ -167,34 +180,36 @@ __device__ inline void dot_rows(const X* x, const WEIGHT* const (&rows)[ROWS], i
                                 float (&sums)[ROWS]) {
     __shared__ float partial[8][ROWS];
     int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
+    int step = parts * RUNS * 256, first = warp % parts * RUNS * 256 + lane * 8;
 #pragma unroll
     for (int r = 0; r < ROWS; r++) sums[r] = 0;
-    for (int base = warp % parts * RUNS * 256; base < I; base += parts * RUNS * 256) {
-        // Read the weights of all runs before any is used.
-        Eight<WEIGHT> packed[RUNS][ROWS];
+
+    // Read the weights of a step while those of the one before are used; x comes from others.
+    Eight<WEIGHT> next[RUNS][ROWS], now[RUNS][ROWS];
+    read_rows<ROWS, RUNS>(rows, first, I, next);
+    wait_for_others();
+    for (int base = first; base < I; base += step) {
 #pragma unroll
         for (int i = 0; i < RUNS; i++)
 #pragma unroll
-            for (int r = 0; r < ROWS; r++) {
-                int column = base + (32 * i + lane) * 8;
-                packed[i][r] = column < I ? load8(rows[r] + column) : zero8<WEIGHT>();
-            }
-
-        // Multiply by x, rounded to the weight's type.
+            for (int r = 0; r < ROWS; r++) now[i][r] = next[i][r];
+        read_rows<ROWS, RUNS>(rows, base + step, I, next);
 #pragma unroll
         for (int i = 0; i < RUNS; i++) {
-            int column = base + (32 * i + lane) * 8;
+            int column = base + 256 * i;
             if (column >= I) continue;
             float values[8], w[8];
             operands(x + column, values);
 #pragma unroll
             for (int r = 0; r < ROWS; r++) {
-                unpack(packed[i][r], w);
+                unpack(now[i][r], w);
 #pragma unroll
                 for (int j = 0; j < 8; j++) sums[r] += values[j] * w[j];
             }
         }
     }
+
+    // Add up the lanes, then the warps.
 #pragma unroll
     for (int r = 0; r < ROWS; r++) sums[r] = lanes_sum<32>(sums[r]);
     if (parts == 1) return;

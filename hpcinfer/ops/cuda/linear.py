@@ -81,7 +81,7 @@ def _one_token(x, weight, bias):
     launch(
         "linear", f"one_{of}", (-(-n_out * parts // _BLOCK_WARPS),), 32 * _BLOCK_WARPS,
         x, weight, bias if fused else None, y, n_in, n_out, parts,
-        options=(f"-DWEIGHT={NAMES[weight.dtype.name]}",),
+        options=(f"-DWEIGHT={NAMES[weight.dtype.name]}",), early=True,
     )  # fmt: skip
     if not fused:
         y += bias
@@ -107,7 +107,7 @@ def _one_gated(x, weight, gate, dtype, bias):
                 (-(-n * parts // _BLOCK_WARPS),), 32 * _BLOCK_WARPS,
                 x, weight[2 * start :], None if bias is None else bias[2 * start :],
                 y[:, start:], x.shape[1], n, parts,
-                options=(f"-DWEIGHT={NAMES[dtype.name]}",),
+                options=(f"-DWEIGHT={NAMES[dtype.name]}",), early=True,
             )  # fmt: skip
         start += n
     return y

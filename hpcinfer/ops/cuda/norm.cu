@@ -25,23 +25,25 @@ __device__ inline void take_up(const float* x, float* sum, int D, Run<N>* values
     }
 }
 
+// The runs of a parameter that belong to this thread's values.
+template <int N>
+__device__ inline void take_up(const float* parameter, int D, Run<N>* values) {
+    if (parameter != nullptr) take_up<N>(parameter, nullptr, D, values);
+}
+
 // y = (values - mean) · inverse · weight + bias.
 template <int N>
-__device__ inline void write(const Run<N>* values, float mean, float inverse, const float* weight,
-                             const float* bias, TO* y, int D) {
-    Run<N> factor, shift, result;
+__device__ inline void write(const Run<N>* values, float mean, float inverse,
+                             const Run<N>* weight, const Run<N>* bias, TO* y, int D) {
+    Run<N> result;
 #pragma unroll
     for (int i = 0; i < RUNS; i++) {
         int column = ((int)blockDim.x * i + (int)threadIdx.x) * N;
         if (column >= D) continue;
-        load(weight + column, factor);
 #pragma unroll
-        for (int j = 0; j < N; j++)
-            result.x[j] = (values[i].x[j] - mean) * inverse * factor.x[j];
-        if (bias != nullptr) {
-            load(bias + column, shift);
-#pragma unroll
-            for (int j = 0; j < N; j++) result.x[j] += shift.x[j];
+        for (int j = 0; j < N; j++) {
+            result.x[j] = (values[i].x[j] - mean) * inverse * weight[i].x[j];
+            if (bias != nullptr) result.x[j] += bias[i].x[j];
         }
         store(y + column, result);
     }
@@ -51,7 +53,9 @@ template <int N>
 __device__ void rms_norm(const float* x, float* sum, const float* weight, TO* y, int D,
                          float eps) {
     __shared__ float partial[32];
-    Run<N> values[RUNS];
+    Run<N> values[RUNS], factors[RUNS];
+    take_up<N>(weight, D, factors);
+    wait_for_others();
     take_up<N>(x, sum, D, values);
     float squares = 0;
 #pragma unroll
@@ -59,14 +63,16 @@ __device__ void rms_norm(const float* x, float* sum, const float* weight, TO* y,
 #pragma unroll
         for (int j = 0; j < N; j++) squares += values[i].x[j] * values[i].x[j];
     float inverse = 1.0f / sqrtf(block_sum(squares, partial) / D + eps);
-    write<N>(values, 0.0f, inverse, weight, nullptr, y, D);
+    write<N>(values, 0.0f, inverse, factors, nullptr, y, D);
 }
 
 template <int N>
 __device__ void layer_norm(const float* x, float* sum, const float* weight, const float* bias,
                            TO* y, int D, float eps) {
     __shared__ float partial[32];
-    Run<N> values[RUNS];
+    Run<N> values[RUNS], factors[RUNS], shifts[RUNS];
+    take_up<N>(weight, D, factors), take_up<N>(bias, D, shifts);
+    wait_for_others();
     take_up<N>(x, sum, D, values);
 
     // The mean first: a difference of two large sums would be inexact.
@@ -89,7 +95,7 @@ __device__ void layer_norm(const float* x, float* sum, const float* weight, cons
         }
     }
     float inverse = 1.0f / sqrtf(block_sum(squares, partial) / D + eps);
-    write<N>(values, mean, inverse, weight, bias, y, D);
+    write<N>(values, mean, inverse, factors, bias == nullptr ? nullptr : shifts, y, D);
 }
 
 // What a block's row is of.

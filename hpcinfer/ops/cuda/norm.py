@@ -56,7 +56,7 @@ def _normed(kernel, x, total, parameters, eps, dtype):
     launch(
         "norm", f"{kernel}_{width}", (rows,), threads,
         x, total, *parameters, y, D, inner, *strides, float(eps),
-        options=(f"-DTO={NAMES[y.dtype.name]}",),
+        options=(f"-DTO={NAMES[y.dtype.name]}",), early=True,
     )  # fmt: skip
     return y
 

@@ -58,8 +58,8 @@ class _Shape:
 
 # Shapes for heads up to a width, the best that a multiprocessor has room for before the others.
 _SHAPES = {
-    128: (_Shape(4, 2, 64, 2, 2), _Shape(4, 2, 64, 1, 2), _Shape(4, 1, 32, 1, 2)),
-    256: (_Shape(8, 1, 64, 1, 1), _Shape(4, 1, 32, 1, 1)),
+    128: (_Shape(4, 2, 64, 1, 2), _Shape(4, 1, 32, 1, 2)),
+    256: (_Shape(4, 1, 64, 1, 1), _Shape(4, 1, 32, 1, 1)),
 }
 
 OPTIONS = tuple(

@@ -46,6 +46,7 @@ extern "C" __global__ void __launch_bounds__(128)
     bool is_value = head >= H + G;
     float* row = rows[warp];
     float values[MOST_VALUES];
+    wait_for_others();
 #pragma unroll
     for (int i = 0; i < MOST_VALUES; i++) {
         int column = lane + 32 * i;

@@ -48,7 +48,7 @@ def place_heads(qkv, norms, eps, rotation, rows, k_pages, v_pages, slots):
         "store", "place_heads", (-(-T * heads // _WARPS),), 32 * _WARPS,
         qkv, *norms, cos, sin, _slots(qkv, T, rows, slots), y, k_pages, v_pages,
         T, H, G, K, half, page, float(eps),
-        options=(f"-DHELD={NAMES[k_pages.dtype.name]}",),
+        options=(f"-DHELD={NAMES[k_pages.dtype.name]}",), early=True,
     )  # fmt: skip
     return y
 
