@@ -200,6 +200,8 @@ static float __fsub_rn(float x, float y) { return x - y; }
 
 static int __clz(int x) { return x ? __builtin_clz((unsigned)x) : 32; }
 
+static int __clzll(long long x) { return x ? __builtin_clzll((unsigned long long)x) : 64; }
+
 static double __longlong_as_double(long long bits) {
     double x;
     memcpy(&x, &bits, 8);

@@ -176,16 +176,24 @@ struct One {
     __device__ u64 operator()(u64) const { return 1; }
 };
 
-// Key at which the sum of the items' amounts, the largest key first, reaches a target; below its last
-// digits it may be lower than that key, but no other lies between. 0 if all do not reach it.
+// Key at which the sum of the items' amounts, the largest key first, reaches a target: no other key
+// lies between it and the result, which may be lower. 0 if all together do not reach it.
 template <class Items, class Amount>
 __device__ u64 reaching(const Items& items, int n, const Amount& amount, double target) {
     constexpr int BITS = 3, WAYS = 1 << BITS;
-    u64 prefix = 0, above = 0;
-    for (int shift = 63; shift >= 0; shift -= BITS) {
+    int begin = (int)threadIdx.x, step = (int)blockDim.x;
+
+    // Begin at the digit with the first bit in which keys differ.
+    u64 high = 0, low = 0, above = 0;
+    for (int i = begin; i < n; i += step) high = larger(high, items(i)), low = larger(low, ~items(i));
+    high = block_largest(high), low = ~block_largest(low);
+    int first = (63 - __clzll((long long)((high ^ low) | 1))) / BITS * BITS;
+    u64 prefix = high >> first >> BITS << BITS << first;
+
+    for (int shift = first; shift >= 0; shift -= BITS) {
         // Sum what begins like the prefix, by the least next digit; and count it.
         u64 sums[WAYS + 1] = {};
-        for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x) {
+        for (int i = begin; i < n; i += step) {
             u64 key = items(i);
             if ((key ^ prefix) >> shift >> BITS) continue;
             int digit = (int)(key >> shift) & (WAYS - 1);
@@ -195,7 +203,7 @@ __device__ u64 reaching(const Items& items, int n, const Amount& amount, double 
             sums[WAYS]++;
         }
         block_totals(sums);
-        if (shift == 63 && (double)sums[0] < target) return 0;
+        if (shift == first && (double)sums[0] < target) return 0;
         if (sums[WAYS] == 1) break;
 
         // Take the largest digit at which the target is reached.

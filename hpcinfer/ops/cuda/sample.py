@@ -31,7 +31,7 @@ def columns(logits, start, V, rows, width):
     if logits.dtype.name not in NAMES or not (0 < R < 2**15 and 0 < n and 0 < V < 2**31):
         return NotImplemented
     raw = array.namespace(logits).ascontiguousarray(array.widen(logits))
-    return _Columns(raw, start, V, rows, min(width, n))
+    return _Columns(raw, int(start), int(V), rows, min(width, n))
 
 
 class _Columns:
