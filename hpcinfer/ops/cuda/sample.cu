@@ -375,51 +375,61 @@ __device__ void draw_from(const Job& job, const Items& items, int n, u64 floor, 
     done = floor == 0 || within;
 }
 
-// ---- kernels ----
+// ---- passes over the logits ----
+
+// What a slice leaves to the last block of its row: the largest key of every warp's columns, or the
+// best noisy logit and its id.
+__device__ void leave_parts(const Job& job, const float* x, u64* parts, int first, int last,
+                            int start) {
+    int t = (int)threadIdx.x, threads = (int)blockDim.x, slice = (int)blockIdx.x;
+    if (job.noisy) {
+        Best best = best_of_slice(job, x, first, last, start);
+        if (t == 0) parts[2 * slice] = __double_as_longlong(best.score);
+        if (t == 0) parts[2 * slice + 1] = best.id;
+        return;
+    }
+    u64 key = 0;
+    for (int i = first + t; i < last; i += threads) key = larger(key, key_of(x[i], start + i));
+    key = lanes_largest(key);
+    if (t % 32 == 0) parts[slice * (threads / 32) + t / 32] = key;
+}
+
+// Best of all slices, and a key that `wanted` of the parts are not below, 0 if there are fewer.
+__device__ Best merged(const Job& job, const u64* parts, u64& least) {
+    int first = (int)threadIdx.x, step = (int)blockDim.x, slices = (int)gridDim.x;
+    least = 0;
+    if (job.noisy) {
+        Best best = nothing();
+        for (int i = first; i < slices; i += step)
+            take(best, __longlong_as_double(parts[2 * i]), (int)parts[2 * i + 1]);
+        return block_best(best);
+    }
+    int n = slices * (step / 32);
+    u64 key = 0;
+    for (int i = first; i < n; i += step) key = larger(key, parts[i]);
+    key = block_largest(key);
+    if (job.wanted > 0) least = reaching(Keys{parts}, n, One(), job.wanted);
+    return {value_of(key), id_of(key)};
+}
 
 extern "C" __global__ void scan(const Job* jobs, const int* seen, const int* counts,
                                 const int* banned, Found* all, const float* logits, float* copies,
                                 u64* parts, long long stride, int n, int span, int start) {
     const Job& job = jobs[blockIdx.y];
     Found& found = all[blockIdx.y];
-    int t = (int)threadIdx.x, threads = (int)blockDim.x, warps = threads / 32;
-    int slice = (int)blockIdx.x, slices = (int)gridDim.x;
-    int first = slice * span, last = min(first + span, n);
-    const float *raw = logits + job.row * stride, *x = row_of(job, logits, copies, stride, n);
-    parts += (long long)blockIdx.y * slices * (warps < 2 ? 2 : warps);
+    int slices = (int)gridDim.x, warps = (int)blockDim.x / 32;
+    int first = (int)blockIdx.x * span, last = min(first + span, n);
+    const float* raw = logits + job.row * stride;
     if (job.copy >= 0)
         penalise(job, seen, counts, banned, raw, copies + (long long)job.copy * n, first, last,
                  start);
-
-    // Leave the largest key of every warp's columns, or the best noisy logit, to the last block.
-    Best best = nothing();
-    if (job.noisy) {
-        best = best_of_slice(job, x, first, last, start);
-        if (t == 0) parts[2 * slice] = __double_as_longlong(best.score);
-        if (t == 0) parts[2 * slice + 1] = best.id;
-    } else {
-        u64 key = 0;
-        for (int i = first + t; i < last; i += threads) key = larger(key, key_of(x[i], start + i));
-        key = lanes_largest(key);
-        if (t % 32 == 0) parts[slice * warps + t / 32] = key;
-    }
+    parts += (long long)blockIdx.y * slices * (warps < 2 ? 2 : warps);
+    leave_parts(job, row_of(job, logits, copies, stride, n), parts, first, last, start);
     if (!is_last(&found.ticket)) return;
 
-    // Merge.
-    u64 least = 0;
-    if (job.noisy) {
-        best = nothing();
-        for (int i = t; i < slices; i += threads)
-            take(best, __longlong_as_double(parts[2 * i]), (int)parts[2 * i + 1]);
-        best = block_best(best);
-    } else {
-        u64 key = 0;
-        for (int i = t; i < slices * warps; i += threads) key = larger(key, parts[i]);
-        key = block_largest(key);
-        best.score = value_of(key), best.id = id_of(key);
-        if (job.wanted > 0) least = reaching(Keys{parts}, slices * warps, One(), job.wanted);
-    }
-    if (t == 0) {
+    u64 least;
+    Best best = merged(job, parts, least);
+    if (threadIdx.x == 0) {
         found.score = best.score, found.token = best.id, found.least = least;
         found.raw = raw_of(best.id, raw, n, start);
     }
