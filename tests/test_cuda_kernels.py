@@ -489,7 +489,7 @@ def choose(put, monkeypatch, logits, rows):
 @pytest.mark.parametrize("V", [1, 2, 7, 1000, 5003])
 def test_choose(put, monkeypatch, few_threads, V, kind):
     """Every setting mixed in a batch, where one rank has the whole vocabulary."""
-    logits, rows = logits_of(kind, 24, V), mixture(24, V, seed=V)
+    logits, rows = logits_of(kind, 14, V), mixture(14, V, seed=V)
     chosen, expected = choose(put, monkeypatch, logits, rows), sample.choose(logits, rows)
     np.testing.assert_array_equal(chosen.token_ids, expected.token_ids)
     np.testing.assert_allclose(chosen.logprobs, expected.logprobs, rtol=1e-6)
@@ -530,7 +530,7 @@ def test_choose_refuses_logits_without_a_largest(put, monkeypatch, few_threads, 
 def test_columns_of_several_ranks(put, monkeypatch, few_threads, V, kind, P, room):
     """Every answer that a strategy asks of a rank's own columns, and draws from those of all."""
     monkeypatch.setattr(fast("sample"), "_ROOM", room)
-    R, width = 20, 64
+    R, width = 14, 64
     logits, rows = logits_of(kind, R, V), mixture(R, V, seed=V).within(V)
     cuts = partition.block(V, P)
     parts = [np.ascontiguousarray(logits[:, start:stop]) for start, stop in cuts]

@@ -185,7 +185,10 @@ __device__ u64 reaching(const Items& items, int n, const Amount& amount, double 
 
     // Begin at the digit with the first bit in which keys differ.
     u64 high = 0, low = 0, above = 0;
-    for (int i = begin; i < n; i += step) high = larger(high, items(i)), low = larger(low, ~items(i));
+    for (int i = begin; i < n; i += step) {
+        u64 key = items(i);
+        high = larger(high, key), low = larger(low, ~key);
+    }
     high = block_largest(high), low = ~block_largest(low);
     int first = (63 - __clzll((long long)((high ^ low) | 1))) / BITS * BITS;
     u64 prefix = high >> first >> BITS << BITS << first;
@@ -295,7 +298,7 @@ __device__ inline double gumbel_of(const Job& job, int id) {
     return gumbel(id & 2 ? high : low);
 }
 
-// Best noisy logit of a slice. Noise is below -log(1 - u), so it need not be known where it cannot win.
+// Best noisy logit of a slice. Noise is below -log(1 - u), so that much of it need not be computed.
 __device__ Best best_of_slice(const Job& job, const float* x, int first, int last, int start) {
     Best best = nothing();
     int quads = (start + last + 3) / 4;
