@@ -334,6 +334,20 @@ __device__ inline Weight weight_of(const Job& job, double top, int bits) {
     return {job.temperature, z, z + job.log_min_p, (double)(1ull << bits)};
 }
 
+// Key at which the sum of the weights reaches the nucleus' share: of `total`, or of the top-k's.
+template <class Items, class Amount>
+__device__ u64 nucleus_end(const Job& job, const Items& items, int n, const Amount& amount,
+                           u64 total) {
+    if (job.top_k > 0) {
+        u64 sum[1] = {};
+        for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x) sum[0] += amount(items(i));
+        block_totals(sum);
+        total = sum[0];
+    }
+    double share = job.top_p * (double)total;
+    return reaching(items, n, amount, share > 1 ? share : 1);
+}
+
 // Steps 4 to 7 on n keys in any order, those from `floor` upward the first of the whole vocabulary.
 // The result is that of the vocabulary if `done`.
 template <class Items>
@@ -350,17 +364,8 @@ __device__ void draw_from(const Job& job, const Items& items, int n, u64 floor, 
     auto kept = [&](u64 key) { return key >= least && weight.z(value_of(key)) >= weight.lowest; };
     auto amount = [&](u64 key) { return key >= least ? weight(value_of(key)) : 0; };
 
-    // Shorten it to the nucleus, which ends where the sum of the weights reaches its share.
-    if (job.top_p < 1) {
-        u64 sum[1] = {};
-        if (job.top_k > 0) {
-            for (int i = first; i < n; i += step) sum[0] += amount(items(i));
-            block_totals(sum);
-        }
-        double share = job.top_p * (double)(job.top_k > 0 ? sum[0] : total);
-        u64 end = reaching(items, n, amount, share > 1 ? share : 1);
-        least = larger(least, end);
-    }
+    // Shorten it to the nucleus.
+    if (job.top_p < 1) least = larger(least, nucleus_end(job, items, n, amount, total));
 
     // Draw from it.
     u64 counts[2] = {};
