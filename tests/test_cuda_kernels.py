@@ -15,11 +15,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mpi4py import MPI
+from test_vocabulary import mixture
 
-from hpcinfer import array
+from hpcinfer import array, partition
 from hpcinfer.model.step import Books
-from hpcinfer.ops import activation, attention, cuda, fastest, linear, norm, rope, store
+from hpcinfer.ops import (
+    activation,
+    attention,
+    cuda,
+    embed,
+    fastest,
+    linear,
+    norm,
+    rope,
+    sample,
+    softmax,
+    store,
+)
 from hpcinfer.ops.cuda import launch
+from hpcinfer.parallel import vocabulary
 
 pytestmark = pytest.mark.single
 
@@ -559,7 +574,7 @@ def test_many_queries(put, rng, monkeypatch, dtype, K, groups, shape, window):
     """Every shape of blocks; sequences of many queries beside some with few, which begin in the
     middle of a page, and see a tile of keys all, in part, or not."""
     shapes = next(shapes for width, shapes in fast("prefill")._SHAPES.items() if K <= width)
-    monkeypatch.setattr(fast("prefill"), "_shape", lambda k: shapes[shape])
+    monkeypatch.setattr(fast("prefill"), "_shape", lambda k: shapes[shape % len(shapes)])
     runs = [(0, 0, 7), (1, 49, 1), (2, 155, 23), (3, 60, 3)]
     attend_many(put, rng, [7, 50, 178, 63], runs, dtype, K, groups, window)
 
@@ -601,3 +616,158 @@ def test_keys_that_lie_end_to_end(put, rng, window):
     for other in (rng.permutation(k_pos), k_pos + np.arange(len(k_pos))):
         got = fast("prefill").attention(put(q), put(k), put(v), q_pos, other, **options)
         assert got is NotImplemented
+
+
+# Vocabulary
+
+
+@pytest.mark.parametrize("dtype", sorted(array.DTYPES))
+@pytest.mark.parametrize("D", [16, 7])
+def test_embed(put, rng, dtype, D):
+    """Ids before, within and behind the part that a rank owns."""
+    weight, token_ids = weight_of(rng, dtype, 9, D), np.array([3, 40, 35, 34, 43, 44, 41])
+    got = fast("embed").embed(put(weight), token_ids, 35)
+    np.testing.assert_array_equal(array.host(got), plain(embed.embed)(weight, token_ids, 35))
+    nothing = put(weight[:0])
+    assert fast("embed").embed(nothing, token_ids, 35) is NotImplemented
+
+
+@pytest.mark.parametrize(("R", "V", "columns"), [(1, 1, 1024), (3, 7, 2), (5, 3001, 100)])
+def test_softmax_parts(put, rng, monkeypatch, R, V, columns):
+    """One slice or many, some of them -inf, and targets that are not here."""
+    monkeypatch.setattr(fast("softmax"), "_FEWEST_COLUMNS", columns)
+    x, targets = 5 * normal(rng, R, V), rng.integers(15, 30 + V, R)
+    x[0, 1 : V // 2] = -np.inf
+    targets[0] = 20
+    got = fast("softmax").softmax_parts(put(x), targets, 20)
+    agree(got, plain(softmax.softmax_parts)(x, targets, 20), 1e-12)
+
+
+def test_softmax_parts_of_bad_logits(put):
+    x = np.zeros((4, 50), np.float32)
+    x[0, 3], x[1, 40], x[2] = np.nan, np.inf, -np.inf
+    parts = fast("softmax").softmax_parts(put(x), np.zeros(4, int), 0)
+    assert np.isnan(parts[2][:2]).all() and parts[0][2] == -np.inf and parts[2][2] == 0
+    assert parts[2][3] == 50
+
+
+def logits_of(kind, R, V):
+    """Logits that are smooth, often equal, nearly equal or sorted."""
+    x = np.random.default_rng(V).standard_normal((R, V), np.float32)
+    if kind == "sorted":
+        return np.ascontiguousarray(np.sort(3 * x, axis=1)[:, ::-1])
+    return {"smooth": 3 * x, "ties": np.round(3 * x), "flat": 0.01 * x}[kind]
+
+
+@pytest.fixture
+def few_threads(monkeypatch):
+    """Blocks that the host runs in good time."""
+    for name in ("_THREADS", "_ROW_THREADS"):
+        monkeypatch.setattr(fast("sample"), name, 64)
+
+
+def choose(put, monkeypatch, logits, rows):
+    monkeypatch.setattr(sample, "columns", fast("sample").columns)
+    return vocabulary.choose(MPI.COMM_SELF, put(logits), 0, logits.shape[1], rows)
+
+
+@pytest.mark.parametrize("kind", ["smooth", "ties", "flat", "sorted"])
+@pytest.mark.parametrize("V", [1, 2, 7, 1000, 5003])
+def test_choose(put, monkeypatch, few_threads, V, kind):
+    """Every setting mixed in a batch, where one rank has the whole vocabulary."""
+    logits, rows = logits_of(kind, 14, V), mixture(14, V, seed=V)
+    chosen, expected = choose(put, monkeypatch, logits, rows), sample.choose(logits, rows)
+    np.testing.assert_array_equal(chosen.token_ids, expected.token_ids)
+    np.testing.assert_allclose(chosen.logprobs, expected.logprobs, rtol=1e-6)
+    for own, others in zip(chosen.top, expected.top, strict=True):
+        assert (own is None) == (others is None)
+        assert [i for i, _ in own or ()] == [i for i, _ in others or ()]
+        np.testing.assert_allclose([p for _, p in own or ()], [p for _, p in others or ()])
+
+
+@pytest.mark.parametrize("settings", [{"top_k": 300}, {"top_p": 0.999}, {"logprobs": 100}], ids=str)
+def test_choose_from_many(put, monkeypatch, few_threads, settings):
+    """More candidates, or more to report, than the second pass gathers."""
+    logits, rows = logits_of("flat", 3, 5003), sample.Rows.make(3, temperature=1, **settings)
+    chosen, expected = choose(put, monkeypatch, logits, rows), sample.choose(logits, rows)
+    np.testing.assert_array_equal(chosen.token_ids, expected.token_ids)
+    if "logprobs" in settings:
+        assert [[i for i, _ in top] for top in chosen.top] == [
+            [i for i, _ in top] for top in expected.top
+        ]
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1}, {"temperature": 1, "top_p": 0.9}])
+def test_choose_refuses_logits_without_a_largest(put, monkeypatch, few_threads, value, settings):
+    logits = logits_of("smooth", 2, 300)
+    logits[1, 7 if value > 0 or value != value else slice(None)] = value
+    with pytest.raises(ValueError, match="row 1, need a finite logit"):
+        choose(put, monkeypatch, logits, sample.Rows.make(2, **settings))
+    rows = sample.Rows.make(2, banned=[(), tuple(range(300))], **settings)
+    with pytest.raises(ValueError, match="every token is banned"):
+        choose(put, monkeypatch, logits, rows)
+
+
+@pytest.mark.parametrize(
+    ("V", "kind", "P", "room"),
+    [(5, "ties", 3, 2048), (1003, "smooth", 2, 2048), (1003, "sorted", 3, 80)],
+)
+def test_columns_of_several_ranks(put, monkeypatch, few_threads, V, kind, P, room):
+    """Every answer that a strategy asks of a rank's own columns, and draws from those of all."""
+    monkeypatch.setattr(fast("sample"), "_ROOM", room)
+    R, width = 14, 64
+    logits, rows = logits_of(kind, R, V), mixture(R, V, seed=V).within(V)
+    cuts = partition.block(V, P)
+    parts = [np.ascontiguousarray(logits[:, start:stop]) for start, stop in cuts]
+    got, expected = (
+        [make(bring(x), start, V, rows, width) for x, (start, _) in zip(parts, cuts, strict=True)]
+        for make, bring in ((fast("sample").columns, put), (plain(sample.columns), np.array))
+    )
+    top = np.max([own.best()[0] for own in expected], axis=0)
+    first, asked = rows.filtered & (rows.top_k <= width), np.flatnonzero(rows.logprobs >= 0)
+    ready, nucleus = np.flatnonzero(first), np.flatnonzero(rows.nucleus)
+    same(got, expected, lambda own: own.best())
+    same(got, expected, lambda own: own.nucleus_totals(nucleus, top), 1e-12)
+    keys = same(got, expected, lambda own: np.sort(own.candidates(ready, width), axis=1))
+    same(got, expected, lambda own: np.sort(own.candidates(ready, 512), axis=1))
+
+    # Draw from the keys of all ranks, with the floor that those leave that have more.
+    floor = np.zeros(len(ready), np.uint64)
+    for own, x in zip(keys, parts, strict=True):
+        if own.shape[1] < x.shape[1]:
+            floor = np.maximum(floor, own.min(axis=1))
+    totals = [own.nucleus_totals(ready, top) for own in expected]
+    keys, total = np.concatenate(keys, axis=1), np.sum(totals, axis=0)
+    drawn, _ = same(got, expected, lambda own: settled(own.draw(ready, keys, floor, total)))[0]
+
+    # Report the tokens drawn, or the best.
+    token_ids = np.argmax(sample.penalise(logits, 0, rows), axis=1)
+    token_ids[ready[drawn >= 0]] = drawn[drawn >= 0]
+    n, largest = rows.reported(V), logits.max(axis=1).astype(np.float64)
+    same(got, expected, lambda own: sorted_report(own.report(asked, token_ids, n)))
+    same(got, expected, lambda own: own.report_totals(asked, largest), 1e-12)
+
+
+def same(got, expected, answer, tolerance=0):
+    """Compare the ranks' answers; returns those expected."""
+    answers = [answer(own) for own in expected]
+    for own, wanted in zip(got, answers, strict=True):
+        agree(answer(own), wanted, tolerance)
+    return answers
+
+
+def settled(result):
+    """Tokens that are settled, -1 for the others, and whether they are."""
+    return np.where(result[1], result[0], -1), result[1]
+
+
+def sorted_report(keys):
+    return np.concatenate([keys[:, :1], np.sort(keys[:, 1:], axis=1)], axis=1)
+
+
+def test_columns_leave_what_they_do_not_serve(put):
+    """A rank without columns, and no rows."""
+    for shape in ((3, 0), (0, 5)):
+        x, rows = put(np.zeros(shape, np.float32)), sample.Rows.make(shape[0])
+        assert fast("sample").columns(x, 0, 5, rows, 64) is NotImplemented

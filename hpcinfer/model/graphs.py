@@ -171,9 +171,7 @@ class DeviceFrame(Frame):
     def step(self, step):
         """The step with the frame's arrays."""
         books = self.books
-        return replace(
-            step, tokens=self.tokens, stored=self.stored, slots=self.slots, books=books
-        )
+        return replace(step, tokens=self.tokens, stored=self.stored, slots=self.slots, books=books)
 
 
 def _pages(step):

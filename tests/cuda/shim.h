@@ -105,14 +105,6 @@ static void __syncthreads() { meet(block); }
 
 static void __syncwarp() { meet(warps[current / 32]); }
 
-static void __threadfence() {}
-
-static int atomicAdd(int* to, int x) {
-    int before = *to;
-    *to += x;
-    return before;
-}
-
 static float __shfl_xor_sync(unsigned, float x, int step) {
     exchange[current] = x;
     meet(warps[current / 32]);
@@ -284,3 +276,51 @@ static int run(const unsigned* grid, int n) {
         return run(grid, n);                                                                \
     }                                                                                       \
     extern "C" void signature_##NAME(char* text) { signature(NAME, text); }
+
+// Exchange of values of 8 bytes, sums in memory, and arithmetic that is not to be fused.
+template <class T>
+static T exchanged(T x, int step) {
+    static T slots[1024];
+    slots[current] = x;
+    meet(warps[current / 32]);
+    T y = slots[current ^ step];
+    meet(warps[current / 32]);
+    return y;
+}
+
+static int __shfl_xor_sync(unsigned, int x, int step) { return exchanged(x, step); }
+
+static double __shfl_xor_sync(unsigned, double x, int step) { return exchanged(x, step); }
+
+static unsigned long long __shfl_xor_sync(unsigned, unsigned long long x, int step) {
+    return exchanged(x, step);
+}
+
+template <class T>
+static T atomicAdd(T* to, T x) {
+    T before = *to;
+    *to += x;
+    return before;
+}
+
+static void __threadfence() {}
+
+static float __fmul_rn(float x, float y) { return x * y; }
+
+static float __fsub_rn(float x, float y) { return x - y; }
+
+static int __clz(int x) { return x ? __builtin_clz((unsigned)x) : 32; }
+
+static int __clzll(long long x) { return x ? __builtin_clzll((unsigned long long)x) : 64; }
+
+static double __longlong_as_double(long long bits) {
+    double x;
+    memcpy(&x, &bits, 8);
+    return x;
+}
+
+static long long __double_as_longlong(double x) {
+    long long bits;
+    memcpy(&bits, &x, 8);
+    return bits;
+}

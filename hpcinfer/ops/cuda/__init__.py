@@ -6,7 +6,9 @@ include no header, and call no library.
 
 import importlib.util
 
-FILES = ("activation", "attention", "linear", "norm", "rope", "store")
+FILES = (
+    "activation", "attention", "embed", "linear", "norm", "rope", "sample", "softmax", "store",
+)  # fmt: skip
 
 # Files with more fast forms of a file's functions, which that file's own calls.
 PARTS = {"prefill": "attention"}
