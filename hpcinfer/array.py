@@ -435,8 +435,11 @@ def _cupy():
 
 @functools.cache
 def _stream(ordinal):
-    """The stream of this process on a GPU, whose work can be captured."""
-    return _cupy().cuda.Stream(non_blocking=True)
+    """The stream of this process on a GPU, whose work can be captured.
+
+    It and the default stream wait for each other: some functions of CuPy know that one alone.
+    """
+    return _cupy().cuda.Stream()
 
 
 def _gpu_count():

@@ -268,10 +268,8 @@ class Model:
         """Hidden states of the wanted tokens on every rank: (T/P, D) -> (R, D)."""
         xp = array.namespace(x)
         comm, held, owner = holders(step, "home", self.grid)
-        if comm is None and len(step.rows) == len(x):
-            return x
-        if comm is None:
-            return x[xp.asarray(step.rows)]
+        if comm is None or comm.size == 1:
+            return x if len(step.rows) == len(x) else x[xp.asarray(step.rows)]
         owner = owner[step.rows]
         own = np.searchsorted(held, step.rows[owner == comm.rank])
         counts = np.bincount(owner, minlength=comm.size).tolist()

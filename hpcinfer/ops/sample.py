@@ -151,6 +151,11 @@ class Rows:
         banned = self.banned and tuple(self.banned[i] for i in index)
         return Rows(**columns, history=history, banned=banned)
 
+    def at(self, positions, banned):
+        """The same rows for tokens at other positions, where other ids may be banned."""
+        banned = _ragged("banned", banned, len(self), len)
+        return replace(self, position=np.array(positions, np.uint64), banned=banned)
+
     def within(self, V):
         """The same rows with top_k off where it lets the whole vocabulary pass."""
         return replace(self, top_k=np.where(self.top_k < V, self.top_k, 0))

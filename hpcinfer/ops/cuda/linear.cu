@@ -184,16 +184,12 @@ __device__ inline void dot_rows(const X* x, const WEIGHT* const (&rows)[ROWS], i
 #pragma unroll
     for (int r = 0; r < ROWS; r++) sums[r] = 0;
 
-    // Read the weights of a step while those of the one before are used; x comes from others.
-    Eight<WEIGHT> next[RUNS][ROWS], now[RUNS][ROWS];
-    read_rows<ROWS, RUNS>(rows, first, I, next);
+    // Read the weights of a step before any is used, the first ones before x is there.
+    Eight<WEIGHT> packed[RUNS][ROWS];
+    read_rows<ROWS, RUNS>(rows, first, I, packed);
     wait_for_others();
     for (int base = first; base < I; base += step) {
-#pragma unroll
-        for (int i = 0; i < RUNS; i++)
-#pragma unroll
-            for (int r = 0; r < ROWS; r++) now[i][r] = next[i][r];
-        read_rows<ROWS, RUNS>(rows, base + step, I, next);
+        if (base > first) read_rows<ROWS, RUNS>(rows, base, I, packed);
 #pragma unroll
         for (int i = 0; i < RUNS; i++) {
             int column = base + 256 * i;
@@ -202,7 +198,7 @@ __device__ inline void dot_rows(const X* x, const WEIGHT* const (&rows)[ROWS], i
             operands(x + column, values);
 #pragma unroll
             for (int r = 0; r < ROWS; r++) {
-                unpack(now[i][r], w);
+                unpack(packed[i][r], w);
 #pragma unroll
                 for (int j = 0; j < 8; j++) sums[r] += values[j] * w[j];
             }

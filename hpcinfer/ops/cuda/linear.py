@@ -19,9 +19,9 @@ KERNELS = (
     *(f"matvec_{tokens}_{rows}" for tokens in _TOKENS for rows in _ROWS),
 )
 
-# Warps of a block; warps that keep the memory of a large device busy, where they have one output
-# and where they have more; inputs that make a part of a row worth a warp.
-_BLOCK_WARPS, _MANY_WARPS, _BUSY_WARPS, _PART = 8, 4096, 2048, 1024
+# Warps of a block; warps that keep the memory of a large device busy, where they have several
+# outputs; inputs that make a part of a row worth a warp, and warps that are too many.
+_BLOCK_WARPS, _BUSY_WARPS, _PART, _MOST_WARPS = 8, 2048, 1024, 1 << 18
 
 
 def linear(x, weight, bias=None):
@@ -114,8 +114,8 @@ def _one_gated(x, weight, gate, dtype, bias):
 
 
 def _parts(n_out, n_in):
-    """Warps that share an output, so that there are many."""
-    wanted = min(_MANY_WARPS // max(1, n_out), n_in // _PART)
+    """Warps that share an output: those of a block then read what lies together."""
+    wanted = min(_MOST_WARPS // max(1, n_out), n_in // _PART)
     return max([1, *(n for n in (2, 4, 8) if n <= wanted)])
 
 
