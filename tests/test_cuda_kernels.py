@@ -18,7 +18,7 @@ import pytest
 
 from hpcinfer import array
 from hpcinfer.model.step import Books
-from hpcinfer.ops import activation, attention, cuda, fastest, linear, norm, rope, store
+from hpcinfer.ops import activation, attention, cuda, fastest, linear, norm, quantize, rope, store
 from hpcinfer.ops.cuda import launch
 
 pytestmark = pytest.mark.single
@@ -336,7 +336,7 @@ def test_linear_of_few_tokens(put, rng, dtype, T, n_in, n_out):
 @pytest.mark.parametrize(("n_in", "n_out"), [(8, 1), (520, 37)])
 def test_linear_without_matrix_units(put, rng, monkeypatch, dtype, T, n_in, n_out):
     """Any number of outputs to a warp, with a last warp that has fewer."""
-    monkeypatch.setattr(fast("linear"), "_most_tokens", lambda x: 0)
+    monkeypatch.setattr(fast("linear"), "_most_tokens", lambda *of: 0)
     x, weight, bias = normal(rng, T, n_in), weight_of(rng, dtype, n_out, n_in), normal(rng, n_out)
     expected = plain(linear.linear)(x, weight, bias)
     for busy in (1, 16, 1000):
@@ -396,6 +396,103 @@ def test_linear_of_float32(put, rng):
         assert got is NotImplemented
     else:
         agree(got, plain(linear.linear)(x, weight))
+
+
+# Products with codes
+
+
+KINDS = [(bits, group) for bits in quantize.BITS for group in quantize.GROUPS]
+
+
+def codes_of(rng, kind, dtype, n_out, n_in):
+    """A weight as codes, of all that there are."""
+    (bits, group), half = kind, 1 << kind[0] - 1
+    codes = rng.integers(-half, half, (n_out, n_in), np.int8)
+    form = quantize.Form(bits, group, n_in, 0, array.DTYPES[dtype])
+    scales = (normal(rng, n_out, form.groups) / half).astype(np.float16)
+    return quantize.Quantized(form, quantize.pack(codes, bits), scales)
+
+
+def put_codes(put, weight):
+    return quantize.Quantized(weight.form, put(weight.words), put(weight.scales))
+
+
+@pytest.mark.parametrize("dtype", sorted(array.DTYPES))
+@pytest.mark.parametrize("kind", KINDS)
+def test_dequantize(put, rng, kind, dtype):
+    """A whole weight, and parts that begin within a group."""
+    weight = codes_of(rng, kind, dtype, 5, 300)
+    there = put_codes(put, weight)
+    for part in (slice(None), slice(1, 3), (slice(0, 2), slice(150, 299)), (1, slice(0, 3))):
+        if isinstance(part, tuple) and part[0] == 1:
+            part = (slice(1, 2), part[1])
+        got = fast("quantize").dequantize(there[part], array.DTYPES[dtype])
+        wanted = quantize.dequantize(weight[part]).astype(array.DTYPES[dtype])
+        np.testing.assert_array_equal(array.host(got), wanted)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("T", "n_in", "n_out"), [(1, 4488, 16), (3, 300, 37), (19, 160, 9)])
+def test_linear_of_codes(put, rng, dtype, kind, T, n_in, n_out):
+    """Tokens of one block and of two; inputs that fill no block, and more than one for a warp."""
+    x, bias = normal(rng, T, n_in), normal(rng, n_out)
+    weight = codes_of(rng, kind, dtype, n_out, n_in)
+    expected = plain(linear.linear)(x, weight, bias)
+    there = put_codes(put, weight)
+    agree(fast("linear").linear(put(x), there, put(bias)), expected, 3e-4)
+    rounded = x.astype(weight.dtype)
+    agree(fast("linear").linear(put(rounded), there), expected - bias, 3e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("columns", [(8, 200), (7, 200), (128, 320), (32, 168), (40, 100)])
+def test_linear_of_a_part_of_the_codes(put, rng, kind, columns):
+    """Rows that lie apart, and inputs that begin and end within a group."""
+    weight, there = codes_of(rng, kind, "bfloat16", 30, 420), slice(*columns)
+    x, part = normal(rng, 5, columns[1] - columns[0]), weight[3:25, there]
+    got = fast("linear").linear(put(x), put_codes(put, weight)[3:25, there])
+    agree(got, plain(linear.linear)(x, part), 3e-4)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("kind", "name"), [((4, 32), "silu"), ((8, 128), "gelu_pytorch_tanh")])
+@pytest.mark.parametrize(("T", "widths"), [(1, (24,)), (17, (9, 0, 15))])
+def test_linear_pair_of_codes(put, rng, dtype, kind, name, T, widths):
+    """One launch for the first product, its bias and its gate."""
+    F, function = sum(widths), activation.activation(name)
+    middle, x, bias = activation.Gate(function, widths), normal(rng, T, 72), normal(rng, 2 * F)
+    first, second = (codes_of(rng, kind, dtype, *shape) for shape in ((2 * F, 72), (6, F)))
+    first.scales[...] *= np.float16(0.125)
+    expected = plain(linear.linear_pair)(x, first, middle, second, bias)
+    operands = put_codes(put, first), middle, put_codes(put, second), put(bias)
+    got = fast("linear").linear_pair(put(x), *operands)
+    agree(got, expected, 1e-2)
+
+
+def test_linear_of_codes_that_meet_float32(put, rng):
+    """cuBLAS; the plain form where there is no GPU."""
+    x, weight = normal(rng, 2, 72), codes_of(rng, (4, 32), "float32", 9, 72)
+    got = fast("linear").linear(put(x), put_codes(put, weight))
+    if array.namespace(put(x)) is np:
+        assert got is NotImplemented
+    else:
+        agree(got, plain(linear.linear)(x, weight), 2e-5)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_linear_of_codes_and_many_tokens(rng, monkeypatch, dtype, kind):
+    """Numbers of some rows at a time, and cuBLAS, which only a GPU has."""
+    if not array._gpu_count():
+        pytest.skip("no GPU")
+    monkeypatch.setattr(fast("linear"), "_NUMBERS_BYTES", 8192)
+    put = array.Device("cuda").put
+    x, bias, weight = normal(rng, 70, 300), normal(rng, 24), codes_of(rng, kind, dtype, 24, 300)
+    for part in (slice(None), (slice(None), slice(7, 300))):
+        there, columns = put_codes(put, weight)[part], part if part == slice(None) else part[1]
+        got = fast("linear").linear(put(x[:, columns]), there, put(bias))
+        agree(got, plain(linear.linear)(x[:, columns], weight[part], bias), 3e-2)
 
 
 # Attention

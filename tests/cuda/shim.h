@@ -13,7 +13,7 @@
 #define __device__
 #define __global__
 #define __shared__ static
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 struct uint3 {
     unsigned x, y, z;
@@ -110,6 +110,67 @@ static float __shfl_xor_sync(unsigned, float x, int step) {
     return y;
 }
 
+template <class V>
+static V __shfl_sync(unsigned, V x, int lane) {
+    static V given[1024];
+    given[current] = x;
+    meet(warps[current / 32]);
+    V y = given[current / 32 * 32 + lane];
+    meet(warps[current / 32]);
+    return y;
+}
+
+// Copies under way: those of even blocks land at once, those of odd ones when they are waited for.
+struct Copy {
+    void* to;
+    const void* from;
+};
+
+static std::vector<std::vector<std::vector<Copy>>> copies;  // of each thread, in groups
+
+static void land(const Copy& copy) {
+    if (copy.from) {
+        memcpy(copy.to, copy.from, 16);
+    } else {
+        memset(copy.to, 0, 16);
+    }
+}
+
+static void copy16(void* to, const void* from, bool there) {
+    Copy copy = {to, there ? from : nullptr};
+    if ((blockIdx.x + blockIdx.y + blockIdx.z) % 2 == 0) return land(copy);
+    copies[current].back().push_back(copy);
+}
+
+static void commit_copies() { copies[current].emplace_back(); }
+
+template <int PENDING>
+static void wait_copies() {
+    auto& groups = copies[current];
+    int landing = (int)groups.size() - 1 - PENDING;
+    for (int i = 0; i < landing; i++)
+        for (const Copy& copy : groups[i]) land(copy);
+    if (landing > 0) groups.erase(groups.begin(), groups.begin() + landing);
+}
+
+static unsigned masked_xor(unsigned x, unsigned mask, unsigned bits) { return (x & mask) ^ bits; }
+
+static unsigned sum2_f16(unsigned a, unsigned b) {
+    auto sum = [](unsigned a, unsigned b) {
+        return (unsigned)float_to_half(half_to_float((unsigned short)a) +
+                                       half_to_float((unsigned short)b));
+    };
+    return sum(a, b) | sum(a >> 16, b >> 16) << 16;
+}
+
+// Of values whose sum needs no rounding.
+static unsigned sum2_bf16(unsigned a, unsigned b) {
+    auto sum = [](unsigned a, unsigned b) {
+        return __float_as_uint(__uint_as_float(a << 16) + __uint_as_float(b << 16)) >> 16;
+    };
+    return sum(a, b) | sum(a >> 16, b >> 16) << 16;
+}
+
 // Words that the lanes of a warp show one another.
 static unsigned shown[1024][6];
 
@@ -178,6 +239,7 @@ static int run(const unsigned* grid, int n) {
     for (unsigned i = 0; i < grid[0] * grid[1] * grid[2]; i++) {
         blockIdx = {i % grid[0], i / grid[0] % grid[1], i / grid[0] / grid[1]};
         ended.assign(n, 0), warps.assign(n / 32, {32, 0, 0}), block = {n, 0, 0};
+        copies.assign(n, std::vector<std::vector<Copy>>(1));
         for (int t = 0; t < n; t++) {
             getcontext(&threads[t]);
             threads[t].uc_stack.ss_sp = stacks[t].data();

@@ -6,7 +6,7 @@ include no header, and call no library.
 
 import importlib.util
 
-FILES = ("activation", "attention", "linear", "norm", "rope", "store")
+FILES = ("activation", "attention", "linear", "norm", "quantize", "rope", "store")
 
 
 def missing():

@@ -27,8 +27,42 @@ __device__ inline unsigned short float_to_half(float x) {
     }
 
 #if __CUDA_ARCH__ >= 800
+// Copies of 16 bytes to shared memory that go on behind the thread's back, zeros if the source is
+// not there. They are committed in groups; a wait leaves the last PENDING groups under way.
+__device__ inline void copy16(void* to, const void* from, bool there) {
+    unsigned at = (unsigned)__cvta_generic_to_shared(to);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :: "r"(at), "l"(from), "r"(there ? 16 : 0) : "memory");
+}
+
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int PENDING>
+__device__ inline void wait_copies() {
+    asm volatile("cp.async.wait_group %0;" :: "n"(PENDING) : "memory");
+}
+#endif
+
+// (x & mask) ^ bits, in one instruction even where both are constants.
+__device__ inline unsigned masked_xor(unsigned x, unsigned mask, unsigned bits) {
+    unsigned y;
+    asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(y) : "r"(x), "r"(mask), "r"(bits));
+    return y;
+}
+
+// Two sums of 16-bit values side by side.
+#define SUM2(NAME, INSTRUCTION)                                                                 \
+    __device__ inline unsigned NAME(unsigned a, unsigned b) {                                   \
+        unsigned sum;                                                                           \
+        asm(INSTRUCTION : "=r"(sum) : "r"(a), "r"(b));                                          \
+        return sum;                                                                             \
+    }
+
+#if __CUDA_ARCH__ >= 800
 MATRIX_PRODUCT(mma_f16, "f16")
 MATRIX_PRODUCT(mma_bf16, "bf16")
+SUM2(sum2_f16, "add.f16x2 %0, %1, %2;")
+SUM2(sum2_bf16, "{.reg .b32 one; mov.b32 one, 0x3f803f80; fma.rn.bf16x2 %0, %1, one, %2;}")
 #endif
 
 #endif
@@ -156,6 +190,20 @@ __device__ inline void store(float* to, const Run<4>& y) {
 template <class V>
 __device__ inline void store(V* to, const Run<4>& y) {
     *reinterpret_cast<uint2*>(to) = make_uint2(pack2<V>(y.x[0], y.x[1]), pack2<V>(y.x[2], y.x[3]));
+}
+
+__device__ inline void store(float* to, const Run<8>& y) {
+#pragma unroll
+    for (int i = 0; i < 8; i += 4)
+        *reinterpret_cast<float4*>(to + i) =
+            make_float4(y.x[i], y.x[i + 1], y.x[i + 2], y.x[i + 3]);
+}
+
+template <class V>
+__device__ inline void store(V* to, const Run<8>& y) {
+    *reinterpret_cast<uint4*>(to) =
+        make_uint4(pack2<V>(y.x[0], y.x[1]), pack2<V>(y.x[2], y.x[3]),
+                   pack2<V>(y.x[4], y.x[5]), pack2<V>(y.x[6], y.x[7]));
 }
 
 // Non-linearities of an FFN's gate.

@@ -15,14 +15,17 @@ from hpcinfer import array, capture
 # Names of the element types in the sources.
 NAMES = {"float32": "float", "float16": "f16", "bfloat16": "bf16"}
 
+# What some sources have before them, beside what is common to all.
+_BEFORE = {"linear": ("product.cuh",), "quantize": ("product.cuh",)}
+
 _FOLDER = Path(__file__).resolve().parent
 _NULL = np.uint64(0)
 
 
 @functools.cache
 def source(file):
-    """CUDA C++ text of a file of this folder, with what is common to all before it."""
-    names = ("common.cuh", f"{file}.cu")
+    """CUDA C++ text of a file of this folder, with what others have of it before it."""
+    names = ("common.cuh", *_BEFORE.get(file, ()), f"{file}.cu")
     return "\n".join((_FOLDER / name).read_text(encoding="utf-8") for name in names)
 
 
