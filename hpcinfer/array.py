@@ -16,6 +16,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from hpcinfer import capture
+
 # How libraries are told to take device memory: Cray MPICH and MPICH, MVAPICH, Open MPI.
 _GPU_MPI = ("MPICH_GPU_SUPPORT_ENABLED", "MV2_USE_CUDA", "OMPI_MCA_opal_cuda_support")
 
@@ -82,6 +84,7 @@ class Device:
             self.xp = _cupy()
             self.ordinal = local_rank % self.xp.cuda.runtime.getDeviceCount()
             self.xp.cuda.Device(self.ordinal).use()
+            _stream(self.ordinal).use()
 
     def put(self, array):
         """`array` (host) in this device's memory; no copy on the CPU."""
@@ -134,7 +137,10 @@ def select_device(choice, local_rank):
 
 def host(x):
     """`x` in host memory, as a NumPy array."""
-    return x if namespace(x) is np else namespace(x).asnumpy(x)
+    if namespace(x) is np:
+        return x
+    capture.refuse("the host reads what is computed")
+    return namespace(x).asnumpy(x)
 
 
 def synchronize(x):
@@ -150,6 +156,7 @@ _copies = deque()
 
 def staged(x):
     """Values of a device array in page-locked host memory, contiguous, once they are computed."""
+    capture.refuse("the host reads what is computed")
     buffer = page_locked(x.shape, x.dtype)
     if x.size:
         namespace(x).ascontiguousarray(x).get(out=buffer)
@@ -163,6 +170,7 @@ def unstage(buffer, x):
     """
     if not x.size:
         return
+    capture.refuse("the host writes what is computed with")
     xp = namespace(x)
     whole = x if x.flags.c_contiguous else xp.empty(x.shape, x.dtype)
     whole.set(buffer)
@@ -176,7 +184,7 @@ def unstage(buffer, x):
 
 
 def to_device(x, like):
-    """Host array `x` in the memory that `like` is in; the host goes on at once, and may change x."""
+    """Host array `x` in the memory that `like` is in; the host goes on at once and may change x."""
     xp = namespace(like)
     if xp is np:
         return x
@@ -418,6 +426,12 @@ def _cupy():
     import cupy
 
     return cupy
+
+
+@functools.cache
+def _stream(ordinal):
+    """The stream of this process on a GPU, whose work can be captured."""
+    return _cupy().cuda.Stream(non_blocking=True)
 
 
 def _gpu_count():

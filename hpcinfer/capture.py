@@ -1,14 +1,20 @@
 """The capture under way in this process, if there is one: calls that are kept to be made again.
 
 What computes on the CPU hands its compiled functions, and the memory of their results, to the
-capture (`ops.cpu.parts`); `collectives` hands it sums over ranks. All else that a step does must
-have no effect, or be the same in every step that the capture is made for: what must not be captured
-says so by `refuse`.
+capture (`ops.cpu.parts`); on a GPU the driver notes what is launched, and `ops.cuda.launch` hands
+over what host arrays a step's kernels read. `collectives` hands it sums over ranks. All else that a
+step does must have no effect, or be the same in every step that the capture is made for: what must
+not be captured says so by `refuse`.
 """
 
 from contextlib import contextmanager
 
 under_way = None
+
+
+class Refused(Exception):
+    """What happens now cannot be captured, and cannot go on while a capture is under way."""
+
 
 # Arrays outside of what a step has for itself that are never changed.
 constants = []
@@ -18,11 +24,13 @@ constants = []
 def capturing(into):
     """Let `into` have what happens in the body."""
     global under_way
+    into.begin()
     under_way = into
     try:
         yield into
     finally:
         under_way = None
+        into.end()
 
 
 def constant(x):

@@ -160,7 +160,6 @@ def Allreduce(comm, x, op=MPI.SUM, purpose=""):
     """
     if x.dtype.kind not in "fiub" or array.is_half(x.dtype):
         raise TypeError(f"Allreduce: got {x.dtype}, need float32, float64 or integers")
-    call = ledger.begin("Allreduce", comm, purpose)
     size = comm.size
     sent_bytes = 2 * x.nbytes * (size - 1) / size
     shared = window_of(comm) if op == MPI.SUM else None
@@ -168,9 +167,12 @@ def Allreduce(comm, x, op=MPI.SUM, purpose=""):
         shared = None
     if capture.under_way is not None:
         if size == 1 or shared is not None:
-            capture.under_way.sum(call[:-1], sent_bytes, shared)
+            capture.under_way.sum(("Allreduce", axis_name(comm), purpose), sent_bytes, shared)
         else:
             capture.under_way.pause(partial(Allreduce, comm, x, op, purpose))
+        if capture.under_way.defers:
+            return x
+    call = ledger.begin("Allreduce", comm, purpose)
     if shared is not None:
         shared.sum(x)
     elif size > 1:

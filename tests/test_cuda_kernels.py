@@ -89,7 +89,7 @@ def nvrtc():
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("file", cuda.FILES)
+@pytest.mark.parametrize("file", [*cuda.FILES, *cuda.PARTS])
 def test_compiles(file, architecture):
     """Every source compiles without a word, and has the kernels that the Python side names."""
     compiler = nvrtc()
@@ -109,9 +109,10 @@ def test_compiles(file, architecture):
 def test_no_kernel_lacks_a_name():
     """Every file of fast forms has its source, and every function a plain form of its name."""
     folder = Path(cuda.__file__).parent
-    assert {path.stem for path in folder.glob("*.cu")} == set(cuda.FILES)
-    for place in cuda.FILES:
-        module, oracle = fast(place), importlib.import_module(f"hpcinfer.ops.{place}")
+    places = {**{place: place for place in cuda.FILES}, **cuda.PARTS}
+    assert {path.stem for path in folder.glob("*.cu")} == set(places)
+    for place, plain_place in places.items():
+        module, oracle = fast(place), importlib.import_module(f"hpcinfer.ops.{plain_place}")
         own = [name for name in vars(module) if not name.startswith("_")]
         functions = [getattr(module, name) for name in own if callable(getattr(module, name))]
         functions = [f for f in functions if getattr(f, "__module__", "") == module.__name__]
@@ -152,7 +153,7 @@ class HostKernel:
         getattr(library, f"signature_{name}")(text)
         self.signature, self.name = text.value.decode(), name
 
-    def __call__(self, grid, block, args):
+    def __call__(self, grid, block, args, shared_mem=0):
         letters = {np.int32: "i", np.int64: "l", np.float32: "f"}
         given = "".join(letters.get(type(x), "p") for x in args)
         assert given == self.signature, f"{self.name} takes {self.signature}, got {given}"
@@ -186,6 +187,7 @@ def put(request, monkeypatch):
         return HostKernel(compiled(folder, file, options), name)
 
     monkeypatch.setattr(launch, "_kernel", kernel)
+    monkeypatch.setattr(launch, "_make_room", lambda *args: None)
     return lambda x: x
 
 
@@ -320,15 +322,17 @@ def weight_of(rng, name, *shape):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("T", [1, 3, 8, 9, 16])
-@pytest.mark.parametrize(("n_in", "n_out"), [(8, 1), (520, 37), (2056, 16)])
-def test_linear_of_few_tokens(put, rng, dtype, T, n_in, n_out):
-    """By matrix units: outputs and inputs that fill no block, one that is too long for its warps."""
-    x, weight, bias = normal(rng, T, n_in), weight_of(rng, dtype, n_out, n_in), normal(rng, n_out)
+@pytest.mark.parametrize("warps", [1, 60, 1000])
+@pytest.mark.parametrize(("n_in", "n_out"), [(8, 1), (520, 37), (4104, 6)])
+def test_linear_of_one_token(put, rng, monkeypatch, dtype, warps, n_in, n_out):
+    """Outputs that fill no block, inputs that are shared by one warp or more."""
+    monkeypatch.setattr(fast("linear"), "_MANY_WARPS", warps)
+    monkeypatch.setattr(fast("linear"), "_PART", 64)
+    x, weight, bias = normal(rng, 1, n_in), weight_of(rng, dtype, n_out, n_in), normal(rng, n_out)
     expected = plain(linear.linear)(x, weight, bias)
-    agree(fast("linear").linear(put(x), put(weight), put(bias)), expected, 3e-4)
+    agree(fast("linear").linear(put(x), put(weight), put(bias)), expected, 4e-4)
     rounded = x.astype(weight.dtype)
-    agree(fast("linear").linear(put(rounded), put(weight)), expected - bias, 3e-4)
+    agree(fast("linear").linear(put(rounded), put(weight)), expected - bias, 4e-4)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -336,7 +340,7 @@ def test_linear_of_few_tokens(put, rng, dtype, T, n_in, n_out):
 @pytest.mark.parametrize(("n_in", "n_out"), [(8, 1), (520, 37)])
 def test_linear_without_matrix_units(put, rng, monkeypatch, dtype, T, n_in, n_out):
     """Any number of outputs to a warp, with a last warp that has fewer."""
-    monkeypatch.setattr(fast("linear"), "_most_tokens", lambda *of: 0)
+    monkeypatch.setattr(fast("linear"), "_has_matrix_units", lambda: False)
     x, weight, bias = normal(rng, T, n_in), weight_of(rng, dtype, n_out, n_in), normal(rng, n_out)
     expected = plain(linear.linear)(x, weight, bias)
     for busy in (1, 16, 1000):
@@ -346,27 +350,51 @@ def test_linear_without_matrix_units(put, rng, monkeypatch, dtype, T, n_in, n_ou
 
 
 @pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("T", [2, 8, 9, 35])
+@pytest.mark.parametrize(("n_in", "n_out"), [(8, 1), (520, 37), (2056, 16)])
+def test_linear_by_tiles(put, rng, monkeypatch, dtype, T, n_in, n_out):
+    """Outputs and tokens that fill no block, inputs that fill no step of a warp."""
+    monkeypatch.setattr(fast("linear"), "_TILED_TOKENS", 64)
+    x, weight, bias = normal(rng, T, n_in), weight_of(rng, dtype, n_out, n_in), normal(rng, n_out)
+    expected = plain(linear.linear)(x, weight, bias)
+    agree(fast("linear").linear(put(x), put(weight), put(bias)), expected, 4e-4)
+    rounded = x.astype(weight.dtype)
+    agree(fast("linear").linear(put(rounded), put(weight)), expected - bias, 4e-4)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("name", ["silu", "gelu_pytorch_tanh"])
-@pytest.mark.parametrize(("T", "widths"), [(1, (24,)), (5, (13,)), (16, (9, 0, 15))])
+@pytest.mark.parametrize(("T", "widths"), [(5, (13,)), (17, (9, 0, 15))])
+def test_gate_by_tiles(put, rng, monkeypatch, dtype, name, T, widths):
+    """A gate in the first product of few tokens, in one block of columns or more."""
+    monkeypatch.setattr(fast("linear"), "_TILED_TOKENS", 64)
+    middle = activation.Gate(activation.activation(name), widths)
+    x, bias = normal(rng, T, 72), normal(rng, 2 * sum(widths))
+    weight = weight_of(rng, dtype, len(bias), 72)
+    weight = weight * weight.dtype.type(0.125)
+    wanted = middle(plain(linear.linear)(x, weight, bias))
+    got = fast("linear")._gated(put(x), put(weight), middle, weight.dtype, put(bias))
+    np.testing.assert_allclose(array.host(array.widen(got)), wanted, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", ["silu", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize("widths", [(24,), (13,), (9, 0, 15)])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_linear_pair(put, rng, dtype, name, T, widths, with_bias):
-    """A gate in the first product, in one block of columns or more."""
+def test_linear_pair(put, rng, dtype, name, widths, with_bias):
+    """A gate in the first product of one token, in one block of columns or more."""
     F, function = sum(widths), activation.activation(name)
-    x, first = normal(rng, T, 72), weight_of(rng, dtype, 2 * F, 72)
+    x, first = normal(rng, 1, 72), weight_of(rng, dtype, 2 * F, 72)
     second, bias = weight_of(rng, dtype, 6, F), normal(rng, 2 * F) if with_bias else None
     first, middle = first * first.dtype.type(0.125), activation.Gate(function, widths)
-    expected = plain(linear.linear_pair)(x, first, middle, second, bias)
-    between = fast("linear")._gated_by_tiles(
-        put(x), put(first), middle, second.dtype, None if bias is None else put(bias)
-    )
-    between = array.host(array.widen(between))
+    there = None if bias is None else put(bias)
+    between = fast("linear")._gated(put(x), put(first), middle, second.dtype, there)
     wanted = middle(plain(linear.linear)(x, first, bias))
+    between = array.host(array.widen(between))
     np.testing.assert_allclose(between, wanted, rtol=1e-2, atol=1e-3)
     if F % 8 == 0:
-        got = fast("linear").linear_pair(
-            put(x), put(first), middle, put(second), None if bias is None else put(bias)
-        )
-        agree(got, expected, 1e-2)
+        got = fast("linear").linear_pair(put(x), put(first), middle, put(second), there)
+        agree(got, plain(linear.linear_pair)(x, first, middle, second, bias), 1e-2)
 
 
 def test_linear_pair_leaves_other_functions_to_the_plain_form(put, rng):
@@ -377,7 +405,7 @@ def test_linear_pair_leaves_other_functions_to_the_plain_form(put, rng):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize(("T", "n_in"), [(17, 64), (3, 12), (40, 256)])
+@pytest.mark.parametrize(("T", "n_in"), [(2, 64), (9, 64), (3, 12), (40, 256)])
 def test_linear_of_many_tokens(rng, dtype, T, n_in):
     """cuBLAS, which only a GPU has."""
     if not array._gpu_count():
@@ -511,11 +539,17 @@ def in_pages(rng, lengths, n_heads, K, dtype, page=32, pool=0, pools=1):
     return k, v, books
 
 
-def attend(put, q, tokens, k, v, books, groups, window):
+def attend(put, q, tokens, k, v, books, groups, window, tolerance=1e-5):
     options = {"scale": q.shape[-1] ** -0.5, "groups": groups, "window": window}
-    got = fast("attention").paged_attention(put(q), tokens, put(k), put(v), books, **options)
+    there = put(q), tokens, put(k), put(v), books
+    got = fast("attention").paged_attention(*there, **options)
     expected = plain(attention.paged_attention)(q, tokens, k, v, books, **options)
-    agree(got, expected, 1e-5)
+    agree(got, expected, tolerance)
+
+    # Rounded for a product that follows.
+    o, lse = fast("attention").paged_attention(*there, **options, dtype=k.dtype)
+    assert o.dtype == k.dtype
+    agree((array.widen(o), lse), expected, 1e-2)
 
 
 def tokens_at(*runs):
@@ -578,7 +612,7 @@ def test_decode_beside_prefill(put, rng):
     """Sequences with one query, with some and with many, whose queries see different keys."""
     k, v, books = in_pages(rng, [50, 70, 64], 1, 32, "float16")
     tokens = tokens_at((0, 49, 1), (1, 67, 3), (2, 40, 24))
-    attend(put, normal(rng, len(tokens), 2, 32), tokens, k, v, books, [(0, 2)], 40)
+    attend(put, normal(rng, len(tokens), 2, 32), tokens, k, v, books, [(0, 2)], 40, 2e-3)
 
 
 def test_tables_are_kept_for_the_layers_of_a_step(put, rng):
@@ -599,3 +633,96 @@ def test_decode_leaves_what_it_does_not_serve(put, rng):
         q, tokens = put(normal(rng, n, 2, K)), tokens_at((0, 40 - n, n))
         options = {"scale": 1.0, "groups": groups, "v_columns": v_columns}
         assert call(q, tokens, put(k), put(v), books, **options) is NotImplemented
+
+
+# Attention of many queries
+
+
+def rounded_queries(q, scale, dtype):
+    """Queries that the kernel's rounding leaves as they are."""
+    factor = np.float32(scale * np.log2(np.e))
+    return array.widen((q * factor).astype(array.DTYPES[dtype])) / factor
+
+
+def agree_rounded(got, expected, dtype):
+    """The weights are rounded, so that outputs are less exact than log-sum-exps."""
+    assert got is not NotImplemented
+    (o, lse), tolerance = got, 6e-3 if dtype == "bfloat16" else 1e-3
+    np.testing.assert_allclose(array.host(lse), expected[1], rtol=2e-5, atol=5e-5)
+    np.testing.assert_allclose(array.host(o), expected[0], rtol=tolerance, atol=tolerance)
+    assert o.dtype == np.float32
+
+
+def attend_many(put, rng, lengths, runs, dtype, K, groups, window=None, **dealt):
+    """Runs of queries (sequence, first position, tokens) over pages, beside the plain form."""
+    k, v, books = in_pages(rng, lengths, len(groups), K, dtype, **dealt)
+    tokens, scale = tokens_at(*runs), K**-0.5
+    for pages in (k, v):  # what is behind the end of a sequence is no number
+        for b, length in enumerate(lengths):
+            pages[books.places[b, (length - 1) // 32], :, (length - 1) % 32 + 1 :] = np.nan
+    q = 10 * normal(rng, len(tokens), groups[-1][1] + 1, K)  # so that the largest scores grow
+    q[:, 1:] = rounded_queries(q[:, 1:], scale, dtype)
+    options = {"scale": scale, "groups": groups, "window": window}
+    call = fast("attention").paged_attention
+    got = call(put(q)[:, 1:], tokens, put(k), put(v), books, **options)
+    expected = plain(attention.paged_attention)(q[:, 1:], tokens, k, v, books, **options)
+    agree_rounded(got, expected, dtype)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize(
+    ("dtype", "K", "groups", "shape"),
+    [
+        ("bfloat16", 64, [(0, 1), (1, 4), (4, 6)], 0),
+        ("bfloat16", 128, [(0, 4), (4, 8)], 1),
+        ("float16", 80, [(0, 3)], 2),
+        ("float16", 256, [(0, 1), (1, 2)], 0),
+        ("bfloat16", 144, [(0, 8)], 1),
+    ],
+)
+def test_many_queries(put, rng, monkeypatch, dtype, K, groups, shape, window):
+    """Every shape of blocks; sequences of many queries beside some with few, which begin in the
+    middle of a page, and see a tile of keys all, in part, or not."""
+    shapes = next(shapes for width, shapes in fast("prefill")._SHAPES.items() if K <= width)
+    monkeypatch.setattr(fast("prefill"), "_shape", lambda k: shapes[shape])
+    runs = [(0, 0, 7), (1, 49, 1), (2, 155, 23), (3, 60, 3)]
+    attend_many(put, rng, [7, 50, 178, 63], runs, dtype, K, groups, window)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("pool", [0, 1, 2])
+def test_many_queries_over_a_part_of_the_pages(put, rng, monkeypatch, splits, pool):
+    """A rank that has every third page, so that some rows see nothing; keys in splits."""
+    monkeypatch.setattr(fast("prefill"), "_BUSY_BLOCKS", 8 * splits)
+    monkeypatch.setattr(fast("prefill"), "_FEWEST_TILES", 1)
+    runs, groups = [(0, 0, 20), (1, 500, 40), (2, 0, 40)], [(0, 2), (2, 4)]
+    attend_many(put, rng, [20, 540, 40], runs, "bfloat16", 64, groups, pool=pool, pools=3)
+
+
+@pytest.mark.parametrize("window", [None, 50])
+def test_queries_that_do_not_follow_one_another(put, rng, window):
+    """As a cut of the sequence leaves them: blocks of positions, or in no order."""
+    k, v, books = in_pages(rng, [400], 1, 64, "bfloat16")
+    for positions in (np.r_[0:30, 200:260], rng.permutation(400)[:70]):
+        tokens = np.stack([np.zeros(len(positions), np.int32), positions], axis=1)
+        q = rounded_queries(normal(rng, len(tokens), 4, 64), 0.125, "bfloat16")
+        options = {"scale": 0.125, "groups": [(0, 4)], "window": window}
+        got = fast("attention").paged_attention(put(q), tokens, put(k), put(v), books, **options)
+        expected = plain(attention.paged_attention)(q, tokens, k, v, books, **options)
+        agree_rounded(got, expected, "bfloat16")
+
+
+@pytest.mark.parametrize("window", [None, 50])
+def test_keys_that_lie_end_to_end(put, rng, window):
+    """As they do when they have been passed on: some pages of a sequence, the last one short."""
+    called, k_pos = [], np.r_[32:64, 96:160, 224:235]
+    k, v = (weight_of(rng, "bfloat16", len(k_pos), 2, 64) for _ in range(2))
+    q, q_pos = rounded_queries(normal(rng, 50, 6, 64), 0.125, "bfloat16"), np.arange(190, 240)
+    options = {"scale": 0.125, "groups": [(0, 3), (3, 6)], "window": window}
+    options["between"] = lambda: called.append(1)
+    got = fast("prefill").attention(put(q), put(k), put(v), q_pos, k_pos, **options)
+    assert called
+    agree_rounded(got, plain(attention.attention)(q, k, v, q_pos, k_pos, **options), "bfloat16")
+    for other in (rng.permutation(k_pos), k_pos + np.arange(len(k_pos))):
+        got = fast("prefill").attention(put(q), put(k), put(v), q_pos, other, **options)
+        assert got is NotImplemented

@@ -192,6 +192,7 @@ def test_ranks_share_a_gpu(monkeypatch):
         get_default_memory_pool=lambda: pool,
     )
     monkeypatch.setattr(array, "_cupy", lambda: cupy)
+    monkeypatch.setattr(array, "_stream", lambda _: SimpleNamespace(use=lambda: None))
     device = array.Device("cuda")
     assert device.free_bytes() == 1000
     device.share(2)

@@ -191,8 +191,10 @@ def load(comm, path, case, layout):
     return hpcinfer.load(model, comm=comm, layout=layout, kv_memory=1 << 24)
 
 
-def answers(engine, case, monkeypatch, **bounds):
+def answers(engine, case, monkeypatch, steps=None, **bounds):
     """Greedy tokens of some prompts, what was sent for them, and which experts they chose."""
+    if steps is not None:
+        monkeypatch.setitem(graphs._STEPS, "cpu", steps)
     for name, value in bounds.items():
         monkeypatch.setattr(graphs, name, value)
     engine._forget(engine.scheduler.pages.n)  # no prompt is in the cache
@@ -215,7 +217,7 @@ def test_replayed_steps_answer_alike(comm, shared_path, monkeypatch, one_thread,
     if i >= len(layouts):
         pytest.skip("no more layouts of so many ranks")
     engine = load(comm, shared_path, case, layouts[i])
-    few = answers(engine, case, monkeypatch, _STEPS=2)
+    few = answers(engine, case, monkeypatch, steps=2)
 
     # A rank without heads, of which a small model may have some, computes otherwise.
     idle = comm.allreduce(engine.model.heads.n_query == 0, MPI.LOR)
@@ -232,7 +234,7 @@ def test_replayed_steps_answer_alike(comm, shared_path, monkeypatch, one_thread,
 def test_a_graph_counts_where_the_model_does(comm, shared_path, monkeypatch, one_thread):
     """Counts that are replaced are not written any more."""
     engine = load(comm, shared_path, "mixtral-window", f"tp={comm.size}")
-    first = answers(engine, "mixtral-window", monkeypatch, _STEPS=2)
+    first = answers(engine, "mixtral-window", monkeypatch, steps=2)
     before = engine.model.expert_load
     engine.model.expert_load = ExpertLoad(engine.model.arch)
     assert answers(engine, "mixtral-window", monkeypatch) == first
@@ -242,7 +244,7 @@ def test_a_graph_counts_where_the_model_does(comm, shared_path, monkeypatch, one
 @pytest.mark.parametrize("case", ["gpt2", "qwen2", "olmoe", "deepseek_v2"])
 def test_what_cannot_be_captured_goes_on(comm, shared_path, monkeypatch, one_thread, case):
     engine = load(comm, shared_path, case, f"tp={comm.size}")
-    tried = answers(engine, case, monkeypatch, _STEPS=2)
+    tried = answers(engine, case, monkeypatch, steps=2)
     assert engine.model.graphs.refusals
     assert answers(engine, case, monkeypatch) == tried
 
@@ -259,7 +261,7 @@ def test_a_replay_that_differs_is_given_up(comm, shared_path, monkeypatch, one_t
         return y
 
     monkeypatch.setattr("hpcinfer.model.layer.rms_norm", changed)
-    tried = answers(engine, "llama-gqa", monkeypatch, _STEPS=2)
+    tried = answers(engine, "llama-gqa", monkeypatch, steps=2)
     assert all("other numbers" in why for why in engine.model.graphs.refusals.values())
     assert engine.model.graphs.refusals
     assert answers(engine, "llama-gqa", monkeypatch)[0] == tried[0]

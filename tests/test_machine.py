@@ -32,8 +32,9 @@ class FakeCupy:
 @pytest.mark.parametrize("choice", ["cuda", "auto"])
 def test_a_rank_takes_the_gpu_of_its_number(monkeypatch, gpus, expected, choice):
     """Rank number i of a node takes GPU i of those that it sees, and round again if few."""
-    cupy = FakeCupy(gpus)
+    cupy, stream = FakeCupy(gpus), SimpleNamespace(use=lambda: None)
     monkeypatch.setattr(array, "_cupy", lambda: cupy)
+    monkeypatch.setattr(array, "_stream", lambda ordinal: stream)
     devices = [array.select_device(choice, rank) for rank in range(4)]
     assert [device.ordinal for device in devices] == cupy.used == expected
     assert str(devices[1]) == f"cuda:{expected[1]}"

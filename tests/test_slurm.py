@@ -68,7 +68,10 @@ def visible():
 class Device:
     def __init__(self, ordinal):
         self.use = lambda: None
-cuda = types.SimpleNamespace(runtime=types.SimpleNamespace(getDeviceCount=count), Device=Device)
+cuda = types.SimpleNamespace(
+    runtime=types.SimpleNamespace(getDeviceCount=count), Device=Device,
+    Stream=lambda non_blocking: Device(0),
+)
 sys.modules["cupy"] = types.SimpleNamespace(cuda=cuda)
 
 from hpcinfer.array import select_device

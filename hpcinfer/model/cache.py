@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from hpcinfer.ops.store import store
+from hpcinfer.ops.store import place_heads, store
 
 # Tokens per page: prefixes are shared, and sequences cut, in whole pages.
 PAGE = 32
@@ -37,6 +37,20 @@ class Cache:
             (T/P, G, 0) if it is in k
         """
         store(k, v, step.stored, self.k[layer], self.v[layer], step.slots)
+
+    def place_heads(self, layer, step, qkv, norms, eps, rotation):
+        """Norm and rotate queries and keys, and store keys and values, as `ops.store` does.
+
+        Parameters
+        ----------
+        qkv : (T/P, H + 2 G, K) float32, of the tokens step.mine
+
+        Returns
+        -------
+        (T/P, H + G, K) float32: queries and keys
+        """
+        pages = self.k[layer], self.v[layer]
+        return place_heads(qkv, norms, eps, rotation, step.stored, *pages, step.slots)
 
 
 def page_bytes(layers, n_kv, width, dtype, value_width=None):

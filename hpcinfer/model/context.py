@@ -96,7 +96,9 @@ class Context:
             return o
         mla, xp = self.arch.mla, array.namespace(q)
         width = self.arch.K if mla is None else mla.kv_rank
-        o, lse = xp.empty((*q.shape[:2], width), xp.float32), xp.empty(q.shape[:2], xp.float32)
+        whole = self.kv.size == 1
+        o = xp.empty((*q.shape[:2], width), self._model.operand_type if whole else xp.float32)
+        lse = xp.empty(q.shape[:2], xp.float32)
         for phase, strategy in phases:
             o[phase.own], lse[phase.own] = strategy(n, q[phase.own], step, phase)
         self._model.show("lse", n, lse, step, "mine")
@@ -105,16 +107,18 @@ class Context:
     def _merged(self, n, q, step, phase):
         """Every query to every rank's keys, and the partial results merged."""
         if self.kv.size == 1:  # spares a step of few tokens its copies
-            return self._to_own_keys(n, q, phase.tokens, step)
+            return self._to_own_keys(n, q, phase.tokens, step, self._model.operand_type)
         o, lse = self._merge(n, self._gathered_queries(q, phase), step, phase.tokens)
 
         # Keep the own tokens, and the own heads among those that share a key/value head.
         heads = slice(*self._shares[self.kv.rank // self.grid.cp.size])
         return o[phase.chosen, heads], lse[phase.chosen, heads]
 
-    def _to_own_keys(self, n, q, tokens, step):
+    def _to_own_keys(self, n, q, tokens, step, dtype=np.float32):
         """Attention of queries to this rank's keys, of the heads that its own queries read."""
-        return ops.paged_attention(q, tokens, *self._cache(n), step.books, **self._local(n))
+        return ops.paged_attention(
+            q, tokens, *self._cache(n), step.books, dtype=dtype, **self._local(n)
+        )
 
     def _merge(self, n, q, step, tokens):
         """Attention of queries that every rank has: partial results over own keys, merged."""
@@ -127,7 +131,7 @@ class Context:
     def _ring(self, n, q, step, phase):
         """Keys and values, or queries, pass around, whichever are fewer bytes."""
         if self.kv.size == 1:  # spares the keys their way into a message
-            return self._to_own_keys(n, q, phase.tokens, step)
+            return self._to_own_keys(n, q, phase.tokens, step, self._model.operand_type)
         q_tokens, counts = phase.tokens[phase.chosen], self._key_counts(n, step, phase)
         if self.sharers == 1 and self._cheaper_to_move_queries(n, phase, counts):
 

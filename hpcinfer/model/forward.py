@@ -11,12 +11,13 @@ from hpcinfer.model.cache import Cache, page_bytes
 from hpcinfer.model.context import Context
 from hpcinfer.model.cut import cut_by_columns, cut_by_tokens, kept_at_home
 from hpcinfer.model.graphs import Graphs
-from hpcinfer.model.layer import add_positions, attention_half, layer, norm
+from hpcinfer.model.layer import add_norm, add_positions, attention_half, layer, norm
 from hpcinfer.model.moe import choices_to_send
 from hpcinfer.model.pieces import Pieces
 from hpcinfer.model.sides import expert_shares, ffn_shares
 from hpcinfer.model.stages import layers_of_stage
 from hpcinfer.model.step import holders, in_parts
+from hpcinfer.ops.inplace import add_into
 from hpcinfer.ops.linear import linear
 from hpcinfer.ops.rope import angles
 from hpcinfer.parallel import disagg, vocabulary
@@ -38,6 +39,8 @@ class Model:
     Attributes
     ----------
     layers : range, the layers of this rank's stage of the pipeline
+    operand_type : type in which products are given what else is float32: on a GPU that of the
+        weights, as rounding is one pass less there; on the CPU products round what they read
     pipeline : Pipeline, this rank's place in it
     expert_load : ExpertLoad, or None; counts the experts that tokens choose
     tap : object or None; its `wants(point)` says whether a point is wanted in any layer, its
@@ -47,6 +50,7 @@ class Model:
     def __init__(self, arch, checkpoint, grid, device, dtype):
         self.arch, self.grid, self.device, self.dtype = arch, grid, device, dtype
         self.cache = self.expert_load = self.tap = None
+        self.operand_type = np.dtype(np.float32) if device.name == "cpu" else np.dtype(dtype)
         self.pipeline = Pipeline(grid.pp)
         self.layers = layers_of_stage(arch, grid.layout, dtype, checkpoint.tensors)[grid.pp.rank]
         self.context = Context(arch, grid, lambda n: (self.cache.k[n], self.cache.v[n]), self)
@@ -186,9 +190,10 @@ class Model:
         cut, rotation = self.cut(step), self._rotation(step)
 
         def layers(x, step, rotation):
+            y = None
             for n in self.layers:
-                x = layer(self, n, x, step, cut, rotation)
-            return x
+                x, y = layer(self, n, x, y, step, cut, rotation)
+            return x if y is None else add_into(y, x)
 
         def compute(x):
             x = self.graphs.layers(step, cut, x, rotation, layers)
@@ -203,13 +208,15 @@ class Model:
 
         def attend(n, b, x):
             w = cuts[b].layer(n)
-            self.show("residual", n, x, steps[b], "home")
-            y = attention_half(self, n, x, steps[b], cuts[b], w, rotations[b])
-            tokens = norm(
-                self.arch, x if self.arch.parallel_residual else x + y, w.norm2, w.norm2_bias
-            )
+            if self.arch.parallel_residual:
+                self.show("residual", n, x, steps[b], "home")
+            before, y = attention_half(self, n, x, None, steps[b], cuts[b], w, rotations[b])
+            if self.arch.parallel_residual:
+                tokens, x = norm(self.arch, x, w.norm2, w.norm2_bias), add_into(y, x)
+            else:
+                x, tokens = add_norm(self, before, y, w.norm2, w.norm2_bias)
             own = cuts[b].own(tokens)
-            return x + y, own, *choices_to_send(self, n, w, own, steps[b])
+            return x, own, *choices_to_send(self, n, w, own, steps[b])
 
         def add(n, b, x, y):
             y = cuts[b].everywhere(y, len(x))
@@ -241,12 +248,11 @@ class Model:
         return x
 
     def _rotation(self, step):
-        """Cosine and sine of every own token's rotation; None without rope."""
+        """Cosine and sine of every own token's rotation, host; None without rope."""
         if self.arch.rope is None:
             return None
         classes = None if step.length_classes is None else step.length_classes[step.mine]
-        cos_sin = angles(self.arch.rope, step.positions[step.mine], classes)
-        return tuple(self.device.put(a) for a in cos_sin)
+        return angles(self.arch.rope, step.positions[step.mine], classes)
 
     def _normed(self, x, step):
         """Final norm of the wanted tokens: (T/P, D) -> (R, D) on every rank."""
@@ -262,6 +268,8 @@ class Model:
         """Hidden states of the wanted tokens on every rank: (T/P, D) -> (R, D)."""
         xp = array.namespace(x)
         comm, held, owner = holders(step, "home", self.grid)
+        if comm is None and len(step.rows) == len(x):
+            return x
         if comm is None:
             return x[xp.asarray(step.rows)]
         owner = owner[step.rows]

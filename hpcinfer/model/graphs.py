@@ -3,8 +3,9 @@
 Steps of one new token for each of the same number of sequences do the same; only numbers in arrays
 differ. The first such steps run as any other; then one is captured, with its own arrays in a frame
 that stays where it is; the following ones write theirs into the frame and replay the graph.
-What is captured is replayed once before it is trusted, and must then give the same numbers; a model
-whose layers do anything that cannot be captured goes on as before.
+What is captured is replayed once before it is trusted, and must then give the same numbers: on the
+CPU, where a capture computes, of the same step; on a GPU, where it does not, of the next one. A
+model whose layers do anything that cannot be captured goes on as before.
 """
 
 from collections import Counter
@@ -20,8 +21,10 @@ from hpcinfer.ops.quantize import arrays_of
 from hpcinfer.where import waiting
 
 # Tokens of a step up to which it is worth it; and steps before one is captured, which costs as much
-# as replaying saves in some twenty.
-_MOST_TOKENS, _STEPS = 32, 16
+# as replaying saves in some twenty on the CPU, in three on a GPU.
+_MOST_TOKENS, _STEPS = {"cpu": 32, "cuda": 256}, {"cpu": 16, "cuda": 3}
+
+_OTHER_NUMBERS = "other numbers when it was replayed"
 
 # Pages that a sequence may come to have, beside twice those that it has, before a new frame.
 _MORE_PAGES = 16
@@ -64,43 +67,77 @@ class FramedBooks:
         return getattr(self._books, name)
 
 
+class LentBooks:
+    """The books of the step at hand, with room in tables for what later ones need.
+
+    Attributes
+    ----------
+    now : Books
+    room : as in Books
+    """
+
+    def __init__(self, books, room):
+        self.now, self.room = books, room
+
+    def __getattr__(self, name):
+        return getattr(self.now, name)
+
+
 class Frame:
     """The arrays that differ between the steps of a graph.
 
     Parameters
     ----------
     step, x, rotation : of the step that is captured
-    windows : of attention, that the model's layers have
     load : ExpertLoad that the graph counts into, or None
     """
 
-    def __init__(self, step, x, rotation, windows, load):
-        self.load = load
-        self.x = np.empty_like(x)
+    def __init__(self, step, x, rotation, load):
+        self.load, self.x = load, array.namespace(x).empty_like(x)
         self.rotation = None if rotation is None else tuple(map(np.empty_like, rotation))
         self.stored, self.slots = np.empty_like(step.stored), np.empty_like(step.slots)
-        self.tables, pages = {}, 2 * self._most_pages(step) + _MORE_PAGES
-        for looks_back in windows:
-            integers = [np.zeros(n, np.int64) for n in (len(x), len(x) + 1, pages, pages)]
-            self.tables[looks_back] = Table(*integers)
 
     def arrays(self):
         """All arrays of the frame."""
         yield from (self.x, *(self.rotation or ()), self.stored, self.slots)
-        for table in self.tables.values():
-            yield from (table.positions, *table.pages)
-
-    def serves(self, step, load):
-        """True if it counts there, and the pages that the step's sequences have fit in here."""
-        return load is self.load and all(
-            len(t.places) >= self._most_pages(step) for t in self.tables.values()
-        )
 
     def fill(self, step, x, rotation):
         """Write what a step has into the frame."""
         self.x[...], self.stored[...], self.slots[...] = x, step.stored, step.slots
         for into, of_step in zip(self.rotation or (), rotation or (), strict=True):
             into[...] = of_step
+
+
+class HostFrame(Frame):
+    """A frame whose tables are host arrays, which compiled functions read where they are.
+
+    Parameters
+    ----------
+    windows : of attention, that the model's layers have
+    """
+
+    def __init__(self, step, x, rotation, windows, load):
+        super().__init__(step, x, rotation, load)
+        self.tables, pages = {}, 2 * int(_pages(step).sum()) + _MORE_PAGES
+        for looks_back in windows:
+            integers = [np.zeros(n, np.int64) for n in (len(x), len(x) + 1, pages, pages)]
+            self.tables[looks_back] = Table(*integers)
+
+    def arrays(self):
+        """All arrays of the frame."""
+        yield from super().arrays()
+        for table in self.tables.values():
+            yield from (table.positions, *table.pages)
+
+    def serves(self, step, load):
+        """True if it counts there, and the pages that the step's sequences have fit in here."""
+        return load is self.load and all(
+            len(t.places) >= _pages(step).sum() for t in self.tables.values()
+        )
+
+    def fill(self, step, x, rotation):
+        """Write what a step has into the frame."""
+        super().fill(step, x, rotation)
         for looks_back, into in self.tables.items():
             table = step.books.table(step.decoding.tokens, looks_back)
             into.positions[...], (into.bounds[...], places, numbers) = table.positions, table.pages
@@ -111,9 +148,55 @@ class Frame:
         books = FramedBooks(step.books, self.tables)
         return replace(step, stored=self.stored, slots=self.slots, books=books)
 
-    @staticmethod
-    def _most_pages(step):
-        return int((-(-step.lengths // PAGE)).sum())
+
+class DeviceFrame(Frame):
+    """A frame from which tables are made anew before a replay, and copied to the device."""
+
+    def __init__(self, step, x, rotation, load):
+        super().__init__(step, x, rotation, load)
+        self.tokens, pages = np.empty_like(step.tokens), _pages(step)
+        room = 2 * int(pages.sum()) + _MORE_PAGES, 2 * int(pages.max()) + _MORE_PAGES
+        self.books = LentBooks(step.books, room)
+
+    def serves(self, step, load):
+        """True if it counts there, and the pages that the step's sequences have fit in here."""
+        pages, (of_all, of_one) = _pages(step), self.books.room
+        return load is self.load and pages.sum() <= of_all and pages.max() <= of_one
+
+    def fill(self, step, x, rotation):
+        """Write what a step has into the frame."""
+        super().fill(step, x, rotation)
+        self.tokens[...], self.books.now = step.tokens, step.books
+
+    def step(self, step):
+        """The step with the frame's arrays."""
+        books = self.books
+        return replace(
+            step, tokens=self.tokens, stored=self.stored, slots=self.slots, books=books
+        )
+
+
+def _pages(step):
+    """(B,) pages that each sequence of a step has."""
+    return -(-step.lengths // PAGE)
+
+
+@dataclass
+class Known:
+    """A graph, the frame that it reads, and what it writes.
+
+    Attributes
+    ----------
+    frame : Frame
+    graph : with `replay` and `totals`
+    y : (T, D) float32, behind the layers
+    trusted : False until it has given what another way gives
+    """
+
+    frame: Frame
+    graph: object
+    y: object
+    trusted: bool = True
 
 
 class Graphs:
@@ -154,31 +237,38 @@ class Graphs:
         """
         if not self._serves(step, cut, x):
             return compute(x, step, rotation)
-        T = len(x)
-        self._steps[T] += 1
-        if self._steps[T] <= _STEPS:
-            return compute(x, step, rotation)
-        if T not in self._known or not self._known[T][0].serves(step, self._model.expert_load):
-            return self._captured(step, cut, x, rotation, compute)
-        frame, graph, y = self._known[T]
-        frame.fill(step, x, rotation)
+        T, known = len(x), self._known.get(len(x))
+        if known is None or not known.frame.serves(step, self._model.expert_load):
+            self._steps[T] += 1
+            if self._steps[T] <= _STEPS[self._model.device.name]:
+                return compute(x, step, rotation)
+            kept = self._computed_and_kept if self._model.device.name == "cpu" else self._kept
+            return kept(step, cut, x, rotation, compute)
+        known.frame.fill(step, x, rotation)
+        if not known.trusted:
+            return self._tried(known, step, cut, compute)
+        self._replay(known.graph)
+        return known.y.copy()
+
+    def _replay(self, graph):
+        """Replay a graph, and enter its sums in the ledger."""
         time_s = graph.replay()
         n_sums = sum(calls for _, calls, _ in graph.totals)
         for key, calls, sent_bytes in graph.totals:
             share_s = time_s * calls / n_sums
             collectives.ledger.enter_many(key, calls, sent_bytes, share_s)
-        return y.copy()
 
     def _serves(self, step, cut, x):
         """True if a step is of the kind that graphs are for, on every rank alike."""
-        if self.refusals.keys() & {None, len(x)} or not 0 < step.n_tokens <= _MOST_TOKENS:
+        most_tokens = _MOST_TOKENS[self._model.device.name]
+        if self.refusals.keys() & {None, len(x)} or not 0 < step.n_tokens <= most_tokens:
             return False
         alone = step.n_single == step.n_tokens and not step.columns and cut.counts is None
         watched = self._model.tap is not None or collectives.ledger.tracing
         return alone and not watched
 
-    def _captured(self, step, cut, x, rotation, compute):
-        """Compute the layers, and keep how if that can be done."""
+    def _computed_and_kept(self, step, cut, x, rotation, compute):
+        """Compute the layers on the CPU, and keep how if that can be done."""
         from hpcinfer.ops.cpu.graph import Capture, Memory
 
         model = self._model
@@ -186,7 +276,7 @@ class Graphs:
             self._memory = Memory()
         windows = {model.arch.windows[n] for n in model.layers}
         load = model.expert_load
-        frame = Frame(step, x, rotation, windows, load)
+        frame = HostFrame(step, x, rotation, windows, load)
         frame.fill(step, x, rotation)
         lasting = [*self._lasting(cut, frame)]
         with capture.capturing(Capture(self._memory, lasting)) as captured:
@@ -202,10 +292,39 @@ class Graphs:
         graph.replay()
         if load is not None:
             load.counts[...] = counts
-        reason = None if np.array_equal(y, result) else "other numbers when it was replayed"
+        reason = None if np.array_equal(y, result) else _OTHER_NUMBERS
         if not self._agreed(cut.comm, len(x), reason):
             return compute(x, step, rotation)  # what the replay wrote into the cache is wrong
-        self._known[len(x)] = frame, graph, y
+        self._known[len(x)] = Known(frame, graph, y)
+        return result
+
+    def _kept(self, step, cut, x, rotation, compute):
+        """Compute the layers on a GPU, and keep how if that can be done."""
+        from hpcinfer.ops.cuda.graph import Capture, Memory
+
+        result = compute(x, step, rotation)
+        if self._memory is None:
+            self._memory = Memory()
+        frame = DeviceFrame(step, x, rotation, self._model.expert_load)
+        frame.fill(step, x, rotation)
+        captured = Capture(self._memory)
+        try:
+            with capture.capturing(captured):
+                y = compute(frame.x, frame.step(step), frame.rotation)
+        except Exception as error:  # of a library that cannot be captured, or of the driver
+            captured.refusal = captured.refusal or f"{type(error).__name__}: {error}"
+        if self._agreed(cut.comm, len(x), captured.refusal):
+            self._known[len(x)] = Known(frame, captured.graph(), y, trusted=False)
+        return result
+
+    def _tried(self, known, step, cut, compute):
+        """Replay a graph for the first time, and trust it if Python's calls give the same."""
+        self._replay(known.graph)
+        frame = known.frame
+        result = compute(frame.x, frame.step(step), frame.rotation)
+        known.trusted = np.array_equal(array.host(known.y), array.host(result))
+        if not self._agreed(cut.comm, len(result), None if known.trusted else _OTHER_NUMBERS):
+            del self._known[len(result)]
         return result
 
     def _agreed(self, comm, T, reason):
@@ -234,9 +353,9 @@ class Graphs:
 def _reason_against(model):
     """Why the layers of a model are not captured, or None."""
     arch, grid = model.arch, model.grid
-    if model.device.name != "cpu" or fastest.chosen("numpy") is None:
+    if fastest.chosen(model.device.xp.__name__) is None:
         return "there are no compiled functions"
-    if array.threads() > 1:
+    if model.device.name == "cpu" and array.threads() > 1:
         return "several threads"
     if grid.cp.size > 1 or model.context.kv.size > 1:
         return "attention passes between ranks"

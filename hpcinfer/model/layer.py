@@ -1,4 +1,8 @@
-"""One decoder layer, composed from the rooms and one rank's mathematics."""
+"""One decoder layer, composed from the rooms and one rank's mathematics.
+
+What a half of a layer finds is added to x by the norm of the next half, in one pass over both: so a
+layer is given, beside x, what is still to be added to it, and leaves the like to the next one.
+"""
 
 import numpy as np
 
@@ -6,36 +10,37 @@ from hpcinfer import array, collectives
 from hpcinfer.model.mla import latent_attention
 from hpcinfer.model.moe import moe_sum, routed_choices, shared_sum, spread_experts
 from hpcinfer.ops.inplace import add_into, copy_into
-from hpcinfer.ops.norm import layer_norm, rms_norm
-from hpcinfer.ops.rope import rotate
+from hpcinfer.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from hpcinfer.parallel import tensor
 
-# Tokens of a step up to which products round what they are given, as they read it.
+# Tokens of a step up to which products on the CPU round what they are given, as they read it.
 _FEW = 8
 
 
-def layer(model, n, x, step, cut, rotation):
+def layer(model, n, x, y, step, cut, rotation):
     """Layer n of a model.
 
     Parameters
     ----------
     x : (T/P, D) float32, the tokens step.mine, equal on every rank of the tensor axis; with
         sequence parallelism those of them that this rank keeps
+    y : as x, still to be added to it, in whose memory the sum will be; None for nothing
     step : Step
     cut : Cut, how the step's work is divided
-    rotation : (cos, sin), each (T/P, dim/2) of all of step.mine, or None without rope
+    rotation : (cos, sin), each (T/P, dim/2) of all of step.mine, host, or None without rope
 
     Returns
     -------
-    (T/P, D) float32, of the same tokens
+    x, y : as the arguments
     """
     arch, w = model.arch, cut.layer(n)
-    model.show("residual", n, x, step, "home")
-    if arch.parallel_residual and (model.wants("attention") or model.wants("ffn")):
-        return _halves_apart(model, n, x, step, cut, w, rotation)
 
     # Both halves read the same input: their partial sums are completed together.
     if arch.parallel_residual:
+        x = x if y is None else add_into(y, x)
+        model.show("residual", n, x, step, "home")
+        if model.wants("attention") or model.wants("ffn"):
+            return x, _halves_apart(model, n, x, step, cut, w, rotation)
         attention = _attention(model, n, cut, w, step, rotation)
         ffn = _ffn(model, n, cut, w, step)
 
@@ -43,40 +48,43 @@ def layer(model, n, x, step, cut, rotation):
             y_sum = attention(norm(arch, x_all, w.norm1, w.norm1_bias))
             return add_into(y_sum, ffn(norm(arch, x_all, w.norm2, w.norm2_bias)))
 
-        return add_into(cut.complete(x, both, _sum(w.o_bias, w.down_bias), "layer"), x)
+        return x, cut.complete(x, both, _sum(w.o_bias, w.down_bias), "layer")
 
     # Attention half, then FFN half.
-    x = add_into(attention_half(model, n, x, step, cut, w, rotation), x)
+    x, y = attention_half(model, n, x, y, step, cut, w, rotation)
     model.progress()
-    x = add_into(_ffn_half(model, n, x, step, cut, w), x)
+    x, y = _ffn_half(model, n, x, y, step, cut, w)
     model.progress()
-    return x
+    return x, y
 
 
-def attention_half(model, n, x, step, cut, w, rotation):
-    """What attention adds to x: (T/P, D) -> (T/P, D)."""
+def attention_half(model, n, x, y, step, cut, w, rotation):
+    """x + y, and what attention adds to that: both (T/P, D)."""
     first = w.qkv if model.arch.mla is None else w.latents
-    normed = norm(model.arch, x, w.norm1, w.norm1_bias, _type_of_input(step, first))
+    x, normed = add_norm(model, x, y, w.norm1, w.norm1_bias, _type_of_input(model, step, first))
+    if not model.arch.parallel_residual:
+        model.show("residual", n, x, step, "home")
     attention = _attention(model, n, cut, w, step, rotation)
     y = cut.complete(normed, attention, w.o_bias, "attention")
     model.show("attention", n, y, step, "home")
-    return y
+    return x, y
 
 
-def _ffn_half(model, n, x, step, cut, w):
-    """What the FFN adds to x: (T/P, D) -> (T/P, D)."""
+def _ffn_half(model, n, x, y, step, cut, w):
+    """x + y, and what the FFN adds to that: both (T/P, D)."""
     # A router takes what is not rounded.
     first = None if model.arch.sparse[n] else w.up
-    normed = norm(model.arch, x, w.norm2, w.norm2_bias, _type_of_input(step, first))
+    x, normed = add_norm(model, x, y, w.norm2, w.norm2_bias, _type_of_input(model, step, first))
     y = _ffn_sum(model, n, normed, step, cut, w)
     model.show("ffn", n, y, step, "home")
-    return y
+    return x, y
 
 
 def _halves_apart(model, n, x, step, cut, w, rotation):
-    """A layer whose halves read the same input, where someone wants to see each of them."""
-    y = attention_half(model, n, x, step, cut, w, rotation)
-    return x + y + _ffn_half(model, n, x, step, cut, w)
+    """What both halves add to the same input, where someone wants to see each of them."""
+    _, y = attention_half(model, n, x, None, step, cut, w, rotation)
+    _, of_ffn = _ffn_half(model, n, x, None, step, cut, w)
+    return y + of_ffn
 
 
 def _ffn_sum(model, n, normed, step, cut, w):
@@ -103,9 +111,20 @@ def norm(arch, x, weight, bias, dtype=np.float32):
     return rms_norm(x, weight, arch.eps, dtype)
 
 
-def _type_of_input(step, weight):
+def add_norm(model, x, y, weight, bias, dtype=np.float32):
+    """x + y, in the memory of y where there is one, and its norm: both (T/P, D)."""
+    arch = model.arch
+    if y is None:
+        return x, norm(arch, x, weight, bias, dtype)
+    if arch.norm == "layer":
+        return add_layer_norm(y, x, weight, bias, arch.eps, dtype)
+    return add_rms_norm(y, x, weight, arch.eps, dtype)
+
+
+def _type_of_input(model, step, weight):
     """Type in which a norm hands the tokens of a step to a product, the same on every rank."""
-    return np.float32 if weight is None or step.n_tokens <= _FEW else weight.dtype
+    few = step.n_tokens <= _FEW and model.device.name == "cpu"
+    return np.float32 if weight is None or few else weight.dtype
 
 
 def _attention(model, n, cut, w, step, rotation):
@@ -118,21 +137,22 @@ def _attention(model, n, cut, w, step, rotation):
         qkv, T = cut.whole(qkv), qkv.shape[0]
         qkv = qkv.reshape(T, heads.n_query + 2 * heads.n_kv, arch.K)
         q, k, v = _split(qkv, heads)
-        if arch.qk_norm == "head":
+        norms = (None, None)
+        if arch.qk_norm == "whole":
+            q[...], k[...] = _norm_of_all_heads(model, w, q, k)
+        elif arch.qk_norm == "head" and arch.clip_qkv is None:
+            norms = w.q_norm, w.k_norm
+        elif arch.qk_norm == "head":
             copy_into(q, rms_norm(q, w.q_norm, arch.eps))
             copy_into(k, rms_norm(k, w.k_norm, arch.eps))
-        elif arch.qk_norm == "whole":
-            q[...], k[...] = _norm_of_all_heads(model, w, q, k)
         if arch.clip_qkv is not None:
             qkv = qkv.clip(-arch.clip_qkv, arch.clip_qkv)
-            q, k, v = _split(qkv, heads)
 
-        # Queries and keys lie side by side: one pass rotates both.
-        if rotation is not None:
-            q, k, _ = _split(rotate(qkv[:, : heads.n_query + heads.n_kv], *rotation), heads)
+        # Norm and rotate queries and keys, and cache keys and values.
+        qk = model.cache.place_heads(n, step, qkv, norms, arch.eps, rotation)
+        q, k, _ = _split(qk, heads)
         for point, heads_of_point in (("q", q), ("k", k), ("v", v)):
             model.show(point, n, heads_of_point, step, "mine")
-        model.cache.write(n, step, k, v)
         o = model.context.attend(n, q, step)
         return o.reshape(T, o.shape[1] * arch.K)
 

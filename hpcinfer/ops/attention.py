@@ -325,8 +325,9 @@ def _order(tokens):
 
 @fastest
 def paged_attention(
-    q, q_tokens, k_pages, v_pages, books, *, scale, groups, window=None, v_columns=None
-):
+    q, q_tokens, k_pages, v_pages, books, *,
+    scale, groups, window=None, v_columns=None, dtype=np.float32,
+):  # fmt: skip
     """Attention of some tokens of a step to the keys and values in this rank's pages.
 
     Parameters
@@ -337,10 +338,11 @@ def paged_attention(
     books : object whose `pages(b, start)` gives this rank's pages of sequence b, and which page of
         the sequence each one is; and `lengths`, the keys of every sequence
     scale, groups, window, v_columns : as for `attention`
+    dtype : type that o is rounded to, where nothing but a product in it follows
 
     Returns
     -------
-    o : (T, H, width of a value) float32, over this rank's keys only; zero where it has none
+    o : (T, H, width of a value) of the type, over this rank's keys only; zero where it has none
     lse : (T, H) float32
     """
     xp = array.namespace(q)
@@ -354,7 +356,7 @@ def paged_attention(
             q[rows], k, v, q_pos, k_pos,
             scale=scale, groups=groups, window=window, v_columns=v_columns,
         )  # fmt: skip
-    return o, lse
+    return array.narrow(o, dtype), lse
 
 
 def cached(k_pages, v_pages, books, b, start=0):

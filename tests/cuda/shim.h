@@ -39,6 +39,9 @@ static float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 
 static uint3 threadIdx, blockIdx, blockDim, gridDim;
 
+// Shared memory whose size the launch says: as much as any device has.
+static uint4 dynamic_shared[(227 << 10) / 16];
+
 static int min(int a, int b) { return a < b ? a : b; }
 
 static int max(int a, int b) { return a > b ? a : b; }
@@ -102,6 +105,14 @@ static void __syncthreads() { meet(block); }
 
 static void __syncwarp() { meet(warps[current / 32]); }
 
+static void __threadfence() {}
+
+static int atomicAdd(int* to, int x) {
+    int before = *to;
+    *to += x;
+    return before;
+}
+
 static float __shfl_xor_sync(unsigned, float x, int step) {
     exchange[current] = x;
     meet(warps[current / 32]);
@@ -119,6 +130,17 @@ static V __shfl_sync(unsigned, V x, int lane) {
     meet(warps[current / 32]);
     return y;
 }
+
+static int __any_sync(unsigned, bool truth) {
+    exchange[current] = truth;
+    meet(warps[current / 32]);
+    bool any = false;
+    for (int lane = 0; lane < 32; lane++) any = any || exchange[current / 32 * 32 + lane];
+    meet(warps[current / 32]);
+    return any;
+}
+
+static float fast_exp2(float x) { return exp2f(x); }
 
 // Copies under way: those of even blocks land at once, those of odd ones when they are waited for.
 struct Copy {
@@ -171,6 +193,27 @@ static unsigned sum2_bf16(unsigned a, unsigned b) {
     return sum(a, b) | sum(a >> 16, b >> 16) << 16;
 }
 
+// Where the rows are that the lanes of a warp show one another.
+static const unsigned short* rows_shown[1024];
+
+// x[i] = the columns 2 (lane % 4) and one more of row lane / 4 of matrix i, or of its transpose.
+static void matrices(unsigned* x, const void* row, bool transposed) {
+    rows_shown[current] = static_cast<const unsigned short*>(row);
+    meet(warps[current / 32]);
+    int lane = current % 32, down = lane / 4, right = lane % 4 * 2;
+    for (int i = 0; i < 4; i++) {
+        auto rows = rows_shown + current / 32 * 32 + 8 * i;
+        unsigned low = transposed ? rows[right][down] : rows[down][right];
+        unsigned high = transposed ? rows[right + 1][down] : rows[down][right + 1];
+        x[i] = low | high << 16;
+    }
+    meet(warps[current / 32]);
+}
+
+static void load_matrices(unsigned* x, const void* row) { matrices(x, row, false); }
+
+static void load_transposed(unsigned* x, const void* row) { matrices(x, row, true); }
+
 // Words that the lanes of a warp show one another.
 static unsigned shown[1024][6];
 
@@ -194,7 +237,9 @@ static void matrix_product(float* d, const unsigned* a, const unsigned* b, F num
 }
 
 static void mma_f16(float* d, const unsigned* a, const unsigned* b) {
-    matrix_product(d, a, b, half_to_float);
+    static std::vector<float> known;
+    for (int x = (int)known.size(); x < 1 << 16; x++) known.push_back(half_to_float(x));
+    matrix_product(d, a, b, [](unsigned short x) { return known[x]; });
 }
 
 static void mma_bf16(float* d, const unsigned* a, const unsigned* b) {

@@ -14,9 +14,9 @@ from hpcinfer.ops.cpu.simd import gate
 def gated(gate_up, function, widths, dtype=np.float32):
     """As `ops.activation.gated`, for silu and the tanh form of GELU."""
     number = number_of(function)
-    if number is None or dtype != np.float32 or gate_up.dtype != np.float32 or gate_up.shape[1] != 2 * sum(widths):
+    if number is None or dtype != np.float32 or gate_up.dtype != np.float32:
         return NotImplemented
-    if gate_up.strides[1] != 4:
+    if gate_up.shape[1] != 2 * sum(widths) or gate_up.strides[1] != 4:
         return NotImplemented
     y = parts.empty((len(gate_up), sum(widths)), np.float32)
     gate_into(number, gate_up, widths, y)

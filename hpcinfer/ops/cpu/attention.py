@@ -49,10 +49,13 @@ _WEIGH_1_1, _WEIGH_2_1, _WEIGH_4_1, _WEIGH_8_1 = (weigh(heads, 1) for heads in (
 
 
 def paged_attention(
-    q, q_tokens, k_pages, v_pages, books, *, scale, groups, window=None, v_columns=None
-):
-    """As `ops.attention.paged_attention`."""
+    q, q_tokens, k_pages, v_pages, books, *,
+    scale, groups, window=None, v_columns=None, dtype=np.float32,
+):  # fmt: skip
+    """As `ops.attention.paged_attention`, not rounded."""
     T, H, K = q.shape
+    if dtype != np.float32:
+        return NotImplemented
     page = k_pages.shape[2]
     width = v_pages.shape[-1] if v_columns is None else v_columns
     if page % 32 or K % 16 or width % 16 or not T or not groups:

@@ -102,7 +102,10 @@ class Capture:
     Attributes
     ----------
     refusal : why there will be no graph, or None
+    defers : False, as the step is computed while it is captured
     """
+
+    defers = False
 
     def __init__(self, memory, lasting):
         self._memory, self._lasting = memory, lasting
@@ -110,6 +113,12 @@ class Capture:
         self._starts, self._stops = [r[0] for r in ranges], [r[1] for r in ranges]
         self._rows, self._words, self._breaks, self._sums = [], [], [], []
         self._window = self.refusal = None
+
+    def begin(self):
+        """Begin; nothing to do."""
+
+    def end(self):
+        """End; nothing to do."""
 
     def refuse(self, reason):
         """Note that what happens now cannot be captured."""

@@ -8,6 +8,9 @@ import importlib.util
 
 FILES = ("activation", "attention", "linear", "norm", "quantize", "rope", "store")
 
+# Files with more fast forms of a file's functions, which that file's own calls.
+PARTS = {"prefill": "attention"}
+
 
 def missing():
     """Why nothing here can run: a line that says what is needed; None if it can."""

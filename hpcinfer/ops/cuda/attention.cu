@@ -1,6 +1,6 @@
 // Attention of single queries to the keys in pages, in the manner of flash decoding: the pages of a
-// query are split over blocks, and the blocks' partial results are merged. HELD is the type of the
-// cache, LANES the lanes that share a key, eight columns each.
+// query are split over blocks, and the block that ends last merges what they have found. HELD is the
+// type of the cache, OUT that of the result, LANES the lanes that share a key, eight columns each.
 //
 // The table, in int32:
 //   a row for every query      token, where its pages begin, how many, first and last position seen
@@ -9,15 +9,63 @@
 //   numbers                    which page of its sequence each one is
 
 constexpr float LOWEST = -3.402823466e38f, LOG2_E = 1.44269504f, LN_2 = 0.69314718f;
-constexpr int THREADS = 128, STREAMS = THREADS / LANES;
+constexpr int THREADS = 128, STREAMS = THREADS / LANES, MOST_SPLITS = 64;
+
+// True in the block that comes last of so many; all that the others have written can then be read.
+__device__ inline bool is_last(int* arrived, int blocks) {
+    __shared__ bool last;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        last = atomicAdd(arrived, 1) == blocks - 1;
+        if (last) *arrived = 0;
+    }
+    __syncthreads();
+    __threadfence();
+    return last;
+}
+
+// The rule of `hpcinfer.ops.attention.merge` over the splits of n heads of a query: o_parts
+// (n, splits, K), lse_parts (n, splits).
+template <int N>
+__device__ inline void merge_splits(const float* o_parts, const float* lse_parts, int n, int splits,
+                                    int K, OUT* o, float* lse) {
+    __shared__ float weights[N][MOST_SPLITS];
+
+    // Weigh the splits: a thread for a head.
+    if ((int)threadIdx.x < n) {
+        int i = (int)threadIdx.x;
+        float largest = minus_infinity(), total = 0;
+        for (int s = 0; s < splits; s++) largest = fmaxf(largest, lse_parts[i * splits + s]);
+        bool empty = largest == minus_infinity();
+        for (int s = 0; s < splits; s++) {
+            weights[i][s] = empty ? 0.0f : expf(lse_parts[i * splits + s] - largest);
+            total += weights[i][s];
+        }
+        for (int s = 0; s < splits; s++) weights[i][s] /= empty ? 1.0f : total;
+        lse[i] = empty ? largest : largest + logf(total);
+    }
+    __syncthreads();
+
+    // Add them up.
+    for (int item = (int)threadIdx.x; item < n * K; item += THREADS) {
+        int i = item / K, c = item % K;
+        const float* from = o_parts + (long long)i * splits * K + c;
+        float sum = 0;
+#pragma unroll 8
+        for (int s = 0; s < splits; s++)
+            if (weights[i][s] > 0) sum += weights[i][s] * from[(long long)s * K];
+        narrow(sum, o + (long long)i * K + c);
+    }
+}
 
 // Groups of LANES lanes go over keys of their own, BATCH of them at a time, each with a softmax
 // under way for all N heads. Scores are in units of log 2, for the sake of exp2.
 template <int N>
 __device__ void decode(const float* q, const HELD* k_pages, const HELD* v_pages, const int* table,
-                       float* o, float* lse, int entries_at, int places_at, int numbers_at, int H,
-                       int G, int K, int page_bits, int fewest_pages, long long q_stride,
-                       float scale) {
+                       float* o_parts, float* lse_parts, int* arrived, OUT* o, float* lse,
+                       int entries_at, int places_at, int numbers_at, int H, int G, int K,
+                       int page_bits, int fewest_pages, long long q_stride, float scale) {
     constexpr int BATCH = sizeof(HELD) == 2 && N <= 4 ? 4 : 2;
     __shared__ float all_m[STREAMS][N], all_total[STREAMS][N], all_o[STREAMS][N][LANES * 8];
     const int *row = table + 5 * blockIdx.z, *entry = table + entries_at + 3 * blockIdx.y;
@@ -108,7 +156,9 @@ __device__ void decode(const float* q, const HELD* k_pages, const HELD* v_pages,
         }
     }
 
-    // Merge the streams.
+    // Merge the streams: of the whole query, or of a split, which is merged by the last to come.
+    long long place = (long long)row[0] * H + head;
+    long long part = (((long long)blockIdx.z * H + head) * splits + split);
 #pragma unroll
     for (int i = 0; i < N; i++) {
         if (column == 0) all_m[stream][i] = m[i], all_total[stream][i] = total[i];
@@ -116,7 +166,6 @@ __device__ void decode(const float* q, const HELD* k_pages, const HELD* v_pages,
         for (int c = 0; c < 8; c++) all_o[stream][i][column + c] = sums[i][c];
     }
     __syncthreads();
-    long long out = ((long long)(splits == 1 ? row[0] : (int)blockIdx.z) * H + head) * splits + split;
     for (int item = (int)threadIdx.x; item < n * K; item += THREADS) {
         int i = item / K, c = item % K;
         float largest = LOWEST, weight = 0, sum = 0;
@@ -126,47 +175,31 @@ __device__ void decode(const float* q, const HELD* k_pages, const HELD* v_pages,
             weight += correction * all_total[s][i];
             sum += correction * all_o[s][i][c];
         }
-        o[(out + (long long)i * splits) * K + c] = weight > 0 ? sum / weight : 0.0f;
-        if (c == 0) {
-            float known = (largest + log2f(weight)) * LN_2;
-            lse[out + (long long)i * splits] = weight > 0 ? known : minus_infinity();
-        }
+        float result = weight > 0 ? sum / weight : 0.0f;
+        float known = weight > 0 ? (largest + log2f(weight)) * LN_2 : minus_infinity();
+        if (splits == 1)
+            narrow(result, o + (place + i) * K + c);
+        else
+            o_parts[(part + (long long)i * splits) * K + c] = result;
+        if (c == 0 && splits == 1) lse[place + i] = known;
+        if (c == 0 && splits > 1) lse_parts[part + (long long)i * splits] = known;
     }
+    if (splits > 1 && is_last(arrived + blockIdx.z * gridDim.y + blockIdx.y, splits))
+        merge_splits<N>(o_parts + (part - split) * K, lse_parts + part - split, n, splits, K,
+                        o + place * K, lse + place);
 }
 
 #define DECODE(N)                                                                               \
     extern "C" __global__ void __launch_bounds__(128) decode_##N(                               \
-        const float* q, const HELD* k_pages, const HELD* v_pages, const int* table, float* o,   \
-        float* lse, int entries_at, int places_at, int numbers_at, int H, int G, int K,         \
-        int page_bits, int fewest_pages, long long q_stride, float scale) {                     \
-        decode<N>(q, k_pages, v_pages, table, o, lse, entries_at, places_at, numbers_at, H, G,  \
-                  K, page_bits, fewest_pages, q_stride, scale);                                 \
+        const float* q, const HELD* k_pages, const HELD* v_pages, const int* table,             \
+        float* o_parts, float* lse_parts, int* arrived, OUT* o, float* lse, int entries_at,     \
+        int places_at, int numbers_at, int H, int G, int K, int page_bits, int fewest_pages,    \
+        long long q_stride, float scale) {                                                      \
+        decode<N>(q, k_pages, v_pages, table, o_parts, lse_parts, arrived, o, lse, entries_at,  \
+                  places_at, numbers_at, H, G, K, page_bits, fewest_pages, q_stride, scale);    \
     }
 
 DECODE(1)
 DECODE(2)
 DECODE(4)
 DECODE(8)
-
-// The rule of `hpcinfer.ops.attention.merge` over the splits of one head of one query:
-// o_parts (rows, H, splits, K), lse_parts (rows, H, splits).
-extern "C" __global__ void merge_splits(const float* o_parts, const float* lse_parts,
-                                        const int* table, float* o, float* lse, int splits,
-                                        int K) {
-    int H = (int)gridDim.x, head = (int)blockIdx.x;
-    long long from = ((long long)blockIdx.y * H + head) * splits;
-    long long to = (long long)table[5 * blockIdx.y] * H + head;
-    float m = minus_infinity();
-    for (int s = 0; s < splits; s++) m = fmaxf(m, lse_parts[from + s]);
-    bool empty = m == minus_infinity();
-    for (int c = (int)threadIdx.x; c < K; c += (int)blockDim.x) {
-        float total = 0, sum = 0;
-        for (int s = 0; s < splits && !empty; s++) {
-            float weight = expf(lse_parts[from + s] - m);
-            total += weight;
-            sum += weight * o_parts[(from + s) * K + c];
-        }
-        o[to * K + c] = empty ? 0.0f : sum / total;
-        if (c == 0) lse[to] = empty ? m : m + logf(total);
-    }
-}

@@ -1,27 +1,33 @@
 """Attention: queries over their pages, split over the device and merged, or large matrix products.
 
 In decoding every query reads its keys and values once for all query heads that share them. Many
-queries of a sequence are blocks of two products of all heads at a time, by cuBLAS.
+queries of a sequence go to `prefill`; what that does not serve are blocks of two products of all
+heads at a time, by cuBLAS.
 """
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
 
 from hpcinfer import array
 from hpcinfer.ops import attention as plain
+from hpcinfer.ops.cuda import prefill
 from hpcinfer.ops.cuda.launch import NAMES, aligned, kept, launch, on_device
 
 _HEADS, _LANES, _THREADS = (1, 2, 4, 8), (4, 8, 16, 32), 128
 
 OPTIONS = tuple(
-    (f"-DHELD={held}", f"-DLANES={lanes}") for held in NAMES.values() for lanes in _LANES
+    (f"-DHELD={held}", f"-DOUT={out}", f"-DLANES={lanes}")
+    for held in NAMES.values()
+    for out in dict.fromkeys(("float", held))
+    for lanes in _LANES
 )
-KERNELS = (*(f"decode_{heads}" for heads in _HEADS), "merge_splits")
+KERNELS = tuple(f"decode_{heads}" for heads in _HEADS)
 
 # Queries of a sequence up to which each reads the keys for itself; blocks that keep a large device
-# busy; pages below which a split costs more than it brings.
-_FEW_QUERIES, _BUSY_BLOCKS, _FEWEST_PAGES = 4, 512, 2
+# busy; pages below which a split costs more than it brings; splits that a block can merge.
+_FEW_QUERIES, _BUSY_BLOCKS, _FEWEST_PAGES, _MOST_SPLITS = 4, 512, 2, 64
 
 # Query heads and queries of a block, together, and keys of a block, at least; its most scores.
 _ROWS, _KEYS, _SCORES = 4096, 512, 64 << 20
@@ -32,6 +38,11 @@ def attention(
     q, k, v, q_pos, k_pos, *, scale, groups, window=None, softcap=None, between=None, v_columns=None
 ):
     """As `ops.attention.attention`, where all key/value heads have equally many query heads."""
+    if softcap is None and v_columns is None:
+        options = {"scale": scale, "groups": groups, "window": window, "between": between}
+        result = prefill.attention(q, k, v, q_pos, k_pos, **options)
+        if result is not NotImplemented:
+            return result
     xp, (S, H, K), G = array.namespace(q), q.shape, len(groups)
     n = H // G if G else 0
     if not (n and S and len(k)) or [tuple(g) for g in groups] != [
@@ -119,28 +130,37 @@ def _by_heads(x):
 
 
 def paged_attention(
-    q, q_tokens, k_pages, v_pages, books, *, scale, groups, window=None, v_columns=None
-):
-    """As `ops.attention.paged_attention`; sequences with many queries take the plain form."""
+    q, q_tokens, k_pages, v_pages, books, *,
+    scale, groups, window=None, v_columns=None, dtype=np.float32,
+):  # fmt: skip
+    """As `ops.attention.paged_attention`; what no kernel serves takes the plain form."""
     if v_columns is not None or not _served(q, k_pages, v_pages, groups):
-        return NotImplemented
-    table = _table(q_tokens, books, groups, window, k_pages)
-    if table is None:
         return NotImplemented
     xp = array.namespace(q)
     if not _has_whole_heads(q):
         q = xp.ascontiguousarray(q)
     if not aligned(q) or q.strides[0] % 16:
         return NotImplemented
-    o, lse = xp.empty(q.shape, np.float32), xp.empty(q.shape[:2], np.float32)
+    pages, options = (k_pages, v_pages, books), {"scale": scale, "groups": groups, "window": window}
+    table = _table(q_tokens, books, groups, window, k_pages)
+    if table is None:
+        result = prefill.paged_attention(q, q_tokens, *pages, **options)
+        return result if result is NotImplemented else (array.narrow(result[0], dtype), result[1])
+
+    # Sequences with few queries; rounded at once where there are no others.
+    others, is_rounded = table.others, dtype == k_pages.dtype
+    o = xp.empty(q.shape, dtype if is_rounded and not others else np.float32)
+    lse = xp.empty(q.shape[:2], np.float32)
     _decode(q, k_pages, v_pages, table, scale, o, lse)
-    for b, rows in table.others:
-        q_pos = q_tokens[rows, 1]
-        k, v, k_pos = plain.cached(k_pages, v_pages, books, b, plain.reach(q_pos, window))
-        o[rows], lse[rows] = plain.attention(
-            q[rows], k, v, q_pos, k_pos, scale=scale, groups=groups, window=window
-        )
-    return o, lse
+
+    # Those with many in one launch, or one by one.
+    many = {"more_than": _FEW_QUERIES, "out": (o, lse)}
+    if others and prefill.paged_attention(q, q_tokens, *pages, **options, **many) is NotImplemented:
+        for b, rows in others:
+            q_pos = q_tokens[rows, 1]
+            k, v, k_pos = plain.cached(*pages, b, plain.reach(q_pos, window))
+            o[rows], lse[rows] = plain.attention(q[rows], k, v, q_pos, k_pos, **options)
+    return array.narrow(o, dtype), lse
 
 
 def _served(q, k_pages, v_pages, groups):
@@ -221,6 +241,7 @@ def _build(q_tokens, books, groups, window, k_pages):
     n_queries = sum(rows.stop - rows.start for _, rows in few)
     n_pages, longest = books.room or _pages_of(few, q_tokens, books, window)
     splits = min(-(-longest // _FEWEST_PAGES), _BUSY_BLOCKS // (n_queries * len(entries)))
+    splits = min(splits, _MOST_SPLITS)
 
     def values():
         return _values(plain.sequences(q_tokens), q_tokens, books, window, entries, n_pages)
@@ -241,9 +262,7 @@ def _build(q_tokens, books, groups, window, k_pages):
 
 def _pages_of(runs, q_tokens, books, window):
     """Pages that the queries of some sequences meet: of all, and of the one with the most."""
-    counts = [
-        len(books.pages(b, plain.reach(q_tokens[rows, 1], window))[0]) for b, rows in runs
-    ]
+    counts = [len(books.pages(b, plain.reach(q_tokens[rows, 1], window))[0]) for b, rows in runs]
     return sum(counts), max(counts)
 
 
@@ -271,21 +290,23 @@ def _decode(q, k_pages, v_pages, table, scale, o, lse):
     """Fill in the rows of o (T, H, K) and lse (T, H) that the table's queries have."""
     xp, (_, H, K), (_, G, page, _) = array.namespace(q), q.shape, k_pages.shape
     lanes = next(n for n in _LANES if 8 * n >= K)
-    options = (f"-DHELD={NAMES[k_pages.dtype.name]}", f"-DLANES={lanes}")
-    o_parts, lse_parts = o, lse
+    out, held = NAMES[o.dtype.name], NAMES[k_pages.dtype.name]
+    o_parts = lse_parts = arrived = None
     if table.splits > 1:
         o_parts = xp.empty((table.n_queries, H, table.splits, K), np.float32)
         lse_parts = xp.empty((table.n_queries, H, table.splits), np.float32)
+        arrived = _counters(xp, 1 << (table.n_queries * table.n_entries - 1).bit_length())
     launch(
         "attention", f"decode_{table.heads}",
         (table.splits, table.n_entries, table.n_queries), _THREADS,
-        q, k_pages, v_pages, table.values, o_parts, lse_parts,
+        q, k_pages, v_pages, table.values, o_parts, lse_parts, arrived, o, lse,
         table.entries_at, table.places_at, table.numbers_at, H, G, K,
         page.bit_length() - 1, _FEWEST_PAGES, np.int64(q.strides[0] // 4), float(scale),
-        options=options,
+        options=(f"-DHELD={held}", f"-DOUT={out}", f"-DLANES={lanes}"),
     )  # fmt: skip
-    if table.splits > 1:
-        launch(
-            "attention", "merge_splits", (H, table.n_queries), min(_THREADS, -(-K // 32) * 32),
-            o_parts, lse_parts, table.values, o, lse, table.splits, K, options=options,
-        )  # fmt: skip
+
+
+@functools.cache
+def _counters(xp, n):
+    """(n,) int32 of blocks that have come: zero before and after every launch."""
+    return xp.zeros(n, np.int32)

@@ -26,23 +26,6 @@ __device__ inline unsigned short float_to_half(float x) {
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                \
     }
 
-#if __CUDA_ARCH__ >= 800
-// Copies of 16 bytes to shared memory that go on behind the thread's back, zeros if the source is
-// not there. They are committed in groups; a wait leaves the last PENDING groups under way.
-__device__ inline void copy16(void* to, const void* from, bool there) {
-    unsigned at = (unsigned)__cvta_generic_to_shared(to);
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                 :: "r"(at), "l"(from), "r"(there ? 16 : 0) : "memory");
-}
-
-__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-template <int PENDING>
-__device__ inline void wait_copies() {
-    asm volatile("cp.async.wait_group %0;" :: "n"(PENDING) : "memory");
-}
-#endif
-
 // (x & mask) ^ bits, in one instruction even where both are constants.
 __device__ inline unsigned masked_xor(unsigned x, unsigned mask, unsigned bits) {
     unsigned y;
@@ -63,7 +46,46 @@ MATRIX_PRODUCT(mma_f16, "f16")
 MATRIX_PRODUCT(mma_bf16, "bf16")
 SUM2(sum2_f16, "add.f16x2 %0, %1, %2;")
 SUM2(sum2_bf16, "{.reg .b32 one; mov.b32 one, 0x3f803f80; fma.rn.bf16x2 %0, %1, one, %2;}")
+
+// Four matrices (8, 8) of 16 bits in shared memory, which a warp loads together. Lane 8 i + j says
+// where row j of matrix i is, and has of each the columns 2 (lane % 4) and one more of row lane / 4;
+// of the transpose in the second form.
+#define LOAD_MATRICES(NAME, WAY)                                                                \
+    __device__ inline void NAME(unsigned* x, const void* row) {                                 \
+        unsigned at = (unsigned)__cvta_generic_to_shared(row);                                  \
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4" WAY ".shared.b16 {%0,%1,%2,%3}, [%4];"     \
+                     : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])                           \
+                     : "r"(at));                                                                \
+    }
+
+LOAD_MATRICES(load_matrices, "")
+LOAD_MATRICES(load_transposed, ".trans")
+
+// Copies of 16 bytes to shared memory that go on behind the thread's back, zeros if the source is
+// not there. They are committed in groups; a wait leaves the last PENDING groups under way.
+__device__ inline void copy16(void* to, const void* from, bool there) {
+    unsigned at = (unsigned)__cvta_generic_to_shared(to);
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+                 :: "r"(at), "l"(from), "r"(there ? 16 : 0) : "memory");
+}
+
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int PENDING>
+__device__ inline void wait_copies() {
+    asm volatile("cp.async.wait_group %0;" :: "n"(PENDING) : "memory");
+}
 #endif
+
+// 2^x, a unit in the last place or two off; 0 below the normal numbers.
+__device__ inline float fast_exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Shared memory whose size the launch says.
+extern __shared__ uint4 dynamic_shared[];
 
 #endif
 
@@ -112,6 +134,19 @@ __device__ inline unsigned pack2(float low, float high) {
     narrow(low, &a), narrow(high, &b);
     return a.bits | (unsigned)b.bits << 16;
 }
+
+#if __CUDA_ARCH__ >= 800
+#define PACK(NAME, TYPE)                                                                        \
+    template <>                                                                                 \
+    __device__ inline unsigned pack2<NAME>(float low, float high) {                             \
+        unsigned word;                                                                          \
+        asm("cvt.rn." TYPE "x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));            \
+        return word;                                                                            \
+    }
+
+PACK(f16, "f16")
+PACK(bf16, "bf16")
+#endif
 
 // Eight values as they lie in memory, at a multiple of 16 bytes.
 template <class V>

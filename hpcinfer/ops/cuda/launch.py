@@ -29,7 +29,7 @@ def source(file):
     return "\n".join((_FOLDER / name).read_text(encoding="utf-8") for name in names)
 
 
-def launch(file, kernel, grid, threads, *args, options=()):
+def launch(file, kernel, grid, threads, *args, options=(), shared=0):
     """Start a kernel on the current stream.
 
     Parameters
@@ -39,13 +39,24 @@ def launch(file, kernel, grid, threads, *args, options=()):
     threads : threads of a block
     args : arrays, None for a null pointer, int for a C++ int, float for a float, or NumPy scalars
     options : of the compiler, definitions as a rule
+    shared : bytes of shared memory whose size the source leaves open
     """
-    _kernel(file, kernel, options)(grid, (threads,), tuple(map(_argument, args)))
+    function = _kernel(file, kernel, options)
+    if not shared:
+        return function(grid, (threads,), tuple(map(_argument, args)))
+    _make_room(file, kernel, options, shared)
+    return function(grid, (threads,), tuple(map(_argument, args)), shared_mem=shared)
 
 
 @functools.cache
 def _kernel(file, kernel, options):
     return _module(file, options).get_function(kernel)
+
+
+@functools.cache
+def _make_room(file, kernel, options, shared):
+    """Let the kernel have more shared memory than every kernel may."""
+    _kernel(file, kernel, options).max_dynamic_shared_size_bytes = shared
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Matrix products: kernels that read the weight once for few tokens, cuBLAS for more."""
+"""Matrix products: of few tokens by kernels, with a gate in them, of more by cuBLAS."""
 
 import functools
 
@@ -11,27 +11,32 @@ from hpcinfer.ops.cuda.launch import NAMES, aligned, launch
 from hpcinfer.ops.cuda.quantize import dequantize
 from hpcinfer.ops.quantize import Quantized, place
 
-# Tokens that the kernels serve: by matrix units in tiles of eight, without them in any number.
+# Tokens that a block serves by tiles of matrix units, and up to which there are so many blocks. It
+# takes less time to read codes again, which the cache has, than to write and read their numbers;
+# of other weights one token is served by rows, and more than one by cuBLAS.
 _TILES, _TILE = (1, 2), 8
+_TILED_TOKENS, _CODED_TOKENS = 1, 64
+
+# Tokens that the kernels for devices without 16-bit matrix units serve, and outputs of a warp.
 _TOKENS, _ROWS = (1, 2, 4, 8), (1, 2, 4)
-
-# Tokens up to which codes are read in tiles: reading them again, which the cache has, takes less
-# time than writing and reading their numbers.
-_CODED_TOKENS = 64
-
-# Numbers of codes that are there at a time, for the product with many tokens.
-_NUMBERS_BYTES = 256 << 20
 
 OPTIONS = (("-DWEIGHT=f16",), ("-DWEIGHT=bf16",))
 KERNELS = (
     *(f"product_{of}_{tiles}" for of in ("float", "held") for tiles in _TILES),
     *(f"{function}_product_{tiles}" for function in activation.FUNCTIONS for tiles in _TILES),
+    *(f"one_{of}" for of in ("float", "held", *activation.FUNCTIONS)),
     *(f"matvec_{tokens}_{rows}" for tokens in _TOKENS for rows in _ROWS),
 )
 
-# Outputs and warps of a block; warps that keep the memory of a large device busy.
-_BLOCK_OUTPUTS, _BLOCK_WARPS, _BUSY_WARPS = 16, 8, 2048
-_MOST_OUTPUTS = 65535 * _BLOCK_OUTPUTS // 2  # as a grid has blocks
+# Warps of a block; warps that keep the memory of a large device busy, where they have one output
+# and where they have more; inputs that make a part of a row worth a warp.
+_BLOCK_WARPS, _MANY_WARPS, _BUSY_WARPS, _PART = 8, 4096, 2048, 1024
+
+# Outputs of a block by tiles, and of as many blocks as a grid has.
+_BLOCK_OUTPUTS, _MOST_OUTPUTS = 16, 65535 * 8
+
+# Numbers of codes that are there at a time, for the product with many tokens, in bytes.
+_NUMBERS_BYTES = 256 << 20
 
 
 def linear(x, weight, bias=None):
@@ -39,9 +44,11 @@ def linear(x, weight, bias=None):
     if not (x.size and len(weight) and _lies_well(weight)):
         return NotImplemented
     x = array.namespace(x).ascontiguousarray(x)
-    if _is_served(x, weight, _most_tokens(x, weight)):
+    if _is_served_by_rows(x, weight, 1):
+        return _one_token(x, weight, bias)
+    if _is_served_by_tiles(x, weight):
         return _by_tiles(x, weight, bias)
-    if not isinstance(weight, Quantized) and _is_served(x, weight, _TOKENS[-1]):
+    if _is_served_by_rows(x, weight, _TOKENS[-1]) and not _has_matrix_units():
         return _by_rows(x, weight, bias)
     return _by_blocks(x, weight, bias)
 
@@ -52,7 +59,7 @@ def linear_pair(x, first, middle, second, bias=None):
         return NotImplemented
     if not array.is_half(second.dtype) or not x.size:
         return NotImplemented
-    between = _gated_by_tiles(x, first, middle, second.dtype, bias)
+    between = _gated(x, first, middle, second.dtype, bias)
     if between is None:
         from hpcinfer.ops.linear import linear as any_linear
 
@@ -63,6 +70,14 @@ def linear_pair(x, first, middle, second, bias=None):
     return linear(between, second)
 
 
+@functools.cache
+def _has_matrix_units():
+    """True if cuBLAS and our kernels multiply both 16-bit types by matrix units here."""
+    from cupy.cuda import device
+
+    return int(device.get_compute_capability()) >= 80
+
+
 def _lies_well(weight):
     """True if kernels can read a weight where it is."""
     if isinstance(weight, Quantized):
@@ -70,47 +85,51 @@ def _lies_well(weight):
     return weight.flags.c_contiguous
 
 
-def _most_tokens(x, weight):
-    """Tokens of a product by tiles, 0 where the device has no such matrix units."""
-    if not (array.namespace(x) is np or _capability() >= 80):
-        return 0
-    return _CODED_TOKENS if isinstance(weight, Quantized) else _TILE * _TILES[-1]
-
-
-@functools.cache
-def _capability():
-    from cupy.cuda import device
-
-    return int(device.get_compute_capability())
-
-
-def _is_served(x, weight, most_tokens):
-    """True if a kernel for so many tokens serves a product."""
-    if not isinstance(weight, Quantized) and (x.shape[1] % 8 or not aligned(weight)):
-        return False
+def _is_served_by_rows(x, weight, most_tokens):
+    """True if rows of a weight, no codes, can be read by 16 bytes for so many tokens."""
     return (
-        array.is_half(weight.dtype)
+        not isinstance(weight, Quantized)
         and len(x) <= most_tokens
-        and len(weight) <= _MOST_OUTPUTS
-        and x.dtype in (np.float32, weight.dtype)
-        and aligned(x)
+        and _is_served(x, weight)
+        and x.shape[1] % 8 == 0
+        and aligned(weight)
     )
 
 
-def _operands(x, weight):
-    """What a kernel by tiles is given: its source, x, what the weight is, options."""
+def _is_served_by_tiles(x, weight):
+    """True if matrix units take few tokens and a weight or its codes as they are."""
     if not isinstance(weight, Quantized):
-        return "linear", x, (weight,), (f"-DWEIGHT={NAMES[weight.dtype.name]}",)
-    form, (*rows, offset) = weight.form, codes.operands(weight)
+        if not _is_served_by_rows(x, weight, _TILED_TOKENS):
+            return False
+    elif len(x) > _CODED_TOKENS or not _is_served(x, weight):
+        return False
+    on_host = array.namespace(x) is np
+    return len(weight) <= _MOST_OUTPUTS and (on_host or _has_matrix_units())
 
-    # Eight inputs that a lane reads begin at a multiple of 16 bytes.
-    if form.offset % 8 or form.inputs % 8:
-        x, offset = place(x, form), 0
-    return "quantize", x, (*rows, offset), codes.options(form, form.dtype)
+
+def _is_served(x, weight):
+    """True if kernels know the types of a product, and can read x by 16 bytes."""
+    return array.is_half(weight.dtype) and x.dtype in (np.float32, weight.dtype) and aligned(x)
+
+
+def _one_token(x, weight, bias):
+    """The product of one token: a warp for an output, or for a part of it."""
+    n_out, n_in = weight.shape
+    y = array.namespace(x).empty((1, n_out), np.float32)
+    fused, parts = bias is None or _is_fused(bias), _parts(n_out, n_in)
+    of = "float" if x.dtype == np.float32 else "held"
+    launch(
+        "linear", f"one_{of}", (-(-n_out * parts // _BLOCK_WARPS),), 32 * _BLOCK_WARPS,
+        x, weight, bias if fused else None, y, n_in, n_out, parts,
+        options=(f"-DWEIGHT={NAMES[weight.dtype.name]}",),
+    )  # fmt: skip
+    if not fused:
+        y += bias
+    return y
 
 
 def _by_tiles(x, weight, bias):
-    """Products of few tokens by matrix units: a block for 16 outputs."""
+    """The product of few tokens by matrix units: a block for 16 outputs."""
     T, n_out = len(x), len(weight)
     y = array.namespace(x).empty((T, n_out), np.float32)
     fused = bias is None or _is_fused(bias)
@@ -126,29 +145,57 @@ def _by_tiles(x, weight, bias):
     return y
 
 
-def _gated_by_tiles(x, weight, gate, dtype, bias):
-    """(T, F), the first product of few tokens with its gate; None if the kernel serves it not."""
+def _gated(x, weight, gate, dtype, bias):
+    """(T, F), the first product of few tokens with its gate; None if no kernel serves it."""
     if not (len(weight) and weight.dtype == dtype and _lies_well(weight)):
         return None
     x = array.namespace(x).ascontiguousarray(x)
-    if not _is_served(x, weight, _most_tokens(x, weight)):
+    by_rows = _is_served_by_rows(x, weight, 1)
+    if not (by_rows or _is_served_by_tiles(x, weight)) or not (bias is None or _is_fused(bias)):
         return None
-    if not (bias is None or _is_fused(bias)):
-        return None
-    x, T, start = array.narrow(x, dtype), len(x), 0
-    y = array.namespace(x).empty((T, sum(gate.widths)), dtype)
+    x, start = array.narrow(x, dtype), 0
+    y = array.namespace(x).empty((len(x), sum(gate.widths)), dtype)
+    of_part = _one_gated if by_rows else _gated_by_tiles
     for n in gate.widths:
         if n:
-            source, placed, operands, options = _operands(x, weight[2 * start :])
-            launch(
-                source, f"{gate.function.__name__}_product_{_tiles(T)}",
-                _grid(T, 2 * n), 32 * _BLOCK_WARPS,
-                placed, *operands, None if bias is None else bias[2 * start :],
-                y[:, start:], T, placed.shape[1], n, y.shape[1],
-                options=options,
-            )  # fmt: skip
+            of_part_bias = None if bias is None else bias[2 * start :]
+            of_part(x, weight[2 * start :], gate.function.__name__, of_part_bias, y[:, start:], n)
         start += n
     return y
+
+
+def _one_gated(x, weight, function, bias, y, n):
+    """The first `n` columns of y (1, F), of one token: a warp for a row of gate and one of up."""
+    n_in = x.shape[1]
+    parts = _parts(2 * n, n_in)
+    launch(
+        "linear", f"one_{function}", (-(-n * parts // _BLOCK_WARPS),), 32 * _BLOCK_WARPS,
+        x, weight, bias, y, n_in, n, parts,
+        options=(f"-DWEIGHT={NAMES[weight.dtype.name]}",),
+    )  # fmt: skip
+
+
+def _gated_by_tiles(x, weight, function, bias, y, n):
+    """The first `n` columns of y (T, F), of few tokens: a block for eight of them."""
+    T = len(x)
+    source, x, operands, options = _operands(x, weight)
+    launch(
+        source, f"{function}_product_{_tiles(T)}", _grid(T, 2 * n), 32 * _BLOCK_WARPS,
+        x, *operands, bias, y, T, x.shape[1], n, y.strides[0] // y.itemsize,
+        options=options,
+    )  # fmt: skip
+
+
+def _operands(x, weight):
+    """What a kernel by tiles is given: its source, x, what the weight is, options."""
+    if not isinstance(weight, Quantized):
+        return "linear", x, (weight,), (f"-DWEIGHT={NAMES[weight.dtype.name]}",)
+    form, (*rows, offset) = weight.form, codes.operands(weight)
+
+    # Eight inputs that a lane reads begin at a multiple of 16 bytes.
+    if form.offset % 8 or form.inputs % 8:
+        x, offset = place(x, form), 0
+    return "quantize", x, (*rows, offset), codes.options(form, form.dtype)
 
 
 def _grid(T, n_out):
@@ -159,6 +206,12 @@ def _grid(T, n_out):
 def _tiles(T):
     """Tiles of a block."""
     return next((n for n in _TILES if _TILE * n >= T), _TILES[-1])
+
+
+def _parts(n_out, n_in):
+    """Warps that share an output, so that there are many."""
+    wanted = min(_MANY_WARPS // max(1, n_out), n_in // _PART)
+    return max([1, *(n for n in (2, 4, 8) if n <= wanted)])
 
 
 def _is_fused(bias):
@@ -190,7 +243,7 @@ def _by_blocks(x, weight, bias):
     """Products of many tokens by cuBLAS, whose matrix units sum in float32."""
     if array.namespace(x) is np or weight.dtype.name not in blas.TYPES:
         return NotImplemented
-    if weight.dtype == array.BFLOAT16 and _capability() < 80:
+    if weight.dtype == array.BFLOAT16 and not _has_matrix_units():
         return NotImplemented
     y = array.namespace(x).empty((len(x), len(weight)), np.float32)
     x = array.narrow(array.widen(x) if weight.dtype == np.float32 else x, weight.dtype)

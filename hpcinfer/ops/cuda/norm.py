@@ -8,8 +8,9 @@ from hpcinfer.ops.cuda.launch import NAMES, aligned, launch, rows_of
 OPTIONS = tuple((f"-DTO={to}",) for to in NAMES.values())
 KERNELS = ("rms_norm_1", "rms_norm_4", "layer_norm_1", "layer_norm_4")
 
-# Threads of a block: as many as a row has use for where there are few rows.
-_MOST_THREADS, _MANY_THREADS, _MANY_ROWS = 1024, 256, 256
+# Threads of a block at most, and where rows are so many that blocks beside each other keep the
+# device busy; runs of values that a thread keeps.
+_MOST_THREADS, _MANY_THREADS, _MANY_ROWS, _RUNS = 1024, 256, 256, 4
 
 
 def rms_norm(x, weight, eps, dtype=np.float32):
@@ -46,9 +47,12 @@ def _normed(kernel, x, total, parameters, eps, dtype):
     # Four values at a time where they lie so.
     fours = D % 4 == 0 and all(s % 4 == 0 for s in strides)
     width = 4 if fours and aligned(x, total, y, *parameters) else 1
-    rows = x.size // D
-    most = _MOST_THREADS if rows < _MANY_ROWS else _MANY_THREADS
-    threads = min(most, 32 * max(1, -(-D // (32 * width))))
+    rows, runs = x.size // D, -(-D // width)
+    least = 32 * -(-runs // (32 * _RUNS))
+    if least > _MOST_THREADS:
+        return NotImplemented
+    most = _MOST_THREADS if rows < _MANY_ROWS else max(least, _MANY_THREADS)
+    threads = min(most, 32 * -(-runs // 32))
     launch(
         "norm", f"{kernel}_{width}", (rows,), threads,
         x, total, *parameters, y, D, inner, *strides, float(eps),

@@ -5,6 +5,8 @@
 // and add up in a fixed order what each has found. The sum over the inputs may be taken in any
 // order, so a lane reads eight that follow one another, of two rows of the weight and of one token;
 // the units take four of them at a time.
+typedef WEIGHT held;
+
 #if !defined(__CUDACC__) || __CUDA_ARCH__ >= 800
 
 // Weights travel by shared memory, so that many are under way while few registers hold any: each
@@ -216,7 +218,5 @@ __device__ void gated_product(const MATRIX& weight, const X* x, const float* bia
         narrow(FUNCTION(gate) * up, y + (long long)(from + token) * y_stride + first + row);
     }
 }
-
-typedef WEIGHT held;
 
 #endif

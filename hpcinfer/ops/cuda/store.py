@@ -1,4 +1,4 @@
-"""Keys and values into the pages of a cache, rounded on the way; heads made ready in the same pass."""
+"""Keys and values into the pages of a cache, and heads made ready for it in the same pass."""
 
 import numpy as np
 
