@@ -18,7 +18,19 @@ import pytest
 
 from hpcinfer import array
 from hpcinfer.model.step import Books
-from hpcinfer.ops import activation, attention, cuda, fastest, linear, norm, quantize, rope, store
+from hpcinfer.ops import (
+    activation,
+    attention,
+    cuda,
+    experts,
+    fastest,
+    linear,
+    norm,
+    quantize,
+    rope,
+    route,
+    store,
+)
 from hpcinfer.ops.cuda import launch
 
 pytestmark = pytest.mark.single
@@ -340,7 +352,7 @@ def test_linear_of_one_token(put, rng, monkeypatch, dtype, warps, n_in, n_out):
 @pytest.mark.parametrize(("n_in", "n_out"), [(8, 1), (520, 37)])
 def test_linear_without_matrix_units(put, rng, monkeypatch, dtype, T, n_in, n_out):
     """Any number of outputs to a warp, with a last warp that has fewer."""
-    monkeypatch.setattr(fast("linear"), "_has_matrix_units", lambda: False)
+    monkeypatch.setattr(fast("linear"), "has_matrix_units", lambda x: False)
     x, weight, bias = normal(rng, T, n_in), weight_of(rng, dtype, n_out, n_in), normal(rng, n_out)
     expected = plain(linear.linear)(x, weight, bias)
     for busy in (1, 16, 1000):
@@ -521,6 +533,137 @@ def test_linear_of_codes_and_many_tokens(rng, monkeypatch, dtype, kind):
         there, columns = put_codes(put, weight)[part], part if part == slice(None) else part[1]
         got = fast("linear").linear(put(x[:, columns]), there, put(bias))
         agree(got, plain(linear.linear)(x[:, columns], weight[part], bias), 3e-2)
+
+
+# Experts
+
+
+def choices(rng, T, k, E, without=0.2):
+    """Experts that tokens choose, none twice, some below 0; and their weights."""
+    ids = np.argsort(rng.random((T, E)), axis=1)[:, :k].astype(np.int32)
+    ids[rng.random((T, k)) < without] = -1
+    return ids, rng.random((T, k), np.float32)
+
+
+def apply_experts(put, x, ids, weights, up, down, first, name):
+    """The fast form beside the plain one; `up` and `down` are arrays, or codes."""
+    middle = activation.Gate(activation.activation(name), (down.shape[2],))
+    expected = plain(experts.experts_ffn)(x, ids, weights, up, down, first, middle)
+    there = [put_codes(put, w) if isinstance(w, quantize.Quantized) else put(w) for w in (up, down)]
+    got = fast("experts").experts_ffn(put(x), put(ids), put(weights), *there, first, middle)
+    assert got is not NotImplemented and got.dtype == np.float32
+    scale = np.abs(expected).max() + 1e-6
+    np.testing.assert_allclose(array.host(got) / scale, expected / scale, atol=1e-2)
+
+
+def expert_weights(rng, dtype, E, D, F):
+    up, down = weight_of(rng, dtype, E, 2 * F, D), weight_of(rng, dtype, E, D, F)
+    return up * up.dtype.type(D**-0.5), down
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", ["silu", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize(("T", "k"), [(1, 4), (9, 7), (13, 1), (64, 1)])
+def test_few_choices(put, rng, dtype, name, T, k):
+    """One token and several blocks of them, an expert that many chose, other ranks' experts."""
+    x, (ids, weights) = normal(rng, T, 72), choices(rng, T, k, 7)
+    ids[rng.random(T) < 0.4, 0] = 8
+    up, down = expert_weights(rng, dtype, 5, 72, 24)
+    apply_experts(put, x, ids, weights, up, down, 2, name)
+
+
+def test_a_warp_goes_over_several_experts(put, rng):
+    x, (ids, weights) = normal(rng, 8, 8), choices(rng, 8, 8, 30)
+    apply_experts(put, x, ids, weights, *expert_weights(rng, "bfloat16", 30, 8, 40), 0, "silu")
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", ["silu", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize("many", [1000, 0])
+def test_many_choices(put, rng, monkeypatch, dtype, name, many):
+    """Items of 16 choices and of 128; experts with none and with more than an item has."""
+    monkeypatch.setattr(fast("grouped"), "_MANY", many)
+    monkeypatch.setattr(fast("grouped"), "_FOUND_BYTES", 4 * 72 * 2 * 270)
+    x, (ids, weights) = normal(rng, 300, 72), choices(rng, 300, 2, 6)
+    ids[:, 0] = np.where(rng.random(300) < 0.6, 4, ids[:, 0])
+    ids[ids == 3] = -1
+    ids[:, 1] = np.where(ids[:, 1] == ids[:, 0], -1, ids[:, 1])
+    up, down = expert_weights(rng, dtype, 4, 72, 24)
+    apply_experts(put, x, ids, weights, up, down, 1, name)
+
+
+@pytest.mark.parametrize(("D", "F"), [(200, 80), (24, 136)])
+def test_tiles_of_choices(put, rng, monkeypatch, D, F):
+    """Rows and inputs that fill no tile, and more than one."""
+    monkeypatch.setattr(fast("grouped"), "_MANY", 0)
+    x, (ids, weights) = normal(rng, 150, D), choices(rng, 150, 1, 2)
+    apply_experts(put, x, ids, weights, *expert_weights(rng, "bfloat16", 2, D, F), 0, "silu")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("T", "k"), [(3, 2), (40, 2)])
+def test_experts_of_codes(put, rng, kind, T, k):
+    """Few choices and more, of codes that are cut within a group."""
+    x, (ids, weights) = normal(rng, T, 72), choices(rng, T, k, 3)
+    up = codes_of(rng, kind, "bfloat16", 3 * 48, 72)
+    down = codes_of(rng, kind, "bfloat16", 3 * 72, 56)[:, 8:32]
+    up, down = (
+        quantize.Quantized(w.form, *(a.reshape(3, -1, a.shape[1]) for a in (w.words, w.scales)))
+        for w in (up, down)
+    )
+    up.scales[...] *= np.float16(0.125)
+    apply_experts(put, x, ids, weights, up, down, 0, "silu")
+
+
+def test_experts_that_are_left_to_the_plain_form(put, rng):
+    """Other functions, several blocks of columns, columns that fill no load, float32."""
+    x, (ids, weights) = normal(rng, 2, 16), choices(rng, 2, 2, 3)
+    operands = put(x), put(ids), put(weights)
+    for F, dtype, function, widths in (
+        (8, "bfloat16", activation.relu, (8,)), (16, "bfloat16", activation.silu, (8, 8)),
+        (12, "bfloat16", activation.silu, (12,)), (8, "float32", activation.silu, (8,)),
+    ):  # fmt: skip
+        up, down = expert_weights(rng, dtype, 3, 16, F)
+        middle = activation.Gate(function, widths)
+        got = fast("experts").experts_ffn(*operands, put(up), put(down), 0, middle)
+        assert got is NotImplemented
+
+
+ROUTERS = (
+    route.Router(3),
+    route.Router(8, normalise=True, scale=2.5),
+    route.Router(4, "sigmoid", True, groups=8, top_groups=3),
+    route.Router(6, "sigmoid", True, 2.5, 4, 2, "top2", corrected=True),
+)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("E", [8, 96, 256])
+def test_route(put, rng, router, E):
+    """Ties, and scores that are no numbers."""
+    logits, bias = 3 * normal(rng, 7, E), normal(rng, E) if router.corrected else None
+    logits[1], logits[2, 1::2] = 0, logits[2, 0]
+    logits[3, :4] = -300, 300, 0, 300
+    got = fast("route").route(put(logits), router, None if bias is None else put(bias))
+    ids, weights = plain(route.route)(logits, router, bias)
+    np.testing.assert_array_equal(array.host(got[0]), ids)
+    agree(got[1], weights, 3e-6)
+
+
+def test_a_router_takes_what_is_no_number_last(put, rng):
+    logits = normal(rng, 2, 40)
+    logits[0, ::2], logits[1] = np.nan, np.nan
+    ids, _ = fast("route").route(put(logits), route.Router(5, "sigmoid"))
+    expected, _ = plain(route.route)(logits, route.Router(5, "sigmoid"))
+    np.testing.assert_array_equal(array.host(ids), expected)
+
+
+def test_count_into(put, rng):
+    ids, _ = choices(rng, 300, 3, 40)
+    counts = put(np.ones((2, 40), np.int64))
+    assert fast("route").count_into(counts[1], put(ids)) is not NotImplemented
+    expected = plain(route.count_into)(np.ones(40, np.int64), ids)
+    np.testing.assert_array_equal(array.host(counts), [np.ones(40), expected])
 
 
 # Attention

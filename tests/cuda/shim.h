@@ -107,16 +107,19 @@ static void __syncwarp() { meet(warps[current / 32]); }
 
 static void __threadfence() {}
 
-static int atomicAdd(int* to, int x) {
-    int before = *to;
+template <class V>
+static V atomicAdd(V* to, V x) {
+    V before = *to;
     *to += x;
     return before;
 }
 
-static float __shfl_xor_sync(unsigned, float x, int step) {
-    exchange[current] = x;
+template <class V>
+static V __shfl_xor_sync(unsigned, V x, int step) {
+    static V given[1024];
+    given[current] = x;
     meet(warps[current / 32]);
-    float y = exchange[current ^ step];
+    V y = given[current ^ step];
     meet(warps[current / 32]);
     return y;
 }
@@ -130,6 +133,18 @@ static V __shfl_sync(unsigned, V x, int lane) {
     meet(warps[current / 32]);
     return y;
 }
+
+static unsigned __ballot_sync(unsigned, bool truth) {
+    exchange[current] = truth;
+    meet(warps[current / 32]);
+    unsigned all = 0;
+    for (int lane = 0; lane < 32; lane++)
+        all |= (unsigned)(exchange[current / 32 * 32 + lane] != 0) << lane;
+    meet(warps[current / 32]);
+    return all;
+}
+
+static int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
 static int __any_sync(unsigned, bool truth) {
     exchange[current] = truth;

@@ -6,10 +6,12 @@ include no header, and call no library.
 
 import importlib.util
 
-FILES = ("activation", "attention", "linear", "norm", "quantize", "rope", "store")
+FILES = (
+    "activation", "attention", "experts", "linear", "norm", "quantize", "rope", "route", "store",
+)  # fmt: skip
 
 # Files with more fast forms of a file's functions, which that file's own calls.
-PARTS = {"prefill": "attention"}
+PARTS = {"prefill": "attention", "grouped": "experts"}
 
 
 def missing():

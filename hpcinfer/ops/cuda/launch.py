@@ -16,7 +16,8 @@ from hpcinfer import array, capture
 NAMES = {"float32": "float", "float16": "f16", "bfloat16": "bf16"}
 
 # What some sources have before them, beside what is common to all.
-_BEFORE = {"linear": ("product.cuh",), "quantize": ("product.cuh",)}
+_PRODUCTS = ("product.cuh", "codes.cuh")
+_BEFORE = {"linear": _PRODUCTS, "quantize": _PRODUCTS, "experts": _PRODUCTS}
 
 _FOLDER = Path(__file__).resolve().parent
 _NULL = np.uint64(0)
@@ -117,6 +118,18 @@ def on_device(like, objects, build):
         return capture.under_way.upload(build)
 
     return kept(objects, ("on device",), send)
+
+
+def has_matrix_units(x):
+    """True if both 16-bit types are multiplied by matrix units where x is."""
+    return array.namespace(x) is np or _capability() >= 80
+
+
+@functools.cache
+def _capability():
+    from cupy.cuda import device
+
+    return int(device.get_compute_capability())
 
 
 def aligned(*arrays):

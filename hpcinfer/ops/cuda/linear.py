@@ -1,13 +1,11 @@
 """Matrix products: of few tokens by kernels, with a gate in them, of more by cuBLAS."""
 
-import functools
-
 import numpy as np
 
 from hpcinfer import array
 from hpcinfer.ops.activation import Gate
 from hpcinfer.ops.cuda import activation, blas, codes
-from hpcinfer.ops.cuda.launch import NAMES, aligned, launch
+from hpcinfer.ops.cuda.launch import NAMES, aligned, has_matrix_units, launch
 from hpcinfer.ops.cuda.quantize import dequantize
 from hpcinfer.ops.quantize import Quantized, place
 
@@ -48,7 +46,7 @@ def linear(x, weight, bias=None):
         return _one_token(x, weight, bias)
     if _is_served_by_tiles(x, weight):
         return _by_tiles(x, weight, bias)
-    if _is_served_by_rows(x, weight, _TOKENS[-1]) and not _has_matrix_units():
+    if _is_served_by_rows(x, weight, _TOKENS[-1]) and not has_matrix_units(x):
         return _by_rows(x, weight, bias)
     return _by_blocks(x, weight, bias)
 
@@ -68,14 +66,6 @@ def linear_pair(x, first, middle, second, bias=None):
         if between is NotImplemented:
             return NotImplemented
     return linear(between, second)
-
-
-@functools.cache
-def _has_matrix_units():
-    """True if cuBLAS and our kernels multiply both 16-bit types by matrix units here."""
-    from cupy.cuda import device
-
-    return int(device.get_compute_capability()) >= 80
 
 
 def _lies_well(weight):
@@ -103,8 +93,7 @@ def _is_served_by_tiles(x, weight):
             return False
     elif len(x) > _CODED_TOKENS or not _is_served(x, weight):
         return False
-    on_host = array.namespace(x) is np
-    return len(weight) <= _MOST_OUTPUTS and (on_host or _has_matrix_units())
+    return len(weight) <= _MOST_OUTPUTS and has_matrix_units(x)
 
 
 def _is_served(x, weight):
@@ -243,7 +232,7 @@ def _by_blocks(x, weight, bias):
     """Products of many tokens by cuBLAS, whose matrix units sum in float32."""
     if array.namespace(x) is np or weight.dtype.name not in blas.TYPES:
         return NotImplemented
-    if weight.dtype == array.BFLOAT16 and not _has_matrix_units():
+    if weight.dtype == array.BFLOAT16 and not has_matrix_units(x):
         return NotImplemented
     y = array.namespace(x).empty((len(x), len(weight)), np.float32)
     x = array.narrow(array.widen(x) if weight.dtype == np.float32 else x, weight.dtype)

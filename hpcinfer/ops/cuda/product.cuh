@@ -107,8 +107,10 @@ struct Dense {
 
     __device__ Rows rows(int above, int below) const {
         return {reinterpret_cast<const uint4*>(weight + (long long)above * I),
-                reinterpret_cast<const uint4*>(weight + (long long)below * I), I, (I + 31) / 32};
+                reinterpret_cast<const uint4*>(weight + (long long)below * I), I, steps()};
     }
+
+    __device__ int steps() const { return (I + 31) / 32; }
 };
 
 // d += the products of some steps, whose weights arrive in the warp's own memory.
@@ -148,30 +150,16 @@ __device__ inline void add_steps(const typename MATRIX::Rows& rows,
     wait_copies<0>();
 }
 
-// The sums of the block's 16 rows, of which the first eight begin at `first` and the others at
-// `second`: sums[row][token], valid for all threads behind it. Rows past the last repeat it.
-template <int TILES, class MATRIX, class X>
-__device__ inline void block_product(const MATRIX& weight, const Tokens<TILES, X>& tokens,
-                                     int first, int second, int last_first, int last_second,
-                                     float sums[16][8 * TILES]) {
-    __shared__ uint4 arriving[WARPS][STAGES][2][32];
+// sums[row][token] of what the warps have found, for all threads of the block.
+template <int TILES>
+__device__ inline void add_up_warps(const float (*d)[4], float sums[16][8 * TILES]) {
     __shared__ float partial[WARPS][16][8 * TILES];
-    int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32, group = lane / 4;
-    auto rows = weight.rows(min(first + group, last_first), min(second + group, last_second));
-    float d[TILES][4];
-#pragma unroll
-    for (int n = 0; n < TILES; n++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) d[n][i] = 0;
-    int share = (rows.steps + WARPS - 1) / WARPS, from = warp * share;
-    add_steps<MATRIX>(rows, tokens, from, min(share, rows.steps - from), arriving[warp], d);
-
-    // Add up the warps.
+    int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
 #pragma unroll
     for (int n = 0; n < TILES; n++)
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            partial[warp][group + i / 2 * 8][8 * n + lane % 4 * 2 + i % 2] = d[n][i];
+            partial[warp][lane / 4 + i / 2 * 8][8 * n + lane % 4 * 2 + i % 2] = d[n][i];
     __syncthreads();
     for (int item = (int)threadIdx.x; item < 16 * 8 * TILES; item += 32 * WARPS) {
         int row = item % 16, token = item / 16;
@@ -181,6 +169,25 @@ __device__ inline void block_product(const MATRIX& weight, const Tokens<TILES, X
         sums[row][token] = sum;
     }
     __syncthreads();
+}
+
+// The sums of the block's 16 rows, of which the first eight begin at `first` and the others at
+// `second`: sums[row][token]. Rows past the last repeat it.
+template <int TILES, class MATRIX, class X>
+__device__ inline void block_product(const MATRIX& weight, const Tokens<TILES, X>& tokens,
+                                     int first, int second, int last_first, int last_second,
+                                     float sums[16][8 * TILES]) {
+    __shared__ uint4 arriving[WARPS][STAGES][2][32];
+    int warp = (int)threadIdx.x / 32, group = (int)threadIdx.x % 32 / 4;
+    auto rows = weight.rows(min(first + group, last_first), min(second + group, last_second));
+    float d[TILES][4];
+#pragma unroll
+    for (int n = 0; n < TILES; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) d[n][i] = 0;
+    int share = (rows.steps + WARPS - 1) / WARPS, from = warp * share;
+    add_steps<MATRIX>(rows, tokens, from, min(share, rows.steps - from), arriving[warp], d);
+    add_up_warps<TILES>(d, sums);
 }
 
 // y (T, O) = x (T, I) · weightᵀ + bias. Blocks of the same outputs follow one another.

@@ -24,7 +24,7 @@ _THREADS = 256
 
 def dequantize(weight, dtype=np.float32):
     """As `ops.quantize.dequantize`, of a matrix, rounded to a type; rows may lie apart."""
-    if not codes.are_served(weight):
+    if weight.ndim != 2 or not codes.are_served(weight):
         return NotImplemented
     form, n_out = weight.form, len(weight)
     y = array.namespace(weight.words).empty((n_out, form.width), dtype)
