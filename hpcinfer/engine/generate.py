@@ -127,8 +127,7 @@ def _rows(engine, ready):
         for s in ready
     ]
     names = (
-        "temperature top_k top_p min_p repetition presence frequency "
-        "seed key sample logprobs"
+        "temperature top_k top_p min_p repetition presence frequency seed key sample logprobs"
     ).split()
     return Rows.make(
         len(ready),

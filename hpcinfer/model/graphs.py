@@ -9,6 +9,7 @@ model whose layers do anything that cannot be captured goes on as before.
 """
 
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -286,10 +287,8 @@ class Graphs:
         # Trust it if it makes the same of the frame where nothing is left of the first time.
         graph = captured.graph()
         self._memory.poison()
-        counts = None if load is None else load.counts.copy()
-        graph.replay()
-        if load is not None:
-            load.counts[...] = counts
+        with _uncounted(load):
+            graph.replay()
         reason = None if np.array_equal(y, result) else _OTHER_NUMBERS
         if not self._agreed(cut.comm, len(x), reason):
             return compute(x, step, rotation)  # what the replay wrote into the cache is wrong
@@ -317,7 +316,8 @@ class Graphs:
 
     def _tried(self, known, step, cut, compute):
         """Replay a graph for the first time, and trust it if Python's calls give the same."""
-        self._replay(known.graph)
+        with _uncounted(known.frame.load):
+            self._replay(known.graph)
         frame = known.frame
         result = compute(frame.x, frame.step(step), frame.rotation)
         known.trusted = np.array_equal(array.host(known.y), array.host(result))
@@ -346,6 +346,11 @@ class Graphs:
         shared = collectives.window_of(cut.comm)
         if shared is not None:
             yield from shared.arrays()
+
+
+def _uncounted(load):
+    """Context in which choices are not counted: those of a step that is computed once more."""
+    return nullcontext() if load is None else load.kept()
 
 
 def _reason_against(model):

@@ -105,13 +105,46 @@ static void __syncthreads() { meet(block); }
 
 static void __syncwarp() { meet(warps[current / 32]); }
 
-static float __shfl_xor_sync(unsigned, float x, int step) {
-    exchange[current] = x;
+static void __threadfence() {}
+
+template <class V>
+static V atomicAdd(V* to, V x) {
+    V before = *to;
+    *to += x;
+    return before;
+}
+
+template <class V>
+static V __shfl_xor_sync(unsigned, V x, int step) {
+    static V given[1024];
+    given[current] = x;
     meet(warps[current / 32]);
-    float y = exchange[current ^ step];
+    V y = given[current ^ step];
     meet(warps[current / 32]);
     return y;
 }
+
+template <class V>
+static V __shfl_sync(unsigned, V x, int lane) {
+    static V given[1024];
+    given[current] = x;
+    meet(warps[current / 32]);
+    V y = given[current / 32 * 32 + lane];
+    meet(warps[current / 32]);
+    return y;
+}
+
+static unsigned __ballot_sync(unsigned, bool truth) {
+    exchange[current] = truth;
+    meet(warps[current / 32]);
+    unsigned all = 0;
+    for (int lane = 0; lane < 32; lane++)
+        all |= (unsigned)(exchange[current / 32 * 32 + lane] != 0) << lane;
+    meet(warps[current / 32]);
+    return all;
+}
+
+static int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
 static int __any_sync(unsigned, bool truth) {
     exchange[current] = truth;
@@ -155,6 +188,24 @@ static void wait_copies() {
     for (int i = 0; i < landing; i++)
         for (const Copy& copy : groups[i]) land(copy);
     if (landing > 0) groups.erase(groups.begin(), groups.begin() + landing);
+}
+
+static unsigned masked_xor(unsigned x, unsigned mask, unsigned bits) { return (x & mask) ^ bits; }
+
+static unsigned sum2_f16(unsigned a, unsigned b) {
+    auto sum = [](unsigned a, unsigned b) {
+        return (unsigned)float_to_half(half_to_float((unsigned short)a) +
+                                       half_to_float((unsigned short)b));
+    };
+    return sum(a, b) | sum(a >> 16, b >> 16) << 16;
+}
+
+// Of values whose sum needs no rounding.
+static unsigned sum2_bf16(unsigned a, unsigned b) {
+    auto sum = [](unsigned a, unsigned b) {
+        return __float_as_uint(__uint_as_float(a << 16) + __uint_as_float(b << 16)) >> 16;
+    };
+    return sum(a, b) | sum(a >> 16, b >> 16) << 16;
 }
 
 // Where the rows are that the lanes of a warp show one another.
@@ -277,34 +328,7 @@ static int run(const unsigned* grid, int n) {
     }                                                                                       \
     extern "C" void signature_##NAME(char* text) { signature(NAME, text); }
 
-// Exchange of values of 8 bytes, sums in memory, and arithmetic that is not to be fused.
-template <class T>
-static T exchanged(T x, int step) {
-    static T slots[1024];
-    slots[current] = x;
-    meet(warps[current / 32]);
-    T y = slots[current ^ step];
-    meet(warps[current / 32]);
-    return y;
-}
-
-static int __shfl_xor_sync(unsigned, int x, int step) { return exchanged(x, step); }
-
-static double __shfl_xor_sync(unsigned, double x, int step) { return exchanged(x, step); }
-
-static unsigned long long __shfl_xor_sync(unsigned, unsigned long long x, int step) {
-    return exchanged(x, step);
-}
-
-template <class T>
-static T atomicAdd(T* to, T x) {
-    T before = *to;
-    *to += x;
-    return before;
-}
-
-static void __threadfence() {}
-
+// Arithmetic that is not to be fused.
 static float __fmul_rn(float x, float y) { return x * y; }
 
 static float __fsub_rn(float x, float y) { return x - y; }

@@ -7,11 +7,12 @@ include no header, and call no library.
 import importlib.util
 
 FILES = (
-    "activation", "attention", "embed", "linear", "norm", "rope", "sample", "softmax", "store",
+    "activation", "attention", "embed", "experts", "linear", "norm", "quantize", "rope", "route",
+    "sample", "softmax", "store",
 )  # fmt: skip
 
 # Files with more fast forms of a file's functions, which that file's own calls.
-PARTS = {"prefill": "attention"}
+PARTS = {"prefill": "attention", "grouped": "experts"}
 
 
 def missing():

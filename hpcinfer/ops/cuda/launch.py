@@ -16,14 +16,18 @@ from hpcinfer.ops.cuda import overlapped
 # Names of the element types in the sources.
 NAMES = {"float32": "float", "float16": "f16", "bfloat16": "bf16"}
 
+# What some sources have before them, beside what is common to all.
+_PRODUCTS = ("product.cuh", "codes.cuh")
+_BEFORE = {"linear": _PRODUCTS, "quantize": _PRODUCTS, "experts": _PRODUCTS}
+
 _FOLDER = Path(__file__).resolve().parent
 _NULL = np.uint64(0)
 
 
 @functools.cache
 def source(file):
-    """CUDA C++ text of a file of this folder, with what is common to all before it."""
-    names = ("common.cuh", f"{file}.cu")
+    """CUDA C++ text of a file of this folder, with what others have of it before it."""
+    names = ("common.cuh", *_BEFORE.get(file, ()), f"{file}.cu")
     return "\n".join((_FOLDER / name).read_text(encoding="utf-8") for name in names)
 
 
@@ -122,6 +126,18 @@ def on_device(like, objects, build):
         return capture.under_way.upload(build)
 
     return kept(objects, ("on device",), send)
+
+
+def has_matrix_units(x):
+    """True if both 16-bit types are multiplied by matrix units where x is."""
+    return array.namespace(x) is np or _capability() >= 80
+
+
+@functools.cache
+def _capability():
+    from cupy.cuda import device
+
+    return int(device.get_compute_capability())
 
 
 def aligned(*arrays):
