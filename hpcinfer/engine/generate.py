@@ -55,7 +55,9 @@ class Generate:
             self._settings = Settings(tuple(ready), _rows(self.engine, ready))
         rows = self._settings.at(self.engine)
         start, V = model.head_range[0], model.arch.V
-        return vocabulary.choose(model.grid.tp_cp, logits, start, V, rows)
+        ahead = self.engine.ahead
+        between = ahead.prepare if ahead.serves else None
+        return vocabulary.choose(model.grid.tp_cp, logits, start, V, rows, between)
 
     def use(self, ready, chosen, deliver):
         """Add the chosen tokens, and end the sequences that are done."""

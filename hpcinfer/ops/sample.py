@@ -341,7 +341,7 @@ def _gumbel_of(words):
 
 
 @fastest
-def columns(logits, start, V, rows, width):
+def columns(logits, start, V, rows, width, between=None):
     """A rank's own columns of the logits, ready for the questions that a choice asks of them.
 
     Parameters
@@ -351,11 +351,14 @@ def columns(logits, start, V, rows, width):
     V : length of the whole vocabulary
     rows : Rows, R of them, `Rows.within` the vocabulary
     width : candidates that the first round asks for
+    between : function called while a device computes, or None
 
     Returns
     -------
     Columns
     """
+    if between is not None:
+        between()
     return Columns(logits, start, V, rows)
 
 

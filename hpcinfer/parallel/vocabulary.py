@@ -105,7 +105,7 @@ def log_softmax_of(comm, logits, start, targets):
     return (target - top - np.log(exp_sum)).astype(np.float32)
 
 
-def choose(comm, logits, start, V, rows):
+def choose(comm, logits, start, V, rows, between=None):
     """Next tokens of R sequences: to the last bit those of `sample.choose` on the gathered logits.
 
     Parameters
@@ -114,6 +114,7 @@ def choose(comm, logits, start, V, rows):
     start : vocabulary id of the first own column
     V : length of the whole vocabulary
     rows : sample.Rows, R of them, equal on every rank
+    between : function called while a device computes, or None
 
     Returns
     -------
@@ -126,7 +127,7 @@ def choose(comm, logits, start, V, rows):
     """
     _check_cut(comm, logits.shape, start, V, len(rows))
     rows = rows.within(V)
-    own = sample.columns(logits, start, V, rows, CANDIDATES)
+    own = sample.columns(logits, start, V, rows, CANDIDATES, between)
 
     # Take the best of the ranks' best, which settles every row without a filter.
     score, token_ids = _best(comm, own)

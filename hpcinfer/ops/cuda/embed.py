@@ -3,7 +3,7 @@
 import numpy as np
 
 from hpcinfer import array
-from hpcinfer.ops.cuda.launch import NAMES, aligned, launch
+from hpcinfer.ops.cuda.launch import NAMES, aligned, launch, on_device
 
 OPTIONS = tuple((f"-DHELD={held}",) for held in NAMES.values())
 KERNELS = ("embed_1", "embed_8")
@@ -18,8 +18,12 @@ def embed(weight, token_ids, start):
     if not weight.flags.c_contiguous or len(weight) >= 2**31:
         return NotImplemented
     xp, (V_own, D), n = array.namespace(weight), weight.shape, token_ids.size
-    row = token_ids.astype(np.int64) - start
-    rows = xp.asarray(np.where((row >= 0) & (row < V_own), row, -1).astype(np.int32))
+
+    def build():
+        row = token_ids.astype(np.int64) - start
+        return np.where((row >= 0) & (row < V_own), row, -1).astype(np.int32)
+
+    rows = on_device(weight, (token_ids,), build, late=True)
     x = xp.empty((n, D), np.float32)
     width = 8 if D % 8 == 0 and aligned(weight, x) else 1
     launch(

@@ -108,7 +108,7 @@ def kept(objects, values, build):
     return result
 
 
-def on_device(like, objects, build):
+def on_device(like, objects, build, late=False):
     """Numbers that are found from host objects, on the device; every layer of a step asks again.
 
     Parameters
@@ -118,12 +118,13 @@ def on_device(like, objects, build):
     build : function that returns them as a host array; where a step is captured
         (`hpcinfer.capture`) it is called again before each replay, when the objects hold what
         belongs to that step, and must return an array of the same shape
+    late : True if the objects hold it at the last moment alone, as the tokens that were chosen
     """
 
     def send():
         if capture.under_way is None or array.namespace(like) is np:
             return array.to_device(build(), like)
-        return capture.under_way.upload(build)
+        return capture.under_way.upload(build, late)
 
     return kept(objects, ("on device",), send)
 

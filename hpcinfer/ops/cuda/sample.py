@@ -25,13 +25,13 @@ _THREADS, _ROW_THREADS, _SLICES = 256, 512, 64
 _DRAWN_FROM, _ROOM, _REPORTED = 256, 2048, 64
 
 
-def columns(logits, start, V, rows, width):
+def columns(logits, start, V, rows, width, between=None):
     """As `ops.sample.columns`."""
     R, n = logits.shape
     if logits.dtype.name not in NAMES or not (0 < R < 2**15 and 0 < n and 0 < V < 2**31):
         return NotImplemented
     raw = array.namespace(logits).ascontiguousarray(array.widen(logits))
-    return _Columns(raw, int(start), int(V), rows, min(width, n))
+    return _Columns(raw, int(start), int(V), rows, min(width, n), between)
 
 
 class _Columns:
@@ -47,7 +47,7 @@ class _Columns:
     tokens, values : (R,) every row's token so far, and its raw logit
     """
 
-    def __init__(self, raw, start, V, rows, width):
+    def __init__(self, raw, start, V, rows, width, between):
         self.raw, self.start, self.V, self.rows, self.width = raw, start, V, rows, width
         (R, self.n), self.alone = raw.shape, raw.shape[1] == V > 1
         self.asked = np.flatnonzero(rows.logprobs >= 0)
@@ -58,7 +58,7 @@ class _Columns:
         self.slices = -(-self.n // self.span)
         self.jobs, *tokens = jobs(rows, self.asked)
         self._decide()
-        self._find(tokens)
+        self._find(tokens, between)
         self.tokens, self.values = (self.found[name][:R].copy() for name in ("token", "raw"))
         if self.alone:
             self._take_drawn()
@@ -132,7 +132,7 @@ class _Columns:
         self.records["weighs"][~of_row] = self.alone
         self.settled = self.keys = None
 
-    def _find(self, tokens):
+    def _find(self, tokens, between):
         """The first pass, and the second where it need not wait for other ranks."""
         xp, n_jobs, warps = array.namespace(self.raw), len(self.jobs), _THREADS // 32
         records = self.records if self.alone else self.records[:0]
@@ -149,6 +149,9 @@ class _Columns:
         )  # fmt: skip
         if self.alone:
             self._launch_settle(board, 5)
+        if between is not None:
+            between()
+        if self.alone:
             self.found, self.settled, self.keys = board.fetch(4)
         else:
             self.found, *_ = board.fetch(4)
