@@ -1,0 +1,142 @@
+"""Kernels from CUDA sources: compiled for the host, and run thread by thread by tests/cuda/shim.h.
+
+They are started as CuPy starts them: the types of the arguments are compared with the kernel's,
+grid and block with what CUDA allows.
+"""
+
+import ctypes
+import fcntl
+import functools
+import hashlib
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import numpy as np
+
+from cupy import _dtypes, _memory, _streams
+from cupy._array import Array
+
+SHIM = Path(__file__).resolve().parents[3] / "cuda" / "shim.h"
+CACHE = Path(os.environ.get("STANDIN_CACHE", Path.home() / ".cache" / "cupy-standin"))
+
+_COMPILER = ("g++", "-std=c++14", "-O1", "-ffp-contract=off", "-fno-gnu-unique", "-w")
+_KERNEL = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(([^)]*)\)")
+_LETTERS = {"int32": "i", "int64": "l", "float32": "f", "uint64": "p"}  # as in the shim
+_GRID, _BLOCK = (2**31 - 1, 65535, 65535), 1024
+
+
+class RawModule:
+    """The kernels of a source."""
+
+    def __init__(self, *, code=None, path=None, options=(), backend="nvrtc"):
+        if type(options) is not tuple:
+            raise TypeError("Argument 'options' has incorrect type (expected tuple)")
+        self._code, self._options = code, options
+
+    def get_function(self, name):
+        """A kernel by its name."""
+        return RawKernel(self._code, name, self._options)
+
+
+class RawKernel:
+    """A kernel.
+
+    Attributes
+    ----------
+    signature : a letter for the type of every argument, as the shim gives them
+    """
+
+    def __init__(self, code, name, options=(), backend="nvrtc"):
+        defined = tuple(option for option in options if option.startswith("-D"))
+        library, kernels = compiled(code, defined)
+        if name not in kernels:
+            raise RuntimeError(f"CUDA_ERROR_NOT_FOUND: named symbol not found ({name})")
+        self.name, self._reads_only = name, kernels[name]
+        self._run = getattr(library, f"run_{name}")
+        text = ctypes.create_string_buffer(64)
+        getattr(library, f"signature_{name}")(text)
+        self.signature = text.value.decode()
+
+    def __call__(self, grid, block, args, *, shared_mem=0, stream=None):
+        if type(grid) is not tuple or type(block) is not tuple:
+            raise TypeError("Argument 'grid' has incorrect type (expected tuple)")
+        grid, block = ([max(1, int(n)) for n in (*sizes, 1, 1)[:3]] for sizes in (grid, block))
+        if any(map(int.__gt__, grid, _GRID)) or np.prod(block) > _BLOCK:
+            raise RuntimeError(f"CUDA_ERROR_INVALID_VALUE: grid {grid}, block {block}")
+        if block[1:] != [1, 1] or shared_mem:
+            raise NotImplementedError("stand-in: blocks of one axis only, and no shared_mem")
+        given = "".join(map(_letter, args))
+        if given != self.signature:
+            raise TypeError(f"stand-in: {self.name} takes {self.signature}, got {given}")
+        reads, writes = self._memory(args)
+        shape, values = (ctypes.c_uint * 3)(*grid), [_value(x) for x in args]
+
+        def work():
+            pointers = (ctypes.c_void_p * len(values))(*(x.ctypes.data for x in values))
+            if self._run(shape, block[0], pointers):
+                raise RuntimeError(f"{self.name}: threads wait for ever")
+
+        with _memory.using(stream):
+            _streams.submit(self.name, work, reads, writes)
+
+    def _memory(self, args):
+        """The arrays among the arguments: those that are read only, and the others."""
+        pairs = [
+            (x, const)
+            for x, const in zip(args, self._reads_only, strict=True)
+            if isinstance(x, Array)
+        ]
+        return [x for x, const in pairs if const], [x for x, const in pairs if not const]
+
+
+def _letter(x):
+    if x is None or isinstance(x, (Array, _memory.MemoryPointer)):
+        return "p"
+    if isinstance(x, np.ndarray):
+        raise TypeError(f"Unsupported type {type(x)}")
+    return _LETTERS.get(_dtypes.of_scalar(x)[0].name, "?")
+
+
+def _value(x):
+    """An argument in memory of the host."""
+    if x is None:
+        return np.zeros(1, np.uint64)
+    if isinstance(x, (Array, _memory.MemoryPointer)):
+        return np.array([x.data.ptr if isinstance(x, Array) else x.ptr], np.uint64)
+    return np.array([x], _dtypes.of_scalar(x)[0])
+
+
+@functools.cache
+def compiled(code, options):
+    """A source as a library for the host, and its kernels: name -> which arguments are const."""
+    kernels = _kernels(code, options)
+    text = "\n".join([code, *(f"RUN({name})" for name in kernels), ""])
+    key = hashlib.sha256("\0".join([text, *options, SHIM.read_text()]).encode()).hexdigest()
+    CACHE.mkdir(parents=True, exist_ok=True)
+    library = CACHE / f"{key[:24]}.so"
+    with open(CACHE / f"{key[:24]}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one rank of a node compiles, the others wait
+        if not library.exists():
+            building = library.with_suffix(".building")
+            shared = ("-shared", "-fPIC", "-include", str(SHIM), *options)
+            _run([*_COMPILER, *shared, "-xc++", "-", "-o", str(building)], text)
+            os.replace(building, library)
+    return ctypes.CDLL(str(library)), kernels
+
+
+def _kernels(code, options):
+    """Kernels of a source once its macros are expanded."""
+    text = _run(["g++", "-E", "-P", *options, "-xc++", "-"], code)
+    return {
+        name: [parameter.split()[0] == "const" for parameter in parameters.split(",")]
+        for name, parameters in _KERNEL.findall(text)
+    }
+
+
+def _run(command, text):
+    done = subprocess.run(command, input=text, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"stand-in: {' '.join(command)} failed\n{done.stderr}")
+    return done.stdout

@@ -1,0 +1,76 @@
+"""`cupy.cuda.runtime`: which devices there are, and what they are."""
+
+import os
+
+from cupy import _memory, _streams
+from cupy._facts import unwritten
+from cupy._streams import CUDARuntimeError
+
+__getattr__ = unwritten("cupy.cuda.runtime")
+
+streamCaptureModeGlobal = _streams.GLOBAL
+streamCaptureModeThreadLocal = _streams.THREAD_LOCAL
+streamCaptureModeRelaxed = _streams.RELAXED
+
+_current = [0]
+
+
+def getDeviceCount():
+    """GPUs that the process sees."""
+    return int(os.environ.get("STANDIN_DEVICES", "1"))
+
+
+def getDevice():
+    """Number of the current GPU."""
+    return _current[0]
+
+
+def setDevice(device):
+    """Use another GPU from now on."""
+    _current[0] = _checked(device)
+
+
+def _checked(device):
+    if not 0 <= device < getDeviceCount():
+        raise CUDARuntimeError("cudaErrorInvalidDevice: invalid device ordinal")
+    return device
+
+
+def memGetInfo():
+    """Free and all bytes of the device."""
+    return _memory.free_bytes(), _memory.DEVICE_BYTES
+
+
+def deviceGetPCIBusId(device):
+    """What tells a GPU from others of the machine."""
+    return f"0000:{_checked(device):02X}:00.0"
+
+
+def deviceSynchronize():
+    """Let the host wait for all streams."""
+    _streams.wait_for_all("device")
+
+
+def getDeviceProperties(device):
+    """Some of the numbers of an H100, of whatever it is said to be capable."""
+    _checked(device)
+    major, minor = divmod(int(os.environ.get("STANDIN_CAPABILITY", "90")), 10)
+    return {
+        "name": b"Stand-in",
+        "totalGlobalMem": _memory.DEVICE_BYTES,
+        "major": major,
+        "minor": minor,
+        "multiProcessorCount": 132,
+        "warpSize": 32,
+        "sharedMemPerBlock": 49152,
+    }
+
+
+def runtimeGetVersion():
+    """Version of CUDA."""
+    return 12090
+
+
+def driverGetVersion():
+    """Version that the driver serves."""
+    return 12090
