@@ -74,7 +74,7 @@ class Array:
 
     def _span(self):
         if not self._a.size:
-            return _memory.Span(None, 0, 0, 0)
+            return _memory.Span()
         low, high = np.lib.array_utils.byte_bounds(self._a)
         return _memory.span_of(self._mem, low, high - low)
 

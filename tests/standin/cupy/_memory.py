@@ -47,12 +47,24 @@ class Span:
     segment : Segment, None for empty arrays
     start, stop : bytes within it
     serial : of the allocation that they belonged to
+    captured : True if that was made in a capture: such memory may be freed and used again
     """
 
-    segment: object
-    start: int
-    stop: int
-    serial: int
+    segment: object = None
+    start: int = 0
+    stop: int = 0
+    serial: int = 0
+    captured: bool = False
+
+    @property
+    def is_whole(self):
+        """True while all of it belongs to the same allocation."""
+        chunks = self.segment.overlapping(self.start, self.stop)
+        return all(chunk.serial == self.serial for chunk in chunks)
+
+    def spoil(self):
+        """Put garbage there."""
+        self.segment.bytes[self.start : self.stop] = _streams.GARBAGE
 
 
 class Segment:
@@ -233,6 +245,18 @@ def chunk_at(address):
     return None
 
 
+def log_at(address):
+    """Last reads and writes of the memory at an address."""
+    chunk = chunk_at(address)
+    return None if chunk is None else chunk.log
+
+
+def span_at(address, nbytes):
+    """Span of bytes at an address."""
+    chunk = chunk_at(address)
+    return Span() if chunk is None else _span(chunk, address, nbytes)
+
+
 def log_of(mem):
     """Last reads and writes of a PooledMemory; None for no memory."""
     return None if mem is None else mem.chunk.log
@@ -241,10 +265,13 @@ def log_of(mem):
 def span_of(mem, address, nbytes):
     """Span of bytes within a PooledMemory."""
     if mem is None:
-        return Span(None, 0, 0, 0)
-    chunk = mem.chunk
+        return Span()
+    return _span(mem.chunk, address, nbytes)
+
+
+def _span(chunk, address, nbytes):
     start = address - chunk.segment.address
-    return Span(chunk.segment, start, start + nbytes, chunk.serial)
+    return Span(chunk.segment, start, start + nbytes, chunk.serial, chunk.captured)
 
 
 class MemoryPool:
@@ -268,10 +295,11 @@ class MemoryPool:
         self._used_bytes += chunk.size
         capture = _streams.capturing()
         chunk.serial, chunk.captured = next(_serials), capture is not None
-        chunk.segment.bytes[chunk.start : chunk.start + size] = _streams.GARBAGE
         mem = PooledMemory(chunk, self)
+        span = span_of(mem, chunk.segment.address + chunk.start, size)
+        span.spoil()
         if capture is not None:
-            capture.allocated.append(span_of(mem, chunk.segment.address + chunk.start, size))
+            capture.allocate(span)
         return MemoryPointer(mem, 0)
 
     def _take(self, size):
@@ -294,8 +322,6 @@ class MemoryPool:
                 f"{self._total_bytes:,} bytes, limit set to: {self._limit:,} bytes)."
             )
         _streams.refuse_unsafe("cudaMalloc: a memory pool must grow")
-        if _streams.capturing() is not None:
-            hazard("a memory pool grew, by cudaMalloc, while a graph was captured")
         segment = self._segment(size)
         chunk = segment.first = Chunk(segment, 0, size, _streams.current().ptr)
         self._total_bytes += size

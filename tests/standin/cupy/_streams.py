@@ -12,6 +12,7 @@ Work runs when it is submitted. What a device would do later shows all the same:
 """
 
 import itertools
+import weakref
 from dataclasses import dataclass
 
 import numpy as np
@@ -103,12 +104,18 @@ class Capture:
     Attributes
     ----------
     nodes : list of Node
-    allocated : list of Span, memory that was taken from pools meanwhile
     broken : True once something forbidden was tried
     """
 
     def __init__(self, mode):
-        self.nodes, self.allocated, self.mode, self.broken = [], [], mode, False
+        self.nodes, self.mode, self.broken = [], mode, False
+
+    def allocate(self, span):
+        """Note memory that is taken from a pool: what a launch finds there is garbage.
+
+        Unless it is still in use then: whoever has it may have written there.
+        """
+        self.nodes.append(Node("alloc", "alloc", 0, lambda: span.is_whole or span.spoil(), []))
 
 
 def submit(what, work, reads=(), writes=(), kind="launch", n=1):
@@ -231,16 +238,24 @@ class Stream:
     """
 
     null = None
+    _known = weakref.WeakValueDictionary()
     _numbers = itertools.count(0x1000, 0x10)
 
     def __init__(self, null=False, non_blocking=False, ptds=False, priority=None):
         refuse("Stream", ptds=ptds or None, priority=priority)
         self.ptr, self.device_id = (0, -1) if null else (next(self._numbers), 0)
         self._clock = null_clock if null else Clock(waits_for_null=not non_blocking)
-        if not null:
-            _clocks.append(self._clock)
-            if not non_blocking:
-                _waiting_for_null.append(self._clock)
+        if null:
+            return
+        Stream._known[self.ptr] = self
+        _clocks.append(self._clock)
+        if not non_blocking:
+            _waiting_for_null.append(self._clock)
+
+    @classmethod
+    def of(cls, ptr):
+        """The stream of a number."""
+        return cls._known[ptr] if ptr else cls.null
 
     def __eq__(self, other):
         return isinstance(other, Stream) and self.ptr == other.ptr

@@ -5,23 +5,18 @@ grid and block with what CUDA allows.
 """
 
 import ctypes
-import fcntl
 import functools
-import hashlib
-import os
 import re
-import subprocess
 from pathlib import Path
 
 import numpy as np
 
 from cupy import _dtypes, _memory, _streams
 from cupy._array import Array
+from cupy.cuda import _compile
 
-SHIM = Path(__file__).resolve().parents[3] / "cuda" / "shim.h"
-CACHE = Path(os.environ.get("STANDIN_CACHE", Path.home() / ".cache" / "cupy-standin"))
+SHIM = (Path(__file__).resolve().parents[3] / "cuda" / "shim.h").read_text(encoding="utf-8")
 
-_COMPILER = ("g++", "-std=c++14", "-O1", "-ffp-contract=off", "-fno-gnu-unique", "-w")
 _KERNEL = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(([^)]*)\)")
 _LETTERS = {"int32": "i", "int64": "l", "float32": "f", "uint64": "p"}  # as in the shim
 _GRID, _BLOCK = (2**31 - 1, 65535, 65535), 1024
@@ -111,32 +106,10 @@ def _value(x):
 @functools.cache
 def compiled(code, options):
     """A source as a library for the host, and its kernels: name -> which arguments are const."""
-    kernels = _kernels(code, options)
-    text = "\n".join([code, *(f"RUN({name})" for name in kernels), ""])
-    key = hashlib.sha256("\0".join([text, *options, SHIM.read_text()]).encode()).hexdigest()
-    CACHE.mkdir(parents=True, exist_ok=True)
-    library = CACHE / f"{key[:24]}.so"
-    with open(CACHE / f"{key[:24]}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one rank of a node compiles, the others wait
-        if not library.exists():
-            building = library.with_suffix(".building")
-            shared = ("-shared", "-fPIC", "-include", str(SHIM), *options)
-            _run([*_COMPILER, *shared, "-xc++", "-", "-o", str(building)], text)
-            os.replace(building, library)
-    return ctypes.CDLL(str(library)), kernels
-
-
-def _kernels(code, options):
-    """Kernels of a source once its macros are expanded."""
-    text = _run(["g++", "-E", "-P", *options, "-xc++", "-"], code)
-    return {
+    text = _compile.run(["g++", "-E", "-P", *options, "-xc++", "-"], code)
+    kernels = {
         name: [parameter.split()[0] == "const" for parameter in parameters.split(",")]
         for name, parameters in _KERNEL.findall(text)
     }
-
-
-def _run(command, text):
-    done = subprocess.run(command, input=text, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"stand-in: {' '.join(command)} failed\n{done.stderr}")
-    return done.stdout
+    runs = (f"RUN({name})" for name in kernels)
+    return _compile.library("\n".join([SHIM, code, *runs, ""]), options), kernels
