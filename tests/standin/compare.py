@@ -4,7 +4,8 @@
 
 A case reads MODEL/LAYOUT/DTYPE, such as llama-gqa/tp=2/float32: a model of `reference.models`, or
 "shipped". A fourth word is int8 or int4 for weights as integers, or plain for array code alone.
-The line has the differences found, the most any rank found, and the hazards of all ranks.
+The line has the differences that the rank with most of them found, the hazards of all ranks, and
+how many graphs were launched.
 """
 
 import json
@@ -134,10 +135,12 @@ def verdict(comm, case, folder):
         )
         found[device] = answers(engine, texts_of(name))
     lines = comm.gather(differences(found["cuda"], found["cpu"], dtype))
+    graphs = _notes.counts["graph"]
     hazards = comm.gather(Counter({" at ".join(k): n for k, n in _notes.hazards.items()}))
     _notes.clear()
     if comm.rank == 0:
-        return {"case": case, "differences": max(lines, key=len), "hazards": sum_of(hazards)}
+        facts = {"hazards": sum_of(hazards), "graphs": graphs}
+        return {"case": case, "differences": max(lines, key=len)} | facts
     return None
 
 

@@ -19,13 +19,16 @@ devices in one process, and values that a kernel writes to page-locked memory be
     STANDIN_CACHE=FOLDER       where compiled kernels are kept, ~/.cache/cupy-standin by default
     STANDIN_STRICT=1           hazards are errors
     STANDIN_TRACE=1            counts come with the places that they come from
+    STANDIN_DRY=1              kernels do nothing, and memory is zero: for counts alone
     SHIM_ORDER=0               threads of a block upwards; 1 downwards, 2 shuffled
 """
 
 import numpy as _np
 
 from cupy import _choosing, _creation, _joining, _linear
-from cupy._facts import FACTS, NAMES, unwritten
+from cupy._facts import FACTS as _FACTS
+from cupy._facts import NAMES as _NAMES
+from cupy._facts import unwritten as _unwritten
 from cupy._memory import default_pool as _default_pool
 from cupy._ndarray import ndarray
 from cupy._pinned import default_pool as _default_pinned_pool
@@ -35,8 +38,8 @@ from cupy._ufunc import UFUNCS, ufunc
 from cupy import cuda  # isort: skip
 from cupy.cuda._raw import RawKernel, RawModule
 
-__version__ = FACTS["version"]["cupy"] + "+standin"
-__getattr__ = unwritten("cupy")
+__version__ = _FACTS["version"]["cupy"] + "+standin"
+__getattr__ = _unwritten("cupy")
 
 _FROM_NUMPY = (
     "float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64 intp uintp bool_ "
@@ -48,7 +51,7 @@ globals().update({name: getattr(_np, name) for name in _FROM_NUMPY})
 globals().update(UFUNCS)
 globals().update(_choosing.METHODS)
 for _module in (_choosing, _creation, _joining, _linear):
-    for _name in NAMES["cupy"] & vars(_module).keys():
+    for _name in _NAMES["cupy"] & vars(_module).keys():
         globals()[_name] = getattr(_module, _name)
 
 

@@ -34,7 +34,7 @@ class Array:
     __slots__ = ("_a", "_mem", "base", "__weakref__")
 
     def __init_subclass__(cls):
-        Array.final = cls
+        Array._final = cls
 
     shape = property(lambda self: self._a.shape)
     strides = property(lambda self: self._a.strides)
@@ -80,7 +80,7 @@ class Array:
 
 
 def _wrapped(a, mem, base=None):
-    x = object.__new__(Array.final)
+    x = object.__new__(Array._final)
     x._a, x._mem, x.base = a, mem, base
     return x
 
@@ -98,7 +98,7 @@ def allocate(shape, dtype, order="C", pointer=None):
     shape = tuple(shape) if np.iterable(shape) else (shape,)
     nbytes = math.prod(shape) * dtype.itemsize
     pointer = _memory.alloc(nbytes) if pointer is None else pointer
-    a = pointer.bytes(nbytes).view(dtype)
+    a = pointer._bytes(nbytes).view(dtype)
     a = a.reshape(shape[::-1]).T if order in ("F", "f") else a.reshape(shape)
     return _wrapped(a, pointer.mem)
 

@@ -100,12 +100,14 @@ def array(obj, dtype=None, copy=True, order="K", subok=False, ndmin=0, *, blocki
 
 def _from_host(a, x, given):
     """Copy to the device: from page-locked memory itself, or through some that CuPy takes."""
-    page_locked = a is given and _pinned.is_page_locked(a)
-    if not page_locked:
-        _streams.refuse_in_capture("a copy from pageable memory of the host")
-        count("pinned", what="asarray")
-        count("event", what="asarray")
-    _streams.copy_from_host(a, x, page_locked)
+    page_locked = _pinned.seen_by_the_device(a) if a is given else None
+    if page_locked is not None:
+        _streams.copy_from_host(page_locked, x, True)
+        return
+    _streams.refuse_in_capture("a copy from pageable memory of the host")
+    count("pinned", what="asarray")
+    count("event", what="asarray")
+    _streams.copy_from_host(a, x, False)
 
 
 def asarray(a, dtype=None, order=None, *, copy=None, blocking=False):

@@ -194,7 +194,7 @@ class MemoryPointer:
     def __add__(self, offset):
         return MemoryPointer(self.mem, self._offset + offset)
 
-    def bytes(self, n):
+    def _bytes(self, n):
         """(n,) uint8 from here on."""
         if self.mem is None:
             return np.empty(0, np.uint8)
@@ -207,13 +207,13 @@ class MemoryPointer:
     def memset_async(self, value, size, stream=None):
         """Fill bytes."""
         with using(stream):
-            run, to = _Run(self, size), self.bytes(size)
+            run, to = _Run(self, size), self._bytes(size)
             _streams.submit("memset", lambda: to.fill(value), writes=[run])
 
     def copy_from_device_async(self, src, size, stream=None):
         """Copy bytes within the device."""
         with using(stream):
-            to, source = self.bytes(size), src.bytes(size)
+            to, source = self._bytes(size), src._bytes(size)
             reads, writes = [_Run(src, size)], [_Run(self, size)]
             _streams.submit("memcpy", lambda: np.copyto(to, source), reads, writes)
 

@@ -6,6 +6,7 @@ of everything that is counted, too.
 """
 
 import contextlib
+import functools
 import os
 import sys
 from collections import Counter
@@ -58,12 +59,17 @@ def place():
     """The callers outside of the stand-in, the nearest first."""
     frame, found = sys._getframe(1), []
     while frame is not None and len(found) < _DEPTH:
-        code = frame.f_code
-        if not code.co_filename.startswith((_HERE, "<")):
-            name = "/".join(Path(code.co_filename).parts[-2:])
-            found.append(f"{name}:{frame.f_lineno} ({code.co_name})")
+        name = _shown(frame.f_code.co_filename)
+        if name is not None:
+            found.append(f"{name}:{frame.f_lineno} ({frame.f_code.co_name})")
         frame = frame.f_back
     return " < ".join(found)
+
+
+@functools.cache
+def _shown(path):
+    """The end of a source's path; None for those of the stand-in."""
+    return None if path.startswith((_HERE, "<")) else "/".join(Path(path).parts[-2:])
 
 
 def clear():

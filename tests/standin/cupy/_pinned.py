@@ -16,14 +16,22 @@ _buffers = weakref.WeakValueDictionary()  # address -> _Buffer in use
 
 
 class _Buffer:
-    def __init__(self, address, size):
-        self.start, self.stop = address, address + size
+    def __init__(self, raw, address):
+        self.raw, self.start, self.stop = raw, address, address + len(raw)
 
 
-def is_page_locked(host):
-    """True if a NumPy array lies in page-locked memory."""
+def seen_by_the_device(host):
+    """A NumPy array in page-locked memory as copies have it, which keep no memory from being freed.
+
+    Returns
+    -------
+    NumPy array of the same memory; None if that is not page-locked
+    """
     start, stop = host.ctypes.data, host.ctypes.data + host.nbytes
-    return any(b.start <= start and stop <= b.stop for b in list(_buffers.values()))
+    for b in list(_buffers.values()):
+        if b.start <= start and stop <= b.stop:
+            return np.ndarray(host.shape, host.dtype, b.raw, start - b.start, host.strides)
+    return None
 
 
 @functools.cache
@@ -49,7 +57,7 @@ class PinnedMemoryPool:
         raw = blocks.pop()
         np.frombuffer(raw, np.uint8)[...] = 0xEE
         pointer = _pointer_type(size).from_buffer(raw)
-        pointer.watched = _buffers[pointer.ptr] = _Buffer(pointer.ptr, size)
+        pointer.watched = _buffers[pointer.ptr] = _Buffer(raw, pointer.ptr)
         weakref.finalize(pointer, blocks.append, raw).atexit = False
         return pointer
 

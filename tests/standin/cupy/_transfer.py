@@ -29,7 +29,8 @@ class Transfer:
                 for order in ("C_CONTIGUOUS", "F_CONTIGUOUS")
             )
             x = self if lies_alike else produce("ascontiguousarray", np.copy, self)
-            _streams.copy_to_host(x, out)
+            page_locked = _pinned.seen_by_the_device(out)
+            _streams.copy_to_host(x, out if page_locked is None else page_locked)
             if blocking:
                 _streams.current().synchronize()
         return out
@@ -56,13 +57,14 @@ class Transfer:
             raise ValueError(f"Shape mismatch. Old shape: {self.shape}, new shape: {arr.shape}")
         if not (self.flags.c_contiguous or self.flags.f_contiguous):
             raise RuntimeError("Cannot set to non-contiguous array")
-        page_locked = _pinned.is_page_locked(arr)
+        page_locked = _pinned.seen_by_the_device(arr)
         with using(stream):
-            if not page_locked:
+            if page_locked is None:
                 _streams.refuse_in_capture("a copy from pageable memory of the host")
-            _streams.copy_from_host(arr, self, page_locked)
-            if not page_locked:
+                _streams.copy_from_host(arr, self, False)
                 _streams.current().synchronize()
+            else:
+                _streams.copy_from_host(page_locked, self, True)
 
     def item(self):
         """The only value."""

@@ -69,6 +69,8 @@ class RawKernel:
         shape, values = (ctypes.c_uint * 3)(*grid), [_value(x) for x in args]
 
         def work():
+            if _streams.DRY:
+                return
             pointers = (ctypes.c_void_p * len(values))(*(x.ctypes.data for x in values))
             if self._run(shape, block[0], pointers):
                 raise RuntimeError(f"{self.name}: threads wait for ever")

@@ -117,7 +117,7 @@ _ARGUMENTS = [ctypes.c_void_p if kind == "p" else ctypes.c_int for kind in "iiii
 def _product(stream, *args):
     """A product that was asked of the library: on the stream of its handle, captures included."""
     try:
-        with _streams.Stream.of(stream or 0):
+        with _streams.Stream._of(stream or 0):
             _submit(*args)
     except Exception:
         traceback.print_exc(file=sys.stderr)
