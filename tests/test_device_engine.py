@@ -26,6 +26,7 @@ pytestmark = pytest.mark.single
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPARE = ROOT / "tests" / "standin" / "compare.py"
+HPCINFER = (sys.executable, "-m", "hpcinfer")
 TURNS = 6
 CASES_OF_A_JOB = 6
 
@@ -185,3 +186,23 @@ def test_the_engine_on_a_device(mpirun, standin, ranks, direct, cases):
         assert found[case]["differences"] == [] and found[case]["hazards"] == {}, found[case]
         if re.fullmatch(r"llama-gqa/tp=\d/\w+", case):
             assert found[case]["graphs"] > 0, found[case]
+
+
+def test_the_command_on_a_device(mpirun, standin, tmp_path):
+    """As users start it, on a GPU for every rank; a hazard would end it."""
+    prompts = ["Once there was a shy hare", "What is 2 + 3?"]
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts))
+    answers = {}
+    for device, settings in (("cpu", {}), ("cuda", {"STANDIN_DEVICES": "2"} | standin)):
+        output = tmp_path / f"{device}.jsonl"
+        done = mpirun(
+            2, *HPCINFER, "generate", ROOT / "data" / "model", "--input", lines, "--output", output,
+            "--device", device, "--dtype", "float32", "--kernels",
+            "plain" if device == "cpu" else "auto", "--layout", "tp=2", "--kv-memory", "32M",
+            "--max-tokens", 12, "--temperature", 0, STANDIN_STRICT="1", **settings,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        answers[device] = [json.loads(line)["response"] for line in output.open()]
+    texts = [[r["body"]["choices"][0]["text"] for r in answers[device]] for device in answers]
+    assert texts[0] == texts[1] and all(texts[0])

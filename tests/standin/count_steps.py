@@ -4,7 +4,9 @@
 
 The model has 24 layers of the Llama family with random weights in bfloat16, as narrow as the
 kernels serve. Two runs of different length differ by steps of decoding alone; before them come some
-in which what can be captured is captured, and the pools become as large as they need. STANDIN_TRACE=1 adds the places that the counts come from, and
+in which what can be captured is captured, and the pools become as large as they need.
+
+STANDIN_TRACE=1 adds the places that the counts come from, and
 STANDIN_DRY=1 saves the time of the kernels.
 """
 

@@ -5,8 +5,8 @@ are NumPy's inside. The rules outside are CuPy's: which names there are, which a
 are taken, and that nothing goes between the host and the device but by a copy (`facts.json`). What
 CuPy has and the stand-in has not is a NotImplementedError that begins with "stand-in:".
 
-- Memory comes from pools as CuPy has them (`_memory.py`), and has garbage in it (NaN, -1).
-- Streams, events and graphs keep the order of work (`_streams.py`, `_graphs.py`).
+- Memory comes from pools as CuPy has them (`_pools.py`), and has garbage in it (NaN, -1).
+- Streams, events and graphs keep the order of work (`_clocks.py`, `_streams.py`, `_graphs.py`).
 - Kernels are compiled by g++ and run thread by thread (`cuda/_raw.py`, tests/cuda/shim.h).
 - What the device is told is counted, and what it would not report is noted (`_notes.py`).
 
@@ -29,9 +29,9 @@ from cupy import _choosing, _creation, _joining, _linear
 from cupy._facts import FACTS as _FACTS
 from cupy._facts import NAMES as _NAMES
 from cupy._facts import unwritten as _unwritten
-from cupy._memory import default_pool as _default_pool
 from cupy._ndarray import ndarray
 from cupy._pinned import default_pool as _default_pinned_pool
+from cupy._pools import default_pool as _default_pool
 from cupy._transfer import asnumpy
 from cupy._ufunc import UFUNCS, ufunc
 

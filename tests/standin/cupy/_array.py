@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from cupy import _dtypes, _memory, _streams
+from cupy import _clocks, _dtypes, _pointers, _pools, _segments, _streams
 from cupy._notes import hazard, muted
 
 
@@ -49,14 +49,14 @@ class Array:
     def data(self):
         """Pointer to the first element."""
         if self._mem is None:
-            return _memory.MemoryPointer(None, 0)
+            return _pointers.MemoryPointer(None, 0)
         chunk = self._mem.chunk
         offset = self._a.ctypes.data - chunk.segment.address - chunk.start
-        return _memory.MemoryPointer(self._mem, offset)
+        return _pointers.MemoryPointer(self._mem, offset)
 
     @property
     def __cuda_array_interface__(self):
-        if not _streams.finished(self._log()):
+        if not _clocks.finished(self._log()):
             hazard("device memory is handed to a library before the host has waited for it")
         a = self._a
         return {
@@ -70,13 +70,13 @@ class Array:
         }
 
     def _log(self):
-        return _memory.log_of(self._mem)
+        return _pointers.log_of(self._mem)
 
     def _span(self):
         if not self._a.size:
-            return _memory.Span()
+            return _segments.Span()
         low, high = np.lib.array_utils.byte_bounds(self._a)
-        return _memory.span_of(self._mem, low, high - low)
+        return _pointers.span_of(self._mem, low, high - low)
 
 
 def _wrapped(a, mem, base=None):
@@ -97,7 +97,7 @@ def allocate(shape, dtype, order="C", pointer=None):
         raise TypeError("'cupy.ndarray' object cannot be interpreted as an integer")
     shape = tuple(shape) if np.iterable(shape) else (shape,)
     nbytes = math.prod(shape) * dtype.itemsize
-    pointer = _memory.alloc(nbytes) if pointer is None else pointer
+    pointer = _pools.alloc(nbytes) if pointer is None else pointer
     a = pointer._bytes(nbytes).view(dtype)
     a = a.reshape(shape[::-1]).T if order in ("F", "f") else a.reshape(shape)
     return _wrapped(a, pointer.mem)

@@ -4,7 +4,7 @@ import builtins
 
 import numpy as np
 
-from cupy import _dtypes, _pinned, _streams
+from cupy import _copies, _dtypes, _pinned, _streams
 from cupy._array import Array, allocate, produce, values, write
 from cupy._facts import refuse
 from cupy._notes import count
@@ -102,12 +102,12 @@ def _from_host(a, x, given):
     """Copy to the device: from page-locked memory itself, or through some that CuPy takes."""
     page_locked = _pinned.seen_by_the_device(a) if a is given else None
     if page_locked is not None:
-        _streams.copy_from_host(page_locked, x, True)
+        _copies.copy_from_host(page_locked, x, True)
         return
     _streams.refuse_in_capture("a copy from pageable memory of the host")
     count("pinned", what="asarray")
     count("event", what="asarray")
-    _streams.copy_from_host(a, x, False)
+    _copies.copy_from_host(a, x, False)
 
 
 def asarray(a, dtype=None, order=None, *, copy=None, blocking=False):

@@ -5,6 +5,7 @@ device would not. Memory that it has taken from a pool and given back begins wit
 """
 
 from cupy import _streams
+from cupy._clocks import touch
 from cupy._notes import count, hazard
 
 
@@ -63,4 +64,4 @@ def _touch(clock, span, writes):
     """Note an access in the logs of the chunks that have a span now."""
     if span.segment is not None:
         for chunk in span.segment.overlapping(span.start, span.stop):
-            _streams.touch(clock, chunk.log, writes)
+            touch(clock, chunk.log, writes)

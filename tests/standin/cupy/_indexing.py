@@ -4,6 +4,7 @@ import numpy as np
 
 from cupy import _dtypes, _streams
 from cupy._array import Array, produce, values, view, write
+from cupy._clocks import wait
 from cupy._notes import count, hazard
 
 
@@ -147,7 +148,7 @@ def _kernels(arrays):
         _streams.refuse_in_capture("an index by a mask, whose true values the host counts")
         count("launch", 2, "mask")
         count("d2h", what="mask")
-        _streams.wait("mask", _streams.current()._clock.known())
+        wait("mask", _streams.current()._clock.known())
     return 1 if len(arrays) == 1 else 2 + len(arrays)
 
 

@@ -1,85 +1,24 @@
-"""Streams: the order of work, copies under way, events, and the capture of work for a graph.
+"""Streams: work that is submitted, events, and the capture of work for a graph.
 
-Work runs when it is submitted. What a device would do later shows all the same:
-
-- A copy between page-locked memory and the device ends when the host has waited for it. Until
-  then the host finds garbage where it is to read, and what it writes where the device is to read
-  is a hazard.
-- All memory knows which stream has last read and written it, and when. Every stream knows how far
-  the others had come when it last waited for them (vector clocks, Fidge 1988, Mattern 1989). So
-  work of two streams on the same memory without an order is a hazard, whatever the timing.
-- While a stream captures, work is recorded and does not run.
+Work runs when it is submitted; what a device would do later shows all the same (`_clocks.py`,
+`_copies.py`). While a stream captures, work is recorded and does not run.
 """
 
 import itertools
-import os
 import weakref
 from dataclasses import dataclass
 
-import numpy as np
-
+from cupy._clocks import everything, is_over, new_clock, null_clock, touch, wait
 from cupy._facts import refuse
-from cupy._notes import count, hazard
+from cupy._notes import count
 
-DRY = os.environ.get("STANDIN_DRY") == "1"
-GARBAGE = 0 if DRY else 0xFF  # NaN in every floating type
+GLOBAL, THREAD_LOCAL, RELAXED = range(3)  # modes of a capture
+
+_capturing = []  # clocks of the streams that capture
 
 
 class CUDARuntimeError(RuntimeError):
     """What a call of CUDA's runtime answered."""
-
-
-class Clock:
-    """The work of one stream, numbered.
-
-    Attributes
-    ----------
-    time : number of the last piece of work
-    knows : clock -> number of its work that is over before what is submitted here from now on
-    waits_for_null : True for streams that the null stream waits for, and they for it
-    capture : Capture under way, or None
-    """
-
-    def __init__(self, waits_for_null):
-        self.time, self.knows, self.capture = 0, {}, None
-        self.waits_for_null = waits_for_null
-
-    def learn(self, known):
-        """Wait for work of other streams: clock -> number."""
-        _merge(self.knows, known)
-
-    def known(self):
-        """What is over once all work submitted so far is: clock -> number, its own included."""
-        self._meet_null()
-        return self.knows | {self: self.time}
-
-    def submit(self):
-        """Number one more piece of work."""
-        self._meet_null()
-        self.time += 1
-
-    def _meet_null(self):
-        if self is null_clock:
-            for clock in _waiting_for_null:
-                self.learn(clock.knows | {clock: clock.time})
-        elif self.waits_for_null:
-            self.learn(null_clock.knows | {null_clock: null_clock.time})
-
-
-null_clock = Clock(waits_for_null=False)
-_waiting_for_null = []
-_capturing = []  # clocks whose streams capture
-_host = {}  # clock -> number of its work that the host knows to be over
-_under_way = []  # (clock, number, function that ends the copy)
-
-
-def _merge(known, more):
-    for clock, number in more.items():
-        if number > known.get(clock, 0):
-            known[clock] = number
-
-
-# Work
 
 
 @dataclass(frozen=True)
@@ -147,56 +86,11 @@ def submit(what, work, reads=(), writes=(), kind="launch", n=1):
     work()
 
 
-def touch(clock, log, writes):
-    """Note in a memory's log that the last work of a stream uses it; a hazard if others still may.
-
-    Parameters
-    ----------
-    log : pair of dict clock -> number, the last reads and the last writes; None without memory
-    """
-    if log is None:
-        return
-    for before in log if writes else log[1:]:
-        for other, number in before.items():
-            known = max(clock.knows.get(other, 0), _host.get(other, 0))
-            if other is not clock and number > known:
-                hazard("two streams use the same memory and neither waits for the other")
-    log[1 if writes else 0][clock] = clock.time
-
-
-def finished(log):
-    """True if the host knows that all work on a memory is over."""
-    return log is None or all(
-        number <= _host.get(clock, 0) for part in log for clock, number in part.items()
-    )
-
-
-def until_waited(end):
-    """Have a function called when the host has waited for the last work of the current stream."""
-    clock = current()._clock
-    _under_way.append((clock, clock.time, end))
-
-
-def wait(what, known):
-    """Let the host wait for work: clock -> number."""
-    count("sync", what=what)
-    _merge(_host, known)
-    items, _under_way[:] = _under_way[:], []
-    for clock, number, end in items:
-        if number <= _host.get(clock, 0):
-            end()
-        else:
-            _under_way.append((clock, number, end))
-
-
 def wait_for_all(what):
     """Let the host wait for every stream, which is not allowed while one captures."""
     if _capturing:
         break_capture(f"{what}, a wait of the host")
-    known = null_clock.known()
-    for clock in _clocks:
-        _merge(known, clock.known())
-    wait(what, known)
+    wait(what, everything())
 
 
 # Rules of capture
@@ -228,9 +122,6 @@ def refuse_unsafe(what):
         break_capture(what)
 
 
-GLOBAL, THREAD_LOCAL, RELAXED = range(3)
-
-
 class Stream:
     """A stream, as CuPy's.
 
@@ -246,13 +137,9 @@ class Stream:
     def __init__(self, null=False, non_blocking=False, ptds=False, priority=None):
         refuse("Stream", ptds=ptds or None, priority=priority)
         self.ptr, self.device_id = (0, -1) if null else (next(self._numbers), 0)
-        self._clock = null_clock if null else Clock(waits_for_null=not non_blocking)
-        if null:
-            return
-        Stream._known[self.ptr] = self
-        _clocks.append(self._clock)
-        if not non_blocking:
-            _waiting_for_null.append(self._clock)
+        self._clock = null_clock if null else new_clock(waits_for_null=not non_blocking)
+        if not null:
+            Stream._known[self.ptr] = self
 
     @classmethod
     def _of(cls, ptr):
@@ -281,7 +168,7 @@ class Stream:
     def done(self):
         """True if the host knows that all work is over."""
         self._refuse_query("query of a stream")
-        return _host.get(self._clock, 0) >= self._clock.time
+        return is_over({self._clock: self._clock.time})
 
     def synchronize(self):
         """Let the host wait for all work of this stream."""
@@ -341,7 +228,6 @@ class Stream:
             break_capture(what)
 
 
-_clocks = []
 Stream.null = Stream(null=True)
 _current = [Stream.null]
 
@@ -369,7 +255,7 @@ class Event:
     def done(self):
         """True if the host knows that the work is over."""
         self._refuse_captured()
-        return all(number <= _host.get(clock, 0) for clock, number in self._known.items())
+        return is_over(self._known)
 
     def synchronize(self):
         """Let the host wait for the work."""
@@ -382,44 +268,3 @@ class Event:
                 "cudaErrorCapturedEvent: operation not permitted on an event last recorded in a "
                 "capturing stream"
             )
-
-
-# Copies between the host and the device
-
-
-def bytes_of(host):
-    """The memory of a contiguous NumPy array, in either order."""
-    return host.reshape(-1, order="A").view(np.uint8)
-
-
-def copy_from_host(host, x, watched):
-    """Submit a copy to a device array `x`; what is watched is read until the host has waited."""
-    a = x._a
-
-    def work():
-        a[...] = host
-        if watched:
-            raw = bytes_of(host)
-            until_waited(_unchanged(raw, raw.copy()))
-
-    submit("set", work, writes=[x], kind="h2d")
-
-
-def _unchanged(raw, before):
-    def end():
-        if not np.array_equal(raw, before):
-            hazard("page-locked memory was written while an asynchronous copy read it")
-
-    return end
-
-
-def copy_to_host(x, host):
-    """Submit a copy of a device array `x`; the host finds garbage until it has waited."""
-    a = x._a
-
-    def work():
-        value = a.copy()
-        bytes_of(host)[...] = GARBAGE
-        until_waited(lambda: np.copyto(host, value))
-
-    submit("get", work, reads=[x], kind="d2h")

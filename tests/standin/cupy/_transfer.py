@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from cupy import _pinned, _streams
+from cupy import _copies, _pinned, _streams
 from cupy._array import produce, values
-from cupy._memory import using
 from cupy._notes import hazard
+from cupy._pointers import using
 from cupy._ufunc import COMPARISONS
 
 
@@ -30,7 +30,7 @@ class Transfer:
             )
             x = self if lies_alike else produce("ascontiguousarray", np.copy, self)
             page_locked = _pinned.seen_by_the_device(out)
-            _streams.copy_to_host(x, out if page_locked is None else page_locked)
+            _copies.copy_to_host(x, out if page_locked is None else page_locked)
             if blocking:
                 _streams.current().synchronize()
         return out
@@ -61,10 +61,10 @@ class Transfer:
         with using(stream):
             if page_locked is None:
                 _streams.refuse_in_capture("a copy from pageable memory of the host")
-                _streams.copy_from_host(arr, self, False)
+                _copies.copy_from_host(arr, self, False)
                 _streams.current().synchronize()
             else:
-                _streams.copy_from_host(page_locked, self, True)
+                _copies.copy_from_host(page_locked, self, True)
 
     def item(self):
         """The only value."""

@@ -2,8 +2,9 @@
 
 from cupy._facts import unwritten
 from cupy._graphs import Graph
-from cupy._memory import (
-    MemoryPointer,
+from cupy._pinned import PinnedMemoryPool, alloc_pinned_memory
+from cupy._pointers import MemoryPointer
+from cupy._pools import (
     MemoryPool,
     OutOfMemoryError,
     alloc,
@@ -11,7 +12,6 @@ from cupy._memory import (
     set_allocator,
     using_allocator,
 )
-from cupy._pinned import PinnedMemoryPool, alloc_pinned_memory
 from cupy._streams import Event, Stream
 from cupy._streams import current as _current
 from cupy.cuda import cublas, device, memory, runtime

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from cupy import _dtypes, _memory, _streams
+from cupy import _dtypes, _streams
 from cupy._array import Array
+from cupy._pointers import MemoryPointer, using
+from cupy._segments import DRY
 from cupy.cuda import _compile
 
 SHIM = (Path(__file__).resolve().parents[3] / "cuda" / "shim.h").read_text(encoding="utf-8")
@@ -69,13 +71,13 @@ class RawKernel:
         shape, values = (ctypes.c_uint * 3)(*grid), [_value(x) for x in args]
 
         def work():
-            if _streams.DRY:
+            if DRY:
                 return
             pointers = (ctypes.c_void_p * len(values))(*(x.ctypes.data for x in values))
             if self._run(shape, block[0], pointers):
                 raise RuntimeError(f"{self.name}: threads wait for ever")
 
-        with _memory.using(stream):
+        with using(stream):
             _streams.submit(self.name, work, reads, writes)
 
     def _memory(self, args):
@@ -89,7 +91,7 @@ class RawKernel:
 
 
 def _letter(x):
-    if x is None or isinstance(x, (Array, _memory.MemoryPointer)):
+    if x is None or isinstance(x, (Array, MemoryPointer)):
         return "p"
     if isinstance(x, np.ndarray):
         raise TypeError(f"Unsupported type {type(x)}")
@@ -100,7 +102,7 @@ def _value(x):
     """An argument in memory of the host."""
     if x is None:
         return np.zeros(1, np.uint64)
-    if isinstance(x, (Array, _memory.MemoryPointer)):
+    if isinstance(x, (Array, MemoryPointer)):
         return np.array([x.data.ptr if isinstance(x, Array) else x.ptr], np.uint64)
     return np.array([x], _dtypes.of_scalar(x)[0])
 

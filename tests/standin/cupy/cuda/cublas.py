@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cupy import _dtypes, _memory, _streams
+from cupy import _dtypes, _segments, _streams
 from cupy._linear import refuse_cublas
 from cupy.cuda import _compile
 
@@ -51,10 +51,10 @@ class _Matrix:
         return self.leading * self.columns * self.dtype.itemsize
 
     def _log(self):
-        return _memory.log_at(self.address)
+        return _segments.log_at(self.address)
 
     def _span(self):
-        return _memory.span_at(self.address, self._nbytes)
+        return _segments.span_at(self.address, self._nbytes)
 
 
 def gemmEx(handle, *args):

@@ -1,14 +1,7 @@
 """`cupy.cuda.memory`: pools and pointers under their other names."""
 
-from cupy._memory import (
-    MemoryPointer,
-    MemoryPool,
-    OutOfMemoryError,
-    PooledMemory,
-    alloc,
-    set_allocator,
-    using_allocator,
-)
+from cupy._pointers import MemoryPointer, PooledMemory
+from cupy._pools import MemoryPool, OutOfMemoryError, alloc, set_allocator, using_allocator
 
 __all__ = [
     "MemoryPointer",

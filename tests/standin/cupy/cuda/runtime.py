@@ -2,7 +2,7 @@
 
 import os
 
-from cupy import _memory, _streams
+from cupy import _segments, _streams
 from cupy._facts import unwritten
 from cupy._streams import CUDARuntimeError
 
@@ -38,7 +38,7 @@ def _checked(device):
 
 def memGetInfo():
     """Free and all bytes of the device."""
-    return _memory.free_bytes(), _memory.DEVICE_BYTES
+    return _segments.free_bytes(), _segments.DEVICE_BYTES
 
 
 def deviceGetPCIBusId(device):
@@ -57,7 +57,7 @@ def getDeviceProperties(device):
     major, minor = divmod(int(os.environ.get("STANDIN_CAPABILITY", "90")), 10)
     return {
         "name": b"Stand-in",
-        "totalGlobalMem": _memory.DEVICE_BYTES,
+        "totalGlobalMem": _segments.DEVICE_BYTES,
         "major": major,
         "minor": minor,
         "multiProcessorCount": 132,
