@@ -342,8 +342,8 @@ def test_kernels_run(cupy, kernel):
 
 
 def test_arguments_of_kernels(cupy, kernel):
+    """Their types are the kernel's; a Python number would be one of 64 bits."""
     x, one = put(cupy, 1, 2), np.float32(1)
-    good = (x, x, np.int32(2), one)
     for args in (
         (x, x, np.int64(2), one),
         (x, x, 2, one),
@@ -353,11 +353,23 @@ def test_arguments_of_kernels(cupy, kernel):
     ):
         with pytest.raises(TypeError):
             kernel("scale")((1,), (32,), args)
+
+
+def test_starts_of_kernels(cupy, kernel):
+    """Grid, block and shared memory are what CUDA allows."""
+    x = put(cupy, 1, 2)
+    args, scaled = (x, x, np.int32(2), np.float32(1)), kernel("scale")
     for grid, block in (((1, 70000), (32,)), ((1,), (1025,))):
         with pytest.raises(RuntimeError, match="CUDA_ERROR_INVALID_VALUE"):
-            kernel("scale")(grid, block, good)
+            scaled(grid, block, args)
     with pytest.raises(TypeError, match="grid"):
-        kernel("scale")(1, (32,), good)
+        scaled(1, (32,), args)
+    with pytest.raises(RuntimeError, match="50000 bytes of shared memory"):
+        scaled((1,), (32,), args, shared_mem=50000)
+    scaled.max_dynamic_shared_size_bytes = 50000
+    scaled((1,), (32,), args, shared_mem=50000)
+    with pytest.raises(RuntimeError, match="CUDA_ERROR_INVALID_VALUE"):
+        scaled.max_dynamic_shared_size_bytes = 300000
     with pytest.raises(RuntimeError, match="CUDA_ERROR_NOT_FOUND"):
         kernel("scales")
 

@@ -83,7 +83,7 @@ class Segment:
         """Give the memory back, which waits for the device."""
         self.released = True
         _taken_bytes[0] -= self.bytes.size
-        if _streams.capturing() is not None:
+        if _streams.is_any_capturing():
             hazard("memory was given back, by cudaFree, while a graph was captured")
         elif not sys.is_finalizing():
             _streams.wait_for_all("cudaFree")

@@ -116,6 +116,11 @@ def break_capture(what, error="Unsupported"):
     )
 
 
+def is_any_capturing():
+    """True if some stream captures."""
+    return bool(_capturing)
+
+
 def refuse_unsafe(what):
     """Refuse a call that CUDA allows beside captures of relaxed mode only."""
     if any(clock.capture.mode != RELAXED for clock in _capturing):

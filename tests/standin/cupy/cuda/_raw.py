@@ -16,6 +16,7 @@ from cupy._array import Array
 from cupy._pointers import MemoryPointer, using
 from cupy._segments import DRY
 from cupy.cuda import _compile
+from cupy.cuda.device import Device
 
 SHIM = (Path(__file__).resolve().parents[3] / "cuda" / "shim.h").read_text(encoding="utf-8")
 
@@ -43,6 +44,7 @@ class RawKernel:
     Attributes
     ----------
     signature : a letter for the type of every argument, as the shim gives them
+    max_dynamic_shared_size_bytes : shared memory that a launch may ask for
     """
 
     def __init__(self, code, name, options=(), backend="nvrtc"):
@@ -51,6 +53,7 @@ class RawKernel:
         if name not in kernels:
             raise RuntimeError(f"CUDA_ERROR_NOT_FOUND: named symbol not found ({name})")
         self.name, self._reads_only = name, kernels[name]
+        self._shared = 48 << 10
         self._run = getattr(library, f"run_{name}")
         text = ctypes.create_string_buffer(64)
         getattr(library, f"signature_{name}")(text)
@@ -62,8 +65,10 @@ class RawKernel:
         grid, block = ([max(1, int(n)) for n in (*sizes, 1, 1)[:3]] for sizes in (grid, block))
         if any(map(int.__gt__, grid, _GRID)) or np.prod(block) > _BLOCK:
             raise RuntimeError(f"CUDA_ERROR_INVALID_VALUE: grid {grid}, block {block}")
-        if block[1:] != [1, 1] or shared_mem:
-            raise NotImplementedError("stand-in: blocks of one axis only, and no shared_mem")
+        if shared_mem > self._shared:
+            raise RuntimeError(f"CUDA_ERROR_INVALID_VALUE: {shared_mem} bytes of shared memory")
+        if block[1:] != [1, 1]:
+            raise NotImplementedError("stand-in: blocks of several axes are not written")
         given = "".join(map(_letter, args))
         if given != self.signature:
             raise TypeError(f"stand-in: {self.name} takes {self.signature}, got {given}")
@@ -79,6 +84,17 @@ class RawKernel:
 
         with using(stream):
             _streams.submit(self.name, work, reads, writes)
+
+    @property
+    def max_dynamic_shared_size_bytes(self):
+        """Bytes of shared memory that a launch may ask for, no more than the device has."""
+        return self._shared
+
+    @max_dynamic_shared_size_bytes.setter
+    def max_dynamic_shared_size_bytes(self, nbytes):
+        if nbytes > Device().attributes["MaxSharedMemoryPerBlockOptin"]:
+            raise RuntimeError(f"CUDA_ERROR_INVALID_VALUE: {nbytes} bytes of shared memory")
+        self._shared = nbytes
 
     def _memory(self, args):
         """The arrays among the arguments: those that are read only, and the others."""

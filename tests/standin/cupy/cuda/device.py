@@ -4,6 +4,9 @@ import os
 
 from cupy.cuda import runtime
 
+# By capability: multiprocessors, bytes of shared memory of each, and of a block that asks for them.
+_SIZES = {"80": (108, 164 << 10, 163 << 10), "90": (132, 228 << 10, 227 << 10)}
+
 
 class Device:
     """A GPU."""
@@ -40,6 +43,19 @@ class Device:
     def compute_capability(self):
         """What the GPU is capable of, such as "90"."""
         return get_compute_capability()
+
+    @property
+    def attributes(self):
+        """Numbers of an A100 or H100, whichever is as capable."""
+        processors, shared, shared_of_block = _SIZES[get_compute_capability()]
+        return {
+            "MultiProcessorCount": processors,
+            "MaxSharedMemoryPerBlock": 48 << 10,
+            "MaxSharedMemoryPerBlockOptin": shared_of_block,
+            "MaxSharedMemoryPerMultiprocessor": shared,
+            "MaxThreadsPerBlock": 1024,
+            "WarpSize": 32,
+        }
 
     @property
     def mem_info(self):

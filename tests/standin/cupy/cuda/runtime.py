@@ -51,21 +51,6 @@ def deviceSynchronize():
     _streams.wait_for_all("device")
 
 
-def getDeviceProperties(device):
-    """Some of the numbers of an H100, of whatever it is said to be capable."""
-    _checked(device)
-    major, minor = divmod(int(os.environ.get("STANDIN_CAPABILITY", "90")), 10)
-    return {
-        "name": b"Stand-in",
-        "totalGlobalMem": _segments.DEVICE_BYTES,
-        "major": major,
-        "minor": minor,
-        "multiProcessorCount": 132,
-        "warpSize": 32,
-        "sharedMemPerBlock": 49152,
-    }
-
-
 def runtimeGetVersion():
     """Version of CUDA."""
     return 12090
