@@ -25,7 +25,7 @@ devices in one process, and values that a kernel writes to page-locked memory be
 
 import numpy as _np
 
-from cupy import _choosing, _creation, _joining, _linear
+from cupy import _choosing, _creation, _joining, _linear, cuda
 from cupy._facts import FACTS as _FACTS
 from cupy._facts import NAMES as _NAMES
 from cupy._facts import unwritten as _unwritten
@@ -34,8 +34,6 @@ from cupy._pinned import default_pool as _default_pinned_pool
 from cupy._pools import default_pool as _default_pool
 from cupy._transfer import asnumpy
 from cupy._ufunc import UFUNCS, ufunc
-
-from cupy import cuda  # isort: skip
 from cupy.cuda._raw import RawKernel, RawModule
 
 __version__ = _FACTS["version"]["cupy"] + "+standin"

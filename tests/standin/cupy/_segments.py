@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cupy import _streams
-from cupy._notes import count, hazard
+from cupy._notes import count
 
 UNIT = 512  # bytes; every size is a multiple of it
 DEVICE_BYTES = int(float(os.environ.get("STANDIN_MEMORY", 4 << 30)))
@@ -80,11 +80,11 @@ class Segment:
         _taken_bytes[0] += size
 
     def release(self):
-        """Give the memory back, which waits for the device."""
+        """Give the memory back, which waits for the device, but for streams that capture."""
         self.released = True
         _taken_bytes[0] -= self.bytes.size
         if _streams.is_any_capturing():
-            hazard("memory was given back, by cudaFree, while a graph was captured")
+            _streams.refuse_unsafe("cudaFree")
         elif not sys.is_finalizing():
             _streams.wait_for_all("cudaFree")
 
