@@ -265,7 +265,11 @@ def standin(tmp_path_factory):
         pytest.skip("g++ is not installed")
     cache = os.environ.get("STANDIN_CACHE") or str(tmp_path_factory.mktemp("standin"))
     paths = [ROOT / "tests" / "standin", ROOT / "tests", ROOT]
-    return {"PYTHONPATH": os.pathsep.join(map(str, paths)), "STANDIN_CACHE": cache}
+    return {
+        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+        "STANDIN_CACHE": cache,
+        "STANDIN_DRIVER": "1",
+    }
 
 
 @pytest.fixture

@@ -374,6 +374,25 @@ def test_starts_of_kernels(cupy, kernel):
         kernel("scales")
 
 
+def test_launches_by_the_driver_itself(mpirun, standin):
+    """As ctypes finds it, in a capture too."""
+    code = """
+import sys, cupy, numpy as np
+from hpcinfer.ops.cuda import overlapped
+scale = cupy.RawModule(code=sys.argv[1]).get_function("scale")
+with cupy.cuda.Stream(non_blocking=True) as stream:
+    x, y = cupy.ones(2, np.float32), cupy.empty(2, np.float32)
+    stream.begin_capture()
+    assert overlapped.start(scale, (1,), 32, (x, y, np.int32(2), np.float32(3)))
+    graph = stream.end_capture()
+    assert np.isnan(y.get()).all()
+    graph.launch()
+    print(y.get(), *cupy._notes.hazards)
+"""
+    done = mpirun(1, sys.executable, "-c", code, KERNELS, **standin)
+    assert done.stdout == "[3. 3.]\n", done.stdout + done.stderr
+
+
 def test_the_order_of_threads_shows_what_does_not_wait(cupy, kernel, monkeypatch):
     found = []
     for order in range(2):

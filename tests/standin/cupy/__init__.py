@@ -16,6 +16,7 @@ devices in one process, and values that a kernel writes to page-locked memory be
     STANDIN_DEVICES=1          GPUs that a process sees
     STANDIN_MEMORY=4294967296  bytes of each
     STANDIN_CAPABILITY=90      what they are capable of
+    STANDIN_DRIVER=1           ctypes finds a driver, too
     STANDIN_CACHE=FOLDER       where compiled kernels are kept, ~/.cache/cupy-standin by default
     STANDIN_STRICT=1           hazards are errors
     STANDIN_TRACE=1            counts come with the places that they come from

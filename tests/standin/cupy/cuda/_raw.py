@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from cupy import _dtypes, _streams
+from cupy import _dtypes, _segments, _streams
 from cupy._array import Array
 from cupy._pointers import MemoryPointer, using
 from cupy._segments import DRY
 from cupy.cuda import _compile
+from cupy.cuda._driver import Function
 from cupy.cuda.device import Device
 
 SHIM = (Path(__file__).resolve().parents[3] / "cuda" / "shim.h").read_text(encoding="utf-8")
@@ -44,6 +45,7 @@ class RawKernel:
     Attributes
     ----------
     signature : a letter for the type of every argument, as the shim gives them
+    kernel : what the driver knows of it
     max_dynamic_shared_size_bytes : shared memory that a launch may ask for
     """
 
@@ -52,8 +54,8 @@ class RawKernel:
         library, kernels = compiled(code, defined)
         if name not in kernels:
             raise RuntimeError(f"CUDA_ERROR_NOT_FOUND: named symbol not found ({name})")
-        self.name, self._reads_only = name, kernels[name]
-        self._shared = 48 << 10
+        self.name, self._pointers = name, kernels[name]
+        self.kernel, self._shared = Function(self), 48 << 10
         self._run = getattr(library, f"run_{name}")
         text = ctypes.create_string_buffer(64)
         getattr(library, f"signature_{name}")(text)
@@ -97,13 +99,32 @@ class RawKernel:
         self._shared = nbytes
 
     def _memory(self, args):
-        """The arrays among the arguments: those that are read only, and the others."""
-        pairs = [
-            (x, const)
-            for x, const in zip(args, self._reads_only, strict=True)
-            if isinstance(x, Array)
-        ]
-        return [x for x, const in pairs if const], [x for x, const in pairs if not const]
+        """Operands among the arguments: what is read only, and what may be written."""
+        operands = {"const": [], "other": [], "value": []}
+        for x, kind in zip(args, self._pointers, strict=True):
+            is_address = kind != "value" and not isinstance(x, Array)
+            operands[kind].append(_Address(x) if is_address else x)
+        return operands["const"], operands["other"]
+
+
+class _Address:
+    """Memory that an argument points to, of which no more is known."""
+
+    def __init__(self, x):
+        self._at = int(x or 0)
+
+    def _log(self):
+        return _segments.log_at(self._at)
+
+    def _span(self):
+        return _segments.span_at(self._at, 1)
+
+
+def _kind(parameter):
+    """ "const" or "other" for what a parameter points to; "value" for the rest."""
+    if "*" not in parameter:
+        return "value"
+    return "const" if parameter.split()[0] == "const" else "other"
 
 
 def _letter(x):
@@ -125,10 +146,10 @@ def _value(x):
 
 @functools.cache
 def compiled(code, options):
-    """A source as a library for the host, and its kernels: name -> which arguments are const."""
+    """A source as a library for the host, and its kernels: name -> what each argument is."""
     text = _compile.run(["g++", "-E", "-P", *options, "-xc++", "-"], code)
     kernels = {
-        name: [parameter.split()[0] == "const" for parameter in parameters.split(",")]
+        name: [_kind(parameter) for parameter in parameters.split(",")]
         for name, parameters in _KERNEL.findall(text)
     }
     runs = (f"RUN({name})" for name in kernels)
