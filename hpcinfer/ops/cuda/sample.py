@@ -140,7 +140,7 @@ class _Columns:
             xp, self.jobs, *tokens, np.zeros(n_jobs, FOUND), records, _room_for_keys(records)
         )
         self._jobs, self._found = board[0], board[4]
-        self._copies = xp.empty((self.jobs["copy"].max() + 1, self.n), np.float32)
+        self._copies = xp.empty((int(self.jobs["copy"].max()) + 1, self.n), np.float32)
         launch(
             "sample", "scan", (self.slices, n_jobs), _THREADS,
             *(board[i] for i in range(5)), self.raw, self._copies,
