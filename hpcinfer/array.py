@@ -32,6 +32,9 @@ DTYPES = {
 # Part of a GPU's free memory that arrays may take: libraries and kernels need some for themselves.
 _GPU_SHARE = 0.92
 
+# What a driver of GPUs leaves in the file system, with a device or a broken one.
+_GPU_FILES = ("/dev/nvidia0", "/dev/kfd")
+
 _HUGE, _LINE = 2 << 20, 64  # bytes of a huge page, of a line of the cache
 
 # Options of the C library's allocator: freed bytes that it keeps, and those from which an array is
@@ -120,6 +123,17 @@ class Device:
             return free if self._limit is None else min(free, self._limit - pool.used_bytes())
         return host_free_bytes()
 
+    def peak_bytes(self):
+        """Most memory of this GPU that arrays of this rank have taken so far; 0 on the CPU."""
+        if self.name != "cuda":
+            return 0
+        return self.xp.get_default_memory_pool().total_bytes()
+
+    def trim(self):
+        """Give back page-locked host memory that nothing uses any more."""
+        if self.name == "cuda":
+            self.xp.get_default_pinned_memory_pool().free_all_blocks()
+
     def __str__(self):
         return self.name if self.ordinal is None else f"{self.name}:{self.ordinal}"
 
@@ -128,11 +142,32 @@ def select_device(choice, local_rank):
     """Device for `--device cpu|cuda|auto` on the rank that is number `local_rank` of its node."""
     if choice not in ("cpu", "cuda", "auto"):
         raise ValueError(f"device: got {choice!r}, need cpu, cuda or auto")
-    if choice == "auto":
-        choice = "cuda" if _gpu_count() else "cpu"
-    if choice == "cuda" and not _gpu_count():
-        raise ValueError("device: got cuda, need a visible GPU and CuPy; use --device cpu")
-    return Device(choice, local_rank)
+    if choice == "cpu" or not (trouble := gpu_trouble()):
+        return Device("cpu" if choice == "cpu" else "cuda", local_rank)
+    if choice == "cuda":
+        raise ValueError(
+            f"device: got cuda, need a visible GPU and CuPy; use --device cpu ({trouble})"
+        )
+    return Device("cpu", local_rank)
+
+
+def gpu_trouble():
+    """Why no GPU can be used, in the words of who says so; None if one can."""
+    try:
+        n = _cupy().cuda.runtime.getDeviceCount()
+    except ImportError as error:
+        return f"{error} (pip install cupy-cuda12x or cupy-cuda13x)"
+    except Exception as error:  # of the driver, whose type only CuPy knows
+        return str(error)
+    return None if n else "no GPU is visible"
+
+
+def auto_warning(device):
+    """What `--device auto` says where it takes the CPU of a node that has a GPU; else None."""
+    if device.name != "cpu" or not any(Path(place).exists() for place in _GPU_FILES):
+        return None
+    trouble = gpu_trouble()
+    return trouble and f"warning: device auto takes the CPU, though there is a GPU here: {trouble}"
 
 
 def host(x):
@@ -435,10 +470,3 @@ def _stream(ordinal):
     It and the default stream wait for each other: some functions of CuPy know that one alone.
     """
     return _cupy().cuda.Stream()
-
-
-def _gpu_count():
-    try:
-        return _cupy().cuda.runtime.getDeviceCount()
-    except Exception:  # no CuPy, no driver, or no device: all mean that there is no GPU to use
-        return 0

@@ -516,7 +516,7 @@ def test_one_rank_that_fails_in_a_step_ends_all(mpirun, tmp_path, rank):
         tmp_path,
         rank=rank,
         imports="from hpcinfer.model.cache import Cache",
-        target="Cache.write",
+        target="Cache.place_heads",
         error='MemoryError("got a full device")',
     )
     assert done.returncode != 0

@@ -194,7 +194,7 @@ def put(request, monkeypatch):
     fastest.use("plain")
     request.addfinalizer(lambda: fastest.use("auto"))
     if request.param == "device":
-        if not array._gpu_count():
+        if array.gpu_trouble():
             pytest.skip("no GPU")
         return array.Device("cuda").put
     if shutil.which("g++") is None:
@@ -426,7 +426,7 @@ def test_linear_pair_leaves_other_functions_to_the_plain_form(put, rng):
 @pytest.mark.parametrize(("T", "n_in"), [(2, 64), (9, 64), (3, 12), (40, 256)])
 def test_linear_of_many_tokens(rng, dtype, T, n_in):
     """cuBLAS, which only a GPU has."""
-    if not array._gpu_count():
+    if array.gpu_trouble():
         pytest.skip("no GPU")
     put = array.Device("cuda").put
     x, weight, bias = normal(rng, T, n_in), weight_of(rng, dtype, 24, n_in), normal(rng, 24)
@@ -530,7 +530,7 @@ def test_linear_of_codes_that_meet_float32(put, rng):
 @pytest.mark.parametrize("kind", KINDS)
 def test_linear_of_codes_and_many_tokens(rng, monkeypatch, dtype, kind):
     """Numbers of some rows at a time, and cuBLAS, which only a GPU has."""
-    if not array._gpu_count():
+    if array.gpu_trouble():
         pytest.skip("no GPU")
     monkeypatch.setattr(fast("linear"), "_NUMBERS_BYTES", 8192)
     put = array.Device("cuda").put

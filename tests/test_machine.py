@@ -42,13 +42,39 @@ def test_a_rank_takes_the_gpu_of_its_number(monkeypatch, gpus, expected, choice)
 
 
 def test_no_gpu(monkeypatch):
-    monkeypatch.setattr(array, "_gpu_count", lambda: 0)
+    monkeypatch.setattr(array, "gpu_trouble", lambda: "the driver says no")
     assert array.select_device("auto", 1).name == "cpu"
     assert array.select_device("cpu", 0).identity is None
-    with pytest.raises(ValueError, match="^device: got cuda, need a visible GPU and CuPy; use"):
+    refusal = r"^device: got cuda, need a visible GPU and CuPy; use .* \(the driver says no\)$"
+    with pytest.raises(ValueError, match=refusal):
         array.select_device("cuda", 0)
     with pytest.raises(ValueError, match="^device: got 'tpu', need cpu, cuda or auto"):
         array.select_device("tpu", 0)
+
+
+def test_auto_says_why_a_gpu_is_not_used(monkeypatch, tmp_path):
+    """Where the driver has left its files, and does not work."""
+    monkeypatch.setattr(array, "gpu_trouble", lambda: "the driver says no")
+    device = array.select_device("auto", 0)
+    monkeypatch.setattr(array, "_GPU_FILES", (tmp_path / "none",))
+    assert array.auto_warning(device) is None
+    monkeypatch.setattr(array, "_GPU_FILES", (tmp_path,))
+    assert array.auto_warning(device).endswith("though there is a GPU here: the driver says no")
+
+
+@pytest.mark.parametrize(
+    ("count", "trouble"),
+    [
+        (lambda: 1, None),
+        (lambda: 0, "no GPU is visible"),
+        (lambda: 1 // 0, "integer division or modulo by zero"),
+    ],
+)
+def test_trouble_is_told_in_the_words_of_who_has_it(monkeypatch, count, trouble):
+    cupy = FakeCupy(1)
+    cupy.cuda.runtime.getDeviceCount = count
+    monkeypatch.setattr(array, "_cupy", lambda: cupy)
+    assert array.gpu_trouble() == trouble
 
 
 class Node:

@@ -283,6 +283,20 @@ def test_generate(cluster, short, tmp_path, launcher):
     assert "tp=2 on cpu, float32, threads per rank 2" in job.printed()
 
 
+def test_script_for_gpus(cluster, short, tmp_path):
+    """Its layout, on nodes that have no GPU: a replica on each, its ranks in tp."""
+    source, expected = short
+    output = tmp_path / "out.jsonl"
+    job = cluster.submit(
+        tmp_path / "log", "-N2 --ntasks-per-node=2 -c1 --gpus-per-node=0", "generate-gpu.slurm",
+        SHIPPED, source, output, *OPTIONS,
+        HPCINFER_DEVICE="cpu", HPCINFER_EXTRAS="", HPCINFER_LAUNCHER_OPTIONS="",
+    )  # fmt: skip
+    assert job.end() == ("COMPLETED", "0:0"), job.printed()
+    assert output.read_bytes() == expected.read_bytes()
+    assert "dp=2,pp=1,cp=1,tp=2 on cpu, float32" in job.printed()
+
+
 @pytest.mark.parametrize("launcher", ["srun", "mpirun"])
 def test_several_nodes(cluster, short, tmp_path, launcher):
     source, expected = short

@@ -165,7 +165,7 @@ def _run_batch(kind, arguments, sampling, selection, stop):
 
 
 def _run_on(comm, kind, arguments, sampling, selection, n_lines, state, stop):
-    from hpcinfer import collectives
+    from hpcinfer import array, collectives
     from hpcinfer.engine import batch
     from hpcinfer.engine.api import load
     from hpcinfer.engine.crowd import advice
@@ -197,6 +197,7 @@ def _run_on(comm, kind, arguments, sampling, selection, n_lines, state, stop):
     device = engine.model.device
     for line in (
         advice(engine.grid.node, device),
+        array.auto_warning(device) if arguments.device == "auto" else None,
         fastest.notice() if device.name == "cpu" else None,
     ):
         if comm.rank == 0 and line is not None:

@@ -145,6 +145,7 @@ class Engine:
         """Give every rank the same number of cache pages, the most that all can hold."""
         model, comm = self.model, self.grid.comm
         self.shares_weights = model.share()
+        model.device.trim()
         agree_all(comm, self._read_alone)
         if self._kv_memory is None:
             sharers = self.grid.node.size if model.device.name == "cpu" else 1

@@ -108,6 +108,7 @@ class Record:
             "bytes_read": self.bytes_read,
             "load_s": self.load_s,
             "peak_bytes": array.peak_memory_bytes(),
+            "device_bytes": model.device.peak_bytes(),
             "cache_bytes": self.kv_bytes,
             "weight_bytes": model.weights.nbytes,
             "side": grid.side,
@@ -161,6 +162,8 @@ def _memory_lines(grid, ranks):
         )
     if grid.alike.size > 1 and grid.layout.zero == "off":
         lines.append(f"memory    ranks of a node that hold equal weights: {grid.alike.size}")
+    if any(r["device_bytes"] for r in ranks):
+        lines.append(f"memory    peak of the GPU {_span([r['device_bytes'] for r in ranks])}")
     return [*lines, f"memory    peak per rank {_span([r['peak_bytes'] for r in ranks])}"]
 
 
