@@ -105,9 +105,7 @@ static void __syncthreads() { meet(block); }
 
 static void __syncwarp() { meet(warps[current / 32]); }
 
-static void __threadfence() {}
-
-static int atomicAdd(int* to, int x) {
+static int add_in_order(int* to, int x) {
     int before = *to;
     *to += x;
     return before;
@@ -117,6 +115,14 @@ static float __shfl_xor_sync(unsigned, float x, int step) {
     exchange[current] = x;
     meet(warps[current / 32]);
     float y = exchange[current ^ step];
+    meet(warps[current / 32]);
+    return y;
+}
+
+static float __shfl_sync(unsigned, float x, int from) {
+    exchange[current] = x;
+    meet(warps[current / 32]);
+    float y = exchange[current / 32 * 32 + from % 32];
     meet(warps[current / 32]);
     return y;
 }
@@ -131,6 +137,8 @@ static int __any_sync(unsigned, bool truth) {
 }
 
 static float fast_exp2(float x) { return exp2f(x); }
+
+static void read_ahead(const void*) {}
 
 // Copies under way: those of even blocks land at once, those of odd ones when they are waited for.
 struct Copy {

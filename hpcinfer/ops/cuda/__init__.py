@@ -9,7 +9,7 @@ import importlib.util
 FILES = ("activation", "attention", "linear", "norm", "rope", "store")
 
 # Files with more fast forms of a file's functions, which that file's own calls.
-PARTS = {"prefill": "attention"}
+PARTS = {"decode": "attention", "prefill": "attention"}
 
 
 def missing():
