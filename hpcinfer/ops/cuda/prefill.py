@@ -256,7 +256,7 @@ def _launch(q, k, v, strides, table, shape, scale, window, o, lse):
     )  # fmt: skip
     if table.splits > 1:
         launch(
-            "prefill", "merge_parts", (G, table.n_items), 32 * shape.warps,
+            "prefill", "merge_parts", (G, table.n_items, shape.rows // shape.warps), 32 * shape.warps,
             o_parts, lse_parts, table.values, o, lse, *at, H, table.n, table.splits,
             options=options,
         )  # fmt: skip
