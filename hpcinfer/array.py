@@ -140,10 +140,7 @@ def host(x):
     if namespace(x) is np:
         return x
     capture.refuse("the host reads what is computed")
-    stream = namespace(x).cuda.get_current_stream()
-    result = namespace(x).asnumpy(x, stream=stream)
-    stream.synchronize()
-    return result
+    return namespace(x).asnumpy(x, blocking=True)
 
 
 def synchronize(x):
@@ -162,9 +159,7 @@ def staged(x):
     capture.refuse("the host reads what is computed")
     buffer = page_locked(x.shape, x.dtype)
     if x.size:
-        stream = namespace(x).cuda.get_current_stream()
-        namespace(x).ascontiguousarray(x).get(stream=stream, out=buffer)
-        stream.synchronize()
+        namespace(x).ascontiguousarray(x).get(out=buffer, blocking=True)
     return buffer
 
 
@@ -435,8 +430,11 @@ def _cupy():
 
 @functools.cache
 def _stream(ordinal):
-    """The stream of this process on a GPU, whose work can be captured."""
-    return _cupy().cuda.Stream(non_blocking=True)
+    """The stream of this process on a GPU, whose work can be captured.
+
+    It and the default stream wait for each other: some functions of CuPy know that one alone.
+    """
+    return _cupy().cuda.Stream()
 
 
 def _gpu_count():

@@ -258,6 +258,20 @@ def kill_tree(process):
             continue
 
 
+@pytest.fixture(scope="session")
+def standin(tmp_path_factory):
+    """Environment in which `import cupy` finds the stand-in of tests/standin, for `mpirun`."""
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed")
+    cache = os.environ.get("STANDIN_CACHE") or str(tmp_path_factory.mktemp("standin"))
+    paths = [ROOT / "tests" / "standin", ROOT / "tests", ROOT]
+    return {
+        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+        "STANDIN_CACHE": cache,
+        "STANDIN_DRIVER": "1",
+    }
+
+
 @pytest.fixture
 def plain_forms():
     """Run the plain forms of all functions, which round no operand: the oracle of the fast ones."""

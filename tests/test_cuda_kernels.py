@@ -15,11 +15,29 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mpi4py import MPI
+from test_vocabulary import mixture
 
-from hpcinfer import array
+from hpcinfer import array, partition
 from hpcinfer.model.step import Books
-from hpcinfer.ops import activation, attention, cuda, fastest, linear, norm, rope, store
+from hpcinfer.ops import (
+    activation,
+    attention,
+    cuda,
+    embed,
+    experts,
+    fastest,
+    linear,
+    norm,
+    quantize,
+    rope,
+    route,
+    sample,
+    softmax,
+    store,
+)
 from hpcinfer.ops.cuda import launch
+from hpcinfer.parallel import vocabulary
 
 pytestmark = pytest.mark.single
 
@@ -322,11 +340,11 @@ def weight_of(rng, name, *shape):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("warps", [1, 60, 1000])
+@pytest.mark.parametrize("warps", [1, 80, 1000])
 @pytest.mark.parametrize(("n_in", "n_out"), [(8, 1), (520, 37), (4104, 6)])
 def test_linear_of_one_token(put, rng, monkeypatch, dtype, warps, n_in, n_out):
     """Outputs that fill no block, inputs that are shared by one warp or more."""
-    monkeypatch.setattr(fast("linear"), "_MANY_WARPS", warps)
+    monkeypatch.setattr(fast("linear"), "_MOST_WARPS", warps)
     monkeypatch.setattr(fast("linear"), "_PART", 64)
     x, weight, bias = normal(rng, 1, n_in), weight_of(rng, dtype, n_out, n_in), normal(rng, n_out)
     expected = plain(linear.linear)(x, weight, bias)
@@ -340,13 +358,41 @@ def test_linear_of_one_token(put, rng, monkeypatch, dtype, warps, n_in, n_out):
 @pytest.mark.parametrize(("n_in", "n_out"), [(8, 1), (520, 37)])
 def test_linear_without_matrix_units(put, rng, monkeypatch, dtype, T, n_in, n_out):
     """Any number of outputs to a warp, with a last warp that has fewer."""
-    monkeypatch.setattr(fast("linear"), "_has_matrix_units", lambda: False)
+    monkeypatch.setattr(fast("linear"), "has_matrix_units", lambda x: False)
     x, weight, bias = normal(rng, T, n_in), weight_of(rng, dtype, n_out, n_in), normal(rng, n_out)
     expected = plain(linear.linear)(x, weight, bias)
     for busy in (1, 16, 1000):
         monkeypatch.setattr(fast("linear"), "_BUSY_WARPS", busy)
         agree(fast("linear").linear(put(x), put(weight), put(bias)), expected, 2e-4)
     agree(fast("linear").linear(put(x), put(weight)), plain(linear.linear)(x, weight), 2e-4)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("T", [2, 8, 9, 35])
+@pytest.mark.parametrize(("n_in", "n_out"), [(8, 1), (520, 37), (2056, 16)])
+def test_linear_by_tiles(put, rng, monkeypatch, dtype, T, n_in, n_out):
+    """Outputs and tokens that fill no block, inputs that fill no step of a warp."""
+    monkeypatch.setattr(fast("linear"), "_TILED_TOKENS", 64)
+    x, weight, bias = normal(rng, T, n_in), weight_of(rng, dtype, n_out, n_in), normal(rng, n_out)
+    expected = plain(linear.linear)(x, weight, bias)
+    agree(fast("linear").linear(put(x), put(weight), put(bias)), expected, 4e-4)
+    rounded = x.astype(weight.dtype)
+    agree(fast("linear").linear(put(rounded), put(weight)), expected - bias, 4e-4)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", ["silu", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize(("T", "widths"), [(5, (13,)), (17, (9, 0, 15))])
+def test_gate_by_tiles(put, rng, monkeypatch, dtype, name, T, widths):
+    """A gate in the first product of few tokens, in one block of columns or more."""
+    monkeypatch.setattr(fast("linear"), "_TILED_TOKENS", 64)
+    middle = activation.Gate(activation.activation(name), widths)
+    x, bias = normal(rng, T, 72), normal(rng, 2 * sum(widths))
+    weight = weight_of(rng, dtype, len(bias), 72)
+    weight = weight * weight.dtype.type(0.125)
+    wanted = middle(plain(linear.linear)(x, weight, bias))
+    got = fast("linear")._gated(put(x), put(weight), middle, weight.dtype, put(bias))
+    np.testing.assert_allclose(array.host(array.widen(got)), wanted, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -360,7 +406,7 @@ def test_linear_pair(put, rng, dtype, name, widths, with_bias):
     second, bias = weight_of(rng, dtype, 6, F), normal(rng, 2 * F) if with_bias else None
     first, middle = first * first.dtype.type(0.125), activation.Gate(function, widths)
     there = None if bias is None else put(bias)
-    between = fast("linear")._one_gated(put(x), put(first), middle, second.dtype, there)
+    between = fast("linear")._gated(put(x), put(first), middle, second.dtype, there)
     wanted = middle(plain(linear.linear)(x, first, bias))
     between = array.host(array.widen(between))
     np.testing.assert_allclose(between, wanted, rtol=1e-2, atol=1e-3)
@@ -396,6 +442,234 @@ def test_linear_of_float32(put, rng):
         assert got is NotImplemented
     else:
         agree(got, plain(linear.linear)(x, weight))
+
+
+# Products with codes
+
+
+KINDS = [(bits, group) for bits in quantize.BITS for group in quantize.GROUPS]
+
+
+def codes_of(rng, kind, dtype, n_out, n_in):
+    """A weight as codes, of all that there are."""
+    (bits, group), half = kind, 1 << kind[0] - 1
+    codes = rng.integers(-half, half, (n_out, n_in), np.int8)
+    form = quantize.Form(bits, group, n_in, 0, array.DTYPES[dtype])
+    scales = (normal(rng, n_out, form.groups) / half).astype(np.float16)
+    return quantize.Quantized(form, quantize.pack(codes, bits), scales)
+
+
+def put_codes(put, weight):
+    return quantize.Quantized(weight.form, put(weight.words), put(weight.scales))
+
+
+@pytest.mark.parametrize("dtype", sorted(array.DTYPES))
+@pytest.mark.parametrize("kind", KINDS)
+def test_dequantize(put, rng, kind, dtype):
+    """A whole weight, and parts that begin within a group."""
+    weight = codes_of(rng, kind, dtype, 5, 300)
+    there = put_codes(put, weight)
+    for part in (slice(None), slice(1, 3), (slice(0, 2), slice(150, 299)), (1, slice(0, 3))):
+        if isinstance(part, tuple) and part[0] == 1:
+            part = (slice(1, 2), part[1])
+        got = fast("quantize").dequantize(there[part], array.DTYPES[dtype])
+        wanted = quantize.dequantize(weight[part]).astype(array.DTYPES[dtype])
+        np.testing.assert_array_equal(array.host(got), wanted)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("T", "n_in", "n_out"), [(1, 4488, 16), (3, 300, 37), (19, 160, 9)])
+def test_linear_of_codes(put, rng, dtype, kind, T, n_in, n_out):
+    """Tokens of one block and of two; inputs that fill no block, and more than one for a warp."""
+    x, bias = normal(rng, T, n_in), normal(rng, n_out)
+    weight = codes_of(rng, kind, dtype, n_out, n_in)
+    expected = plain(linear.linear)(x, weight, bias)
+    there = put_codes(put, weight)
+    agree(fast("linear").linear(put(x), there, put(bias)), expected, 3e-4)
+    rounded = x.astype(weight.dtype)
+    agree(fast("linear").linear(put(rounded), there), expected - bias, 3e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("columns", [(8, 200), (7, 200), (128, 320), (32, 168), (40, 100)])
+def test_linear_of_a_part_of_the_codes(put, rng, kind, columns):
+    """Rows that lie apart, and inputs that begin and end within a group."""
+    weight, there = codes_of(rng, kind, "bfloat16", 30, 420), slice(*columns)
+    x, part = normal(rng, 5, columns[1] - columns[0]), weight[3:25, there]
+    got = fast("linear").linear(put(x), put_codes(put, weight)[3:25, there])
+    agree(got, plain(linear.linear)(x, part), 3e-4)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("kind", "name"), [((4, 32), "silu"), ((8, 128), "gelu_pytorch_tanh")])
+@pytest.mark.parametrize(("T", "widths"), [(1, (24,)), (17, (9, 0, 15))])
+def test_linear_pair_of_codes(put, rng, dtype, kind, name, T, widths):
+    """One launch for the first product, its bias and its gate."""
+    F, function = sum(widths), activation.activation(name)
+    middle, x, bias = activation.Gate(function, widths), normal(rng, T, 72), normal(rng, 2 * F)
+    first, second = (codes_of(rng, kind, dtype, *shape) for shape in ((2 * F, 72), (6, F)))
+    first.scales[...] *= np.float16(0.125)
+    expected = plain(linear.linear_pair)(x, first, middle, second, bias)
+    operands = put_codes(put, first), middle, put_codes(put, second), put(bias)
+    got = fast("linear").linear_pair(put(x), *operands)
+    agree(got, expected, 1e-2)
+
+
+def test_linear_of_codes_that_meet_float32(put, rng):
+    """cuBLAS; the plain form where there is no GPU."""
+    x, weight = normal(rng, 2, 72), codes_of(rng, (4, 32), "float32", 9, 72)
+    got = fast("linear").linear(put(x), put_codes(put, weight))
+    if array.namespace(put(x)) is np:
+        assert got is NotImplemented
+    else:
+        agree(got, plain(linear.linear)(x, weight), 2e-5)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_linear_of_codes_and_many_tokens(rng, monkeypatch, dtype, kind):
+    """Numbers of some rows at a time, and cuBLAS, which only a GPU has."""
+    if not array._gpu_count():
+        pytest.skip("no GPU")
+    monkeypatch.setattr(fast("linear"), "_NUMBERS_BYTES", 8192)
+    put = array.Device("cuda").put
+    x, bias, weight = normal(rng, 70, 300), normal(rng, 24), codes_of(rng, kind, dtype, 24, 300)
+    for part in (slice(None), (slice(None), slice(7, 300))):
+        there, columns = put_codes(put, weight)[part], part if part == slice(None) else part[1]
+        got = fast("linear").linear(put(x[:, columns]), there, put(bias))
+        agree(got, plain(linear.linear)(x[:, columns], weight[part], bias), 3e-2)
+
+
+# Experts
+
+
+def choices(rng, T, k, E, without=0.2):
+    """Experts that tokens choose, none twice, some below 0; and their weights."""
+    ids = np.argsort(rng.random((T, E)), axis=1)[:, :k].astype(np.int32)
+    ids[rng.random((T, k)) < without] = -1
+    return ids, rng.random((T, k), np.float32)
+
+
+def apply_experts(put, x, ids, weights, up, down, first, name):
+    """The fast form beside the plain one; `up` and `down` are arrays, or codes."""
+    middle = activation.Gate(activation.activation(name), (down.shape[2],))
+    expected = plain(experts.experts_ffn)(x, ids, weights, up, down, first, middle)
+    there = [put_codes(put, w) if isinstance(w, quantize.Quantized) else put(w) for w in (up, down)]
+    got = fast("experts").experts_ffn(put(x), put(ids), put(weights), *there, first, middle)
+    assert got is not NotImplemented and got.dtype == np.float32
+    scale = np.abs(expected).max() + 1e-6
+    np.testing.assert_allclose(array.host(got) / scale, expected / scale, atol=1e-2)
+
+
+def expert_weights(rng, dtype, E, D, F):
+    up, down = weight_of(rng, dtype, E, 2 * F, D), weight_of(rng, dtype, E, D, F)
+    return up * up.dtype.type(D**-0.5), down
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", ["silu", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize(("T", "k"), [(1, 4), (9, 7), (13, 1), (64, 1)])
+def test_few_choices(put, rng, dtype, name, T, k):
+    """One token and several blocks of them, an expert that many chose, other ranks' experts."""
+    x, (ids, weights) = normal(rng, T, 72), choices(rng, T, k, 7)
+    ids[rng.random(T) < 0.4, 0] = 8
+    up, down = expert_weights(rng, dtype, 5, 72, 24)
+    apply_experts(put, x, ids, weights, up, down, 2, name)
+
+
+def test_a_warp_goes_over_several_experts(put, rng):
+    x, (ids, weights) = normal(rng, 8, 8), choices(rng, 8, 8, 30)
+    apply_experts(put, x, ids, weights, *expert_weights(rng, "bfloat16", 30, 8, 40), 0, "silu")
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", ["silu", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize("many", [1000, 0])
+def test_many_choices(put, rng, monkeypatch, dtype, name, many):
+    """Items of 16 choices and of 128; experts with none and with more than an item has."""
+    monkeypatch.setattr(fast("grouped"), "_MANY", many)
+    monkeypatch.setattr(fast("grouped"), "_FOUND_BYTES", 4 * 72 * 2 * 270)
+    x, (ids, weights) = normal(rng, 300, 72), choices(rng, 300, 2, 6)
+    ids[:, 0] = np.where(rng.random(300) < 0.6, 4, ids[:, 0])
+    ids[ids == 3] = -1
+    ids[:, 1] = np.where(ids[:, 1] == ids[:, 0], -1, ids[:, 1])
+    up, down = expert_weights(rng, dtype, 4, 72, 24)
+    apply_experts(put, x, ids, weights, up, down, 1, name)
+
+
+@pytest.mark.parametrize(("D", "F"), [(200, 80), (24, 136)])
+def test_tiles_of_choices(put, rng, monkeypatch, D, F):
+    """Rows and inputs that fill no tile, and more than one."""
+    monkeypatch.setattr(fast("grouped"), "_MANY", 0)
+    x, (ids, weights) = normal(rng, 150, D), choices(rng, 150, 1, 2)
+    apply_experts(put, x, ids, weights, *expert_weights(rng, "bfloat16", 2, D, F), 0, "silu")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("T", "k"), [(3, 2), (40, 2)])
+def test_experts_of_codes(put, rng, kind, T, k):
+    """Few choices and more, of codes that are cut within a group."""
+    x, (ids, weights) = normal(rng, T, 72), choices(rng, T, k, 3)
+    up = codes_of(rng, kind, "bfloat16", 3 * 48, 72)
+    down = codes_of(rng, kind, "bfloat16", 3 * 72, 56)[:, 8:32]
+    up, down = (
+        quantize.Quantized(w.form, *(a.reshape(3, -1, a.shape[1]) for a in (w.words, w.scales)))
+        for w in (up, down)
+    )
+    up.scales[...] *= np.float16(0.125)
+    apply_experts(put, x, ids, weights, up, down, 0, "silu")
+
+
+def test_experts_that_are_left_to_the_plain_form(put, rng):
+    """Other functions, several blocks of columns, columns that fill no load, float32."""
+    x, (ids, weights) = normal(rng, 2, 16), choices(rng, 2, 2, 3)
+    operands = put(x), put(ids), put(weights)
+    for F, dtype, function, widths in (
+        (8, "bfloat16", activation.relu, (8,)), (16, "bfloat16", activation.silu, (8, 8)),
+        (12, "bfloat16", activation.silu, (12,)), (8, "float32", activation.silu, (8,)),
+    ):  # fmt: skip
+        up, down = expert_weights(rng, dtype, 3, 16, F)
+        middle = activation.Gate(function, widths)
+        got = fast("experts").experts_ffn(*operands, put(up), put(down), 0, middle)
+        assert got is NotImplemented
+
+
+ROUTERS = (
+    route.Router(3),
+    route.Router(8, normalise=True, scale=2.5),
+    route.Router(4, "sigmoid", True, groups=8, top_groups=3),
+    route.Router(6, "sigmoid", True, 2.5, 4, 2, "top2", corrected=True),
+)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("E", [8, 96, 256])
+def test_route(put, rng, router, E):
+    """Ties, and scores that are no numbers."""
+    logits, bias = 3 * normal(rng, 7, E), normal(rng, E) if router.corrected else None
+    logits[1], logits[2, 1::2] = 0, logits[2, 0]
+    logits[3, :4] = -300, 300, 0, 300
+    got = fast("route").route(put(logits), router, None if bias is None else put(bias))
+    ids, weights = plain(route.route)(logits, router, bias)
+    np.testing.assert_array_equal(array.host(got[0]), ids)
+    agree(got[1], weights, 3e-6)
+
+
+def test_a_router_takes_what_is_no_number_last(put, rng):
+    logits = normal(rng, 2, 40)
+    logits[0, ::2], logits[1] = np.nan, np.nan
+    ids, _ = fast("route").route(put(logits), route.Router(5, "sigmoid"))
+    expected, _ = plain(route.route)(logits, route.Router(5, "sigmoid"))
+    np.testing.assert_array_equal(array.host(ids), expected)
+
+
+def test_count_into(put, rng):
+    ids, _ = choices(rng, 300, 3, 40)
+    counts = put(np.ones((2, 40), np.int64))
+    assert fast("route").count_into(counts[1], put(ids)) is not NotImplemented
+    expected = plain(route.count_into)(np.ones(40, np.int64), ids)
+    np.testing.assert_array_equal(array.host(counts), [np.ones(40), expected])
 
 
 # Attention
@@ -559,7 +833,7 @@ def test_many_queries(put, rng, monkeypatch, dtype, K, groups, shape, window):
     """Every shape of blocks; sequences of many queries beside some with few, which begin in the
     middle of a page, and see a tile of keys all, in part, or not."""
     shapes = next(shapes for width, shapes in fast("prefill")._SHAPES.items() if K <= width)
-    monkeypatch.setattr(fast("prefill"), "_shape", lambda k: shapes[shape])
+    monkeypatch.setattr(fast("prefill"), "_shape", lambda k: shapes[shape % len(shapes)])
     runs = [(0, 0, 7), (1, 49, 1), (2, 155, 23), (3, 60, 3)]
     attend_many(put, rng, [7, 50, 178, 63], runs, dtype, K, groups, window)
 
@@ -601,3 +875,158 @@ def test_keys_that_lie_end_to_end(put, rng, window):
     for other in (rng.permutation(k_pos), k_pos + np.arange(len(k_pos))):
         got = fast("prefill").attention(put(q), put(k), put(v), q_pos, other, **options)
         assert got is NotImplemented
+
+
+# Vocabulary
+
+
+@pytest.mark.parametrize("dtype", sorted(array.DTYPES))
+@pytest.mark.parametrize("D", [16, 7])
+def test_embed(put, rng, dtype, D):
+    """Ids before, within and behind the part that a rank owns."""
+    weight, token_ids = weight_of(rng, dtype, 9, D), np.array([3, 40, 35, 34, 43, 44, 41])
+    got = fast("embed").embed(put(weight), token_ids, 35)
+    np.testing.assert_array_equal(array.host(got), plain(embed.embed)(weight, token_ids, 35))
+    nothing = put(weight[:0])
+    assert fast("embed").embed(nothing, token_ids, 35) is NotImplemented
+
+
+@pytest.mark.parametrize(("R", "V", "columns"), [(1, 1, 1024), (3, 7, 2), (5, 3001, 100)])
+def test_softmax_parts(put, rng, monkeypatch, R, V, columns):
+    """One slice or many, some of them -inf, and targets that are not here."""
+    monkeypatch.setattr(fast("softmax"), "_FEWEST_COLUMNS", columns)
+    x, targets = 5 * normal(rng, R, V), rng.integers(15, 30 + V, R)
+    x[0, 1 : V // 2] = -np.inf
+    targets[0] = 20
+    got = fast("softmax").softmax_parts(put(x), targets, 20)
+    agree(got, plain(softmax.softmax_parts)(x, targets, 20), 1e-12)
+
+
+def test_softmax_parts_of_bad_logits(put):
+    x = np.zeros((4, 50), np.float32)
+    x[0, 3], x[1, 40], x[2] = np.nan, np.inf, -np.inf
+    parts = fast("softmax").softmax_parts(put(x), np.zeros(4, int), 0)
+    assert np.isnan(parts[2][:2]).all() and parts[0][2] == -np.inf and parts[2][2] == 0
+    assert parts[2][3] == 50
+
+
+def logits_of(kind, R, V):
+    """Logits that are smooth, often equal, nearly equal or sorted."""
+    x = np.random.default_rng(V).standard_normal((R, V), np.float32)
+    if kind == "sorted":
+        return np.ascontiguousarray(np.sort(3 * x, axis=1)[:, ::-1])
+    return {"smooth": 3 * x, "ties": np.round(3 * x), "flat": 0.01 * x}[kind]
+
+
+@pytest.fixture
+def few_threads(monkeypatch):
+    """Blocks that the host runs in good time."""
+    for name in ("_THREADS", "_ROW_THREADS"):
+        monkeypatch.setattr(fast("sample"), name, 64)
+
+
+def choose(put, monkeypatch, logits, rows):
+    monkeypatch.setattr(sample, "columns", fast("sample").columns)
+    return vocabulary.choose(MPI.COMM_SELF, put(logits), 0, logits.shape[1], rows)
+
+
+@pytest.mark.parametrize("kind", ["smooth", "ties", "flat", "sorted"])
+@pytest.mark.parametrize("V", [1, 2, 7, 1000, 5003])
+def test_choose(put, monkeypatch, few_threads, V, kind):
+    """Every setting mixed in a batch, where one rank has the whole vocabulary."""
+    logits, rows = logits_of(kind, 14, V), mixture(14, V, seed=V)
+    chosen, expected = choose(put, monkeypatch, logits, rows), sample.choose(logits, rows)
+    np.testing.assert_array_equal(chosen.token_ids, expected.token_ids)
+    np.testing.assert_allclose(chosen.logprobs, expected.logprobs, rtol=1e-6)
+    for own, others in zip(chosen.top, expected.top, strict=True):
+        assert (own is None) == (others is None)
+        assert [i for i, _ in own or ()] == [i for i, _ in others or ()]
+        np.testing.assert_allclose([p for _, p in own or ()], [p for _, p in others or ()])
+
+
+@pytest.mark.parametrize("settings", [{"top_k": 300}, {"top_p": 0.999}, {"logprobs": 100}], ids=str)
+def test_choose_from_many(put, monkeypatch, few_threads, settings):
+    """More candidates, or more to report, than the second pass gathers."""
+    logits, rows = logits_of("flat", 3, 5003), sample.Rows.make(3, temperature=1, **settings)
+    chosen, expected = choose(put, monkeypatch, logits, rows), sample.choose(logits, rows)
+    np.testing.assert_array_equal(chosen.token_ids, expected.token_ids)
+    if "logprobs" in settings:
+        assert [[i for i, _ in top] for top in chosen.top] == [
+            [i for i, _ in top] for top in expected.top
+        ]
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1}, {"temperature": 1, "top_p": 0.9}])
+def test_choose_refuses_logits_without_a_largest(put, monkeypatch, few_threads, value, settings):
+    logits = logits_of("smooth", 2, 300)
+    logits[1, 7 if value > 0 or value != value else slice(None)] = value
+    with pytest.raises(ValueError, match="row 1, need a finite logit"):
+        choose(put, monkeypatch, logits, sample.Rows.make(2, **settings))
+    rows = sample.Rows.make(2, banned=[(), tuple(range(300))], **settings)
+    with pytest.raises(ValueError, match="every token is banned"):
+        choose(put, monkeypatch, logits, rows)
+
+
+@pytest.mark.parametrize(
+    ("V", "kind", "P", "room"),
+    [(5, "ties", 3, 2048), (1003, "smooth", 2, 2048), (1003, "sorted", 3, 80)],
+)
+def test_columns_of_several_ranks(put, monkeypatch, few_threads, V, kind, P, room):
+    """Every answer that a strategy asks of a rank's own columns, and draws from those of all."""
+    monkeypatch.setattr(fast("sample"), "_ROOM", room)
+    R, width = 14, 64
+    logits, rows = logits_of(kind, R, V), mixture(R, V, seed=V).within(V)
+    cuts = partition.block(V, P)
+    parts = [np.ascontiguousarray(logits[:, start:stop]) for start, stop in cuts]
+    got, expected = (
+        [make(bring(x), start, V, rows, width) for x, (start, _) in zip(parts, cuts, strict=True)]
+        for make, bring in ((fast("sample").columns, put), (plain(sample.columns), np.array))
+    )
+    top = np.max([own.best()[0] for own in expected], axis=0)
+    first, asked = rows.filtered & (rows.top_k <= width), np.flatnonzero(rows.logprobs >= 0)
+    ready, nucleus = np.flatnonzero(first), np.flatnonzero(rows.nucleus)
+    same(got, expected, lambda own: own.best())
+    same(got, expected, lambda own: own.nucleus_totals(nucleus, top), 1e-12)
+    keys = same(got, expected, lambda own: np.sort(own.candidates(ready, width), axis=1))
+    same(got, expected, lambda own: np.sort(own.candidates(ready, 512), axis=1))
+
+    # Draw from the keys of all ranks, with the floor that those leave that have more.
+    floor = np.zeros(len(ready), np.uint64)
+    for own, x in zip(keys, parts, strict=True):
+        if own.shape[1] < x.shape[1]:
+            floor = np.maximum(floor, own.min(axis=1))
+    totals = [own.nucleus_totals(ready, top) for own in expected]
+    keys, total = np.concatenate(keys, axis=1), np.sum(totals, axis=0)
+    drawn, _ = same(got, expected, lambda own: settled(own.draw(ready, keys, floor, total)))[0]
+
+    # Report the tokens drawn, or the best.
+    token_ids = np.argmax(sample.penalise(logits, 0, rows), axis=1)
+    token_ids[ready[drawn >= 0]] = drawn[drawn >= 0]
+    n, largest = rows.reported(V), logits.max(axis=1).astype(np.float64)
+    same(got, expected, lambda own: sorted_report(own.report(asked, token_ids, n)))
+    same(got, expected, lambda own: own.report_totals(asked, largest), 1e-12)
+
+
+def same(got, expected, answer, tolerance=0):
+    """Compare the ranks' answers; returns those expected."""
+    answers = [answer(own) for own in expected]
+    for own, wanted in zip(got, answers, strict=True):
+        agree(answer(own), wanted, tolerance)
+    return answers
+
+
+def settled(result):
+    """Tokens that are settled, -1 for the others, and whether they are."""
+    return np.where(result[1], result[0], -1), result[1]
+
+
+def sorted_report(keys):
+    return np.concatenate([keys[:, :1], np.sort(keys[:, 1:], axis=1)], axis=1)
+
+
+def test_columns_leave_what_they_do_not_serve(put):
+    """A rank without columns, and no rows."""
+    for shape in ((3, 0), (0, 5)):
+        x, rows = put(np.zeros(shape, np.float32)), sample.Rows.make(shape[0])
+        assert fast("sample").columns(x, 0, 5, rows, 64) is NotImplemented

@@ -33,7 +33,7 @@ from hpcinfer.collectives import (
 class DeviceArray(np.ndarray):
     """An array that the host cannot read, but by copies."""
 
-    def get(self, stream, out):
+    def get(self, out, blocking):
         assert type(out) is np.ndarray and out.flags.c_contiguous and self.flags.c_contiguous
         out[...] = self.view(np.ndarray)
 
@@ -67,7 +67,7 @@ class Device(types.ModuleType):
 
         return call
 
-    def asnumpy(self, x, stream):
+    def asnumpy(self, x, blocking):
         return np.array(x.view(np.ndarray))
 
     def _alloc(self, size):

@@ -14,6 +14,7 @@ import time
 
 from hpcinfer import array, collectives
 from hpcinfer.engine import finite
+from hpcinfer.engine.ahead import Ahead
 from hpcinfer.engine.crowd import take_device, take_threads
 from hpcinfer.engine.extract import Extract, activations_of, gathered
 from hpcinfer.engine.feed import Feed
@@ -136,7 +137,7 @@ class Engine:
             self.model.expert_load = ExpertLoad(arch)
             self.record = Record(grid, checkpoint.bytes_read, checkpoint.file_bytes)
         self.context = _context(arch, context)
-        self.path, self._kv_memory = path, kv_memory
+        self.path, self._kv_memory, self.ahead = path, kv_memory, Ahead(self)
         self._stops = {}
         self.record.load_s = time.perf_counter() - start_s
 

@@ -1,6 +1,7 @@
 """Answers to prompts: the next token of every sequence chosen, step after step, until it ends."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from operator import is_
 
 from hpcinfer.engine.request import Choice, Result
 from hpcinfer.engine.scheduler import Sequence
@@ -8,11 +9,12 @@ from hpcinfer.ops.sample import History, Rows
 from hpcinfer.parallel import vocabulary
 
 
-@dataclass(frozen=True)
+@dataclass
 class Generate:
     """What `loop.run` does with requests that are answered."""
 
     engine: object
+    _settings: object = field(default_factory=lambda: Settings((), None))
 
     def tokens_of(self, request):
         """Tokens of a request's longest sequence."""
@@ -48,13 +50,14 @@ class Generate:
         if not ready:
             return None
         model = self.engine.model
-        return vocabulary.choose(
-            model.grid.tp_cp,
-            model.logits(hidden),
-            model.head_range[0],
-            model.arch.V,
-            _rows(self.engine, ready),
-        )
+        logits = model.logits(hidden)
+        if not self._settings.serves(ready):
+            self._settings = Settings(tuple(ready), _rows(self.engine, ready))
+        rows = self._settings.at(self.engine)
+        start, V = model.head_range[0], model.arch.V
+        ahead = self.engine.ahead
+        between = ahead.prepare if ahead.serves else None
+        return vocabulary.choose(model.grid.tp_cp, logits, start, V, rows, between)
 
     def use(self, ready, chosen, deliver):
         """Add the chosen tokens, and end the sequences that are done."""
@@ -70,6 +73,34 @@ class Generate:
                     deliver(_result(sequence.siblings))
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How to choose the next tokens of some sequences, which as a rule are those of the next step.
+
+    Attributes
+    ----------
+    sequences : tuple of Sequence
+    rows : sample.Rows, for some position and without banned tokens
+    """
+
+    sequences: tuple
+    rows: object
+
+    def serves(self, ready):
+        """True if these are the very sequences."""
+        return len(ready) == len(self.sequences) and all(map(is_, ready, self.sequences))
+
+    def at(self, engine):
+        """The rows for the tokens that the sequences have now."""
+        banned = [
+            tuple(engine.stops(s.request.sampling))
+            if s.n_new < s.request.sampling.min_tokens
+            else ()
+            for s in self.sequences
+        ]
+        return self.rows.at([len(s.tokens) for s in self.sequences], banned)
+
+
 def _has_penalties(sampling):
     neutral = (1.0, 0.0, 0.0)
     return neutral != (
@@ -80,7 +111,7 @@ def _has_penalties(sampling):
 
 
 def _rows(engine, ready):
-    """How to choose the next token of each sequence."""
+    """What stays the same of how to choose the tokens of each sequence."""
     columns = [
         (
             s.request.sampling.temperature,
@@ -93,24 +124,16 @@ def _rows(engine, ready):
             engine.seed if s.request.sampling.seed is None else s.request.sampling.seed,
             s.request.key,
             s.sample,
-            len(s.tokens),
             -1 if s.request.sampling.logprobs is None else s.request.sampling.logprobs,
         )
         for s in ready
     ]
     names = (
-        "temperature top_k top_p min_p repetition presence frequency "
-        "seed key sample position logprobs"
+        "temperature top_k top_p min_p repetition presence frequency seed key sample logprobs"
     ).split()
     return Rows.make(
         len(ready),
         history=[s.history for s in ready],
-        banned=[
-            tuple(engine.stops(s.request.sampling))
-            if s.n_new < s.request.sampling.min_tokens
-            else ()
-            for s in ready
-        ],
         **dict(zip(names, map(list, zip(*columns, strict=True)), strict=True)),
     )
 

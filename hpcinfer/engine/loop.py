@@ -109,7 +109,7 @@ def _plan(engine, feed, deliver, work, stopping):
             break
         engine.scheduler.launch(plan)
         n_prompt = sum(min(n, max(0, s.n_prompt - s.computed)) for s, n in plan)
-        step = engine.build_step(plan)
+        step = engine.ahead.step(plan)
         batch.append(MicroBatch(plan, step, work.job(plan), n_prompt))
     return batch
 

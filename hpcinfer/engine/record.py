@@ -1,5 +1,6 @@
 """What a run has cost: tokens, seconds, memory and messages, gathered into a short report."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,21 +25,42 @@ class Phase:
 class ExpertLoad:
     """How many tokens chose each expert of each layer, as far as this rank answers for them.
 
-    Attributes
-    ----------
-    counts : (N, E) int64
+    Choices are counted where they are: nobody waits for a device before the counts are asked for.
     """
 
     def __init__(self, arch):
-        self.counts = np.zeros((arch.N, arch.E), np.int64)
+        self._on_host, self._on_device = np.zeros((arch.N, arch.E), np.int64), None
+
+    @property
+    def counts(self):
+        """(N, E) int64; what is counted into itself, as long as all choices are on the host."""
+        if self._on_device is None:
+            return self._on_host
+        return self._on_host + array.host(self._on_device)
 
     def clear(self):
         """Forget all choices."""
-        self.counts[...] = 0
+        for counts in self._arrays():
+            counts[...] = 0
 
     def add(self, n, ids):
         """Count the choices of some tokens in layer n: ids (T, k)."""
-        count_into(self.counts[n], array.host(ids))
+        xp = array.namespace(ids)
+        if xp is not np and self._on_device is None:
+            self._on_device = xp.zeros(self._on_host.shape, np.int64)
+        if ids.size:
+            count_into((self._on_host if xp is np else self._on_device)[n], ids)
+
+    @contextmanager
+    def kept(self):
+        """Leave the counts as they are, whatever is counted in the body."""
+        before = [counts.copy() for counts in self._arrays()]
+        yield
+        for counts, known in zip(self._arrays(), before, strict=True):
+            counts[...] = known
+
+    def _arrays(self):
+        return [x for x in (self._on_host, self._on_device) if x is not None]
 
 
 class Record:

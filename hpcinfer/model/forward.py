@@ -49,7 +49,7 @@ class Model:
 
     def __init__(self, arch, checkpoint, grid, device, dtype):
         self.arch, self.grid, self.device, self.dtype = arch, grid, device, dtype
-        self.cache = self.expert_load = self.tap = None
+        self.cache = self.expert_load = self.tap = self._prepared = None
         self.operand_type = np.dtype(np.float32) if device.name == "cpu" else np.dtype(dtype)
         self.pipeline = Pipeline(grid.pp)
         self.layers = layers_of_stage(arch, grid.layout, dtype, checkpoint.tensors)[grid.pp.rank]
@@ -190,7 +190,7 @@ class Model:
         cut, rotation = self.cut(step), self._rotation(step)
 
         def layers(x, step, rotation):
-            y = None
+            x, y = self._begin(step, cut) if x is None else x, None
             for n in self.layers:
                 x, y = layer(self, n, x, y, step, cut, rotation)
             return x if y is None else add_into(y, x)
@@ -199,7 +199,9 @@ class Model:
             x = self.graphs.layers(step, cut, x, rotation, layers)
             return self._normed(x, step) if self.pipeline.is_last else x
 
-        return self.pipeline.forward(self._begin(step, cut), compute)
+        # What begins with tokens begins in the graph, on a device that has one.
+        begins_there = self.pipeline.is_first and self.device.name != "cpu"
+        return self.pipeline.forward(None if begins_there else self._begin(step, cut), compute)
 
     def _beside_ffn(self, steps):
         """All micro-batches through the attention halves, the FFN halves on the other side."""
@@ -236,21 +238,28 @@ class Model:
         if not self.pipeline.is_first:
             return self.device.empty((n, arch.D), np.float32)
         embedding, positions = self.weights.embedding()
-        x = vocabulary.embed(
-            self.grid.tp, step.token_ids[mine], embedding, self.embed_range[0], counts
-        )
+        all_mine = len(mine) == step.n_tokens
+        token_ids = step.token_ids if all_mine else step.token_ids[mine]
+        x = vocabulary.embed(self.grid.tp, token_ids, embedding, self.embed_range[0], counts)
         if arch.learned_positions:
-            at_home = step.positions[mine]
+            at_home = step.positions if all_mine else step.positions[mine]
             if counts is not None:
                 start = sum(counts[: self.grid.tp.rank])
                 at_home = at_home[start : start + n]
             x = add_positions(x, positions, at_home)
         return x
 
+    def prepare(self, step):
+        """Make ready what a step reads, but for its tokens, while another one is computed."""
+        self._prepared = step, self._rotation(step)
+        self.graphs.prepare(step, self.cut(step), self._prepared[1])
+
     def _rotation(self, step):
         """Cosine and sine of every own token's rotation, host; None without rope."""
         if self.arch.rope is None:
             return None
+        if self._prepared is not None and self._prepared[0] is step:
+            return self._prepared[1]
         classes = None if step.length_classes is None else step.length_classes[step.mine]
         return angles(self.arch.rope, step.positions[step.mine], classes)
 
@@ -268,10 +277,8 @@ class Model:
         """Hidden states of the wanted tokens on every rank: (T/P, D) -> (R, D)."""
         xp = array.namespace(x)
         comm, held, owner = holders(step, "home", self.grid)
-        if comm is None and len(step.rows) == len(x):
-            return x
-        if comm is None:
-            return x[xp.asarray(step.rows)]
+        if comm is None or comm.size == 1:
+            return x if len(step.rows) == len(x) else x[xp.asarray(step.rows)]
         owner = owner[step.rows]
         own = np.searchsorted(held, step.rows[owner == comm.rank])
         counts = np.bincount(owner, minlength=comm.size).tolist()

@@ -9,6 +9,7 @@ model whose layers do anything that cannot be captured goes on as before.
 """
 
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -93,7 +94,7 @@ class Frame:
     """
 
     def __init__(self, step, x, rotation, load):
-        self.load, self.x = load, array.namespace(x).empty_like(x)
+        self.load, self.x = load, None if x is None else array.namespace(x).empty_like(x)
         self.rotation = None if rotation is None else tuple(map(np.empty_like, rotation))
         self.stored, self.slots = np.empty_like(step.stored), np.empty_like(step.slots)
 
@@ -103,7 +104,9 @@ class Frame:
 
     def fill(self, step, x, rotation):
         """Write what a step has into the frame."""
-        self.x[...], self.stored[...], self.slots[...] = x, step.stored, step.slots
+        if x is not None:
+            self.x[...] = x
+        self.stored[...], self.slots[...] = step.stored, step.slots
         for into, of_step in zip(self.rotation or (), rotation or (), strict=True):
             into[...] = of_step
 
@@ -155,6 +158,7 @@ class DeviceFrame(Frame):
     def __init__(self, step, x, rotation, load):
         super().__init__(step, x, rotation, load)
         self.tokens, pages = np.empty_like(step.tokens), _pages(step)
+        self.token_ids = np.empty_like(step.token_ids)
         room = 2 * int(pages.sum()) + _MORE_PAGES, 2 * int(pages.max()) + _MORE_PAGES
         self.books = LentBooks(step.books, room)
 
@@ -167,13 +171,16 @@ class DeviceFrame(Frame):
         """Write what a step has into the frame."""
         super().fill(step, x, rotation)
         self.tokens[...], self.books.now = step.tokens, step.books
+        self.fill_tokens(step)
+
+    def fill_tokens(self, step):
+        """Write what is known of a step at the last moment."""
+        self.token_ids[...] = step.token_ids
 
     def step(self, step):
         """The step with the frame's arrays."""
-        books = self.books
-        return replace(
-            step, tokens=self.tokens, stored=self.stored, slots=self.slots, books=books
-        )
+        arrays = {"token_ids": self.token_ids, "tokens": self.tokens, "books": self.books}
+        return replace(step, **arrays, stored=self.stored, slots=self.slots)
 
 
 def _pages(step):
@@ -191,12 +198,14 @@ class Known:
     graph : with `replay` and `totals`
     y : (T, D) float32, behind the layers
     trusted : False until it has given what another way gives
+    prepared : Step that the frame has been filled with ahead, or None
     """
 
     frame: Frame
     graph: object
     y: object
     trusted: bool = True
+    prepared: object = None
 
 
 class Graphs:
@@ -227,7 +236,7 @@ class Graphs:
         ----------
         step : Step
         cut : Cut
-        x : (T, D) float32, before them
+        x : (T, D) float32, before them; None if `compute` begins with the embedding
         rotation : (cos, sin) or None
         compute : function (x, step, rotation) -> (T, D), the layers
 
@@ -235,33 +244,47 @@ class Graphs:
         -------
         (T, D) float32
         """
-        if not self._serves(step, cut, x):
+        if not self._serves(step, cut):
             return compute(x, step, rotation)
-        T, known = len(x), self._known.get(len(x))
+        T, known = step.n_tokens, self._known.get(step.n_tokens)
         if known is None or not known.frame.serves(step, self._model.expert_load):
             self._steps[T] += 1
             if self._steps[T] <= _STEPS[self._model.device.name]:
                 return compute(x, step, rotation)
             kept = self._computed_and_kept if self._model.device.name == "cpu" else self._kept
             return kept(step, cut, x, rotation, compute)
+        if known.prepared is step:
+            known.frame.fill_tokens(step)
+            self._replay(known.graph, prepared=True)
+            return known.y.copy()
         known.frame.fill(step, x, rotation)
         if not known.trusted:
             return self._tried(known, step, cut, compute)
         self._replay(known.graph)
         return known.y.copy()
 
-    def _replay(self, graph):
+    def prepare(self, step, cut, rotation):
+        """Fill the frame with a step whose tokens are not known yet, if it will be replayed."""
+        known = self._known.get(step.n_tokens)
+        if known is None or not known.trusted or known.frame.x is not None:
+            return
+        if self._serves(step, cut) and known.frame.serves(step, self._model.expert_load):
+            known.frame.fill(step, None, rotation)
+            known.graph.prepare()
+            known.prepared = step
+
+    def _replay(self, graph, **how):
         """Replay a graph, and enter its sums in the ledger."""
-        time_s = graph.replay()
+        time_s = graph.replay(**how)
         n_sums = sum(calls for _, calls, _ in graph.totals)
         for key, calls, sent_bytes in graph.totals:
             share_s = time_s * calls / n_sums
             collectives.ledger.enter_many(key, calls, sent_bytes, share_s)
 
-    def _serves(self, step, cut, x):
+    def _serves(self, step, cut):
         """True if a step is of the kind that graphs are for, on every rank alike."""
-        most_tokens = _MOST_TOKENS[self._model.device.name]
-        if self.refusals.keys() & {None, len(x)} or not 0 < step.n_tokens <= most_tokens:
+        most_tokens, T = _MOST_TOKENS[self._model.device.name], step.n_tokens
+        if self.refusals.keys() & {None, T} or not 0 < T <= most_tokens:
             return False
         alone = step.n_single == step.n_tokens and not step.columns and cut.counts is None
         watched = self._model.tap is not None or collectives.ledger.tracing
@@ -288,10 +311,8 @@ class Graphs:
         # Trust it if it makes the same of the frame where nothing is left of the first time.
         graph = captured.graph()
         self._memory.poison()
-        counts = None if load is None else load.counts.copy()
-        graph.replay()
-        if load is not None:
-            load.counts[...] = counts
+        with _uncounted(load):
+            graph.replay()
         reason = None if np.array_equal(y, result) else _OTHER_NUMBERS
         if not self._agreed(cut.comm, len(x), reason):
             return compute(x, step, rotation)  # what the replay wrote into the cache is wrong
@@ -313,13 +334,14 @@ class Graphs:
                 y = compute(frame.x, frame.step(step), frame.rotation)
         except Exception as error:  # of a library that cannot be captured, or of the driver
             captured.refusal = captured.refusal or f"{type(error).__name__}: {error}"
-        if self._agreed(cut.comm, len(x), captured.refusal):
-            self._known[len(x)] = Known(frame, captured.graph(), y, trusted=False)
+        if self._agreed(cut.comm, step.n_tokens, captured.refusal):
+            self._known[step.n_tokens] = Known(frame, captured.graph(), y, trusted=False)
         return result
 
     def _tried(self, known, step, cut, compute):
         """Replay a graph for the first time, and trust it if Python's calls give the same."""
-        self._replay(known.graph)
+        with _uncounted(known.frame.load):
+            self._replay(known.graph)
         frame = known.frame
         result = compute(frame.x, frame.step(step), frame.rotation)
         known.trusted = np.array_equal(array.host(known.y), array.host(result))
@@ -348,6 +370,11 @@ class Graphs:
         shared = collectives.window_of(cut.comm)
         if shared is not None:
             yield from shared.arrays()
+
+
+def _uncounted(load):
+    """Context in which choices are not counted: those of a step that is computed once more."""
+    return nullcontext() if load is None else load.kept()
 
 
 def _reason_against(model):

@@ -9,6 +9,7 @@ import numpy as np
 from hpcinfer import array, collectives
 from hpcinfer.model.mla import latent_attention
 from hpcinfer.model.moe import moe_sum, routed_choices, shared_sum, spread_experts
+from hpcinfer.ops.embed import embed
 from hpcinfer.ops.inplace import add_into, copy_into
 from hpcinfer.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from hpcinfer.parallel import tensor
@@ -209,4 +210,4 @@ def _split(qkv, heads):
 
 def add_positions(x, table, positions):
     """x plus the learned embedding of every token's position."""
-    return x + array.widen(table[array.namespace(x).asarray(positions)])
+    return x + embed(table, positions, 0)

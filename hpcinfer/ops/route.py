@@ -8,8 +8,6 @@ correction that decides the choice but not the weight, DeepSeek-AI 2024, section
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from hpcinfer import array
 from hpcinfer.ops.activation import sigmoid
 from hpcinfer.ops.fastest import fastest
@@ -102,13 +100,14 @@ def count_into(counts, ids):
 
     Parameters
     ----------
-    counts : (E,) int64, host
-    ids : (T, k) integers, host; below 0 for no choice
+    counts : (E,) int64
+    ids : (T, k) integers, where the counts are; below 0 for no choice
 
     Returns
     -------
     counts
     """
+    xp, E = array.namespace(counts), len(counts)
     chosen = ids.reshape(-1)
-    counts += np.bincount(chosen[chosen >= 0], minlength=len(counts))
+    counts += xp.bincount(xp.where(chosen < 0, E, chosen), minlength=E + 1)[:E]
     return counts

@@ -30,6 +30,7 @@ import numpy as np
 
 from hpcinfer import array
 from hpcinfer.errors import NotFinite
+from hpcinfer.ops.fastest import fastest
 
 GREEDY_BELOW = 1e-5  # a temperature below it means the largest logit, as in vLLM
 BLOCK_ITEMS = 1 << 16  # logits handled at a time: temporaries stay bounded, and in cache
@@ -150,6 +151,11 @@ class Rows:
         banned = self.banned and tuple(self.banned[i] for i in index)
         return Rows(**columns, history=history, banned=banned)
 
+    def at(self, positions, banned):
+        """The same rows for tokens at other positions, where other ids may be banned."""
+        banned = _ragged("banned", banned, len(self), len)
+        return replace(self, position=np.array(positions, np.uint64), banned=banned)
+
     def within(self, V):
         """The same rows with top_k off where it lets the whole vocabulary pass."""
         return replace(self, top_k=np.where(self.top_k < V, self.top_k, 0))
@@ -163,6 +169,15 @@ class Rows:
     def filtered(self):
         """(R,) bool: sampled rows that min-p, top-k or top-p restrict."""
         return self.drawn & ((self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0))
+
+    @property
+    def nucleus(self):
+        """(R,) bool: rows whose top-p needs the sum of all weights, as they have no top-k."""
+        return self.filtered & (self.top_p < 1) & (self.top_k == 0)
+
+    def reported(self, V):
+        """Most probable tokens of a vocabulary `V` that a report needs: the largest, or more."""
+        return min(max(1, int(self.logprobs.max())), V)
 
     @property
     def log_min_p(self):
@@ -320,6 +335,82 @@ def _gumbel_of(words):
     """-log(-log(u)) with u = (word + 1/2) / 2^32, which lies inside (0, 1)."""
     xp = array.namespace(words)
     return -xp.log(-xp.log((words + 0.5) * 2.0**-32))
+
+
+# ---- what a rank does with its own columns ----
+
+
+@fastest
+def columns(logits, start, V, rows, width, between=None):
+    """A rank's own columns of the logits, ready for the questions that a choice asks of them.
+
+    Parameters
+    ----------
+    logits : (R, V/P) of any floating type
+    start : vocabulary id of the first column
+    V : length of the whole vocabulary
+    rows : Rows, R of them, `Rows.within` the vocabulary
+    width : candidates that the first round asks for
+    between : function called while a device computes, or None
+
+    Returns
+    -------
+    Columns
+    """
+    if between is not None:
+        between()
+    return Columns(logits, start, V, rows)
+
+
+class Columns:
+    """Answers of a rank's own columns, all on the host; the plain form.
+
+    Row numbers `index` are arrays of integers; (R,) arguments and results have every row.
+    """
+
+    def __init__(self, logits, start, V, rows):
+        self.raw, self.start, self.V, self.rows = array.widen(logits), start, V, rows
+        self.x = penalise(self.raw, start, rows)
+
+    def best(self):
+        """Score (R,) float64 and id (R,) int64 of every row's best column, as `best` finds them."""
+        return best(self.x, self.start, self.rows)
+
+    def nucleus_totals(self, index, top):
+        """Weights after min-p of rows with the largest logits `top` (R,): sums (len(index),)."""
+        rows = self.rows
+        return weight_sums(self.x, index, top, self.V, rows.temperature, rows.log_min_p)
+
+    def candidates(self, index, width):
+        """Keys of the largest penalised logits: (len(index), min(width, V/P)) uint64."""
+        return top_keys(self.x, index, self.start, width)
+
+    def draw(self, index, keys, floor, total):
+        """As `draw`, from the candidates of all ranks for the rows `index`."""
+        return draw(keys, floor, total, self.V, self.rows.take(index))
+
+    def report(self, index, token_ids, n):
+        """Keys of raw logits: of the tokens `token_ids` (R,), and of the most probable ones.
+
+        Returns
+        -------
+        (len(index), 1 + min(n, V/P)) uint64; 0 first where the token is another rank's
+        """
+        chosen = keys_of(self.raw, index, token_ids[index], self.start)
+        return np.concatenate([chosen, top_keys(self.raw, index, self.start, n)], axis=1)
+
+    def report_totals(self, index, top):
+        """Weights of the raw logits, the largest of which are `top` (R,): sums (len(index),)."""
+        return weight_sums(self.raw, index, top, self.V)
+
+
+def keys_of(raw, index, token_ids, start):
+    """Keys (n, 1) of one token for each of the rows `index`; 0 for those that are not here."""
+    keys, column = np.zeros((len(index), 1), np.uint64), token_ids - start
+    mine = np.flatnonzero((column >= 0) & (column < raw.shape[1]))
+    value = array.host(raw[index[mine], column[mine]])
+    keys[mine, 0] = pack(value, token_ids[mine])
+    return keys
 
 
 # ---- steps on a rank's own columns ----

@@ -28,6 +28,8 @@ from mpi4py import MPI
 
 from hpcinfer import array, collectives, partition
 from hpcinfer.ops import sample
+from hpcinfer.ops.embed import embed as own_rows
+from hpcinfer.ops.softmax import softmax_parts
 
 CANDIDATES = 64  # offers of a rank in the first round
 GROWTH = 8
@@ -57,10 +59,7 @@ def embed(comm, token_ids, weight, start, counts=None):
     """
     token_ids = np.asarray(array.host(token_ids))
     _refuse_negative(token_ids)
-    xp = array.namespace(weight)
-    mine = np.flatnonzero((token_ids >= start) & (token_ids < start + len(weight)))
-    x_sum = xp.zeros((token_ids.size, weight.shape[1]), np.float32)
-    x_sum[mine] = array.widen(weight[token_ids[mine] - start])
+    x_sum = own_rows(weight, token_ids, start)
     if counts is not None:
         return collectives.ReduceScatter(comm, x_sum, counts, purpose="embed")
     return collectives.Allreduce(comm, x_sum, purpose="embed")
@@ -90,26 +89,23 @@ def log_softmax_of(comm, logits, start, targets):
             f"vocabulary: got targets {targets.shape} for logits {logits.shape}, need one per row"
         )
     _refuse_negative(targets)
-    x = array.widen(logits)
-    R, V_own = x.shape
+    own_top, own_target, exp_sum = softmax_parts(array.widen(logits), targets, start)
 
     # Find the largest logit of each row, and the target's, which one rank alone knows.
-    largest = np.full((R, 2), -np.inf)
-    mine = np.flatnonzero((targets >= start) & (targets < start + V_own))
-    if V_own:
-        largest[:, 0] = array.host(x.max(axis=1))
-        largest[mine, 1] = array.host(x[mine, targets[mine] - start])
+    largest = np.stack([own_top, own_target], axis=1)
     collectives.Allreduce(comm, largest, MPI.MAX, purpose="log_softmax")
+    top, target = largest.T
 
     # Sum the exponentials below the largest, in float64.
-    top, target = largest.T
-    exp_sum = _exp_sum(x, top)
-    collectives.Allreduce(comm, exp_sum, purpose="log_softmax")
-    sample.refuse_unbounded(top + np.log(exp_sum))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        exp_sum *= np.where(own_top == top, 1, np.exp(own_top - top))
+        collectives.Allreduce(comm, exp_sum, purpose="log_softmax")
+        log_sum = top + np.log(exp_sum)
+    sample.refuse_unbounded(log_sum)
     return (target - top - np.log(exp_sum)).astype(np.float32)
 
 
-def choose(comm, logits, start, V, rows):
+def choose(comm, logits, start, V, rows, between=None):
     """Next tokens of R sequences: to the last bit those of `sample.choose` on the gathered logits.
 
     Parameters
@@ -118,6 +114,7 @@ def choose(comm, logits, start, V, rows):
     start : vocabulary id of the first own column
     V : length of the whole vocabulary
     rows : sample.Rows, R of them, equal on every rank
+    between : function called while a device computes, or None
 
     Returns
     -------
@@ -130,40 +127,40 @@ def choose(comm, logits, start, V, rows):
     """
     _check_cut(comm, logits.shape, start, V, len(rows))
     rows = rows.within(V)
-    raw = array.widen(logits)
-    x = sample.penalise(raw, start, rows)
+    own = sample.columns(logits, start, V, rows, CANDIDATES, between)
 
     # Take the best of the ranks' best, which settles every row without a filter.
-    score, token_ids = _best(comm, x, start, rows)
+    score, token_ids = _best(comm, own)
     sample.refuse_unbounded(score)
 
     filtered = np.flatnonzero(rows.filtered)
     if filtered.size:
-        token_ids[filtered] = _draw_filtered(comm, x, start, V, rows, filtered, score)[filtered]
-    logprobs, top = _report(comm, raw, start, V, rows, token_ids)
+        token_ids[filtered] = _draw_filtered(comm, own, V, rows, filtered, score)[filtered]
+    logprobs, top = _report(comm, own, V, rows, token_ids)
     return sample.Chosen(token_ids, logprobs, top)
 
 
-def _best(comm, x, start, rows):
+def _best(comm, own):
     """Best score (R,) and its lowest id (R,) over all ranks."""
-    own = np.empty(len(rows), _BEST)
-    own["score"], own["token_id"] = sample.best(x, start, rows)
-    of_ranks = collectives.Allgather(comm, own, purpose="choose").reshape(comm.size, -1)
+    score, token_ids = own.best()
+    part = np.empty(len(score), _BEST)
+    part["score"], part["token_id"] = score, token_ids
+    of_ranks = collectives.Allgather(comm, part, purpose="choose").reshape(comm.size, -1)
     score = of_ranks["score"].max(axis=0)
     return score, sample.lowest_of_best(of_ranks["score"].T, of_ranks["token_id"].T)
 
 
-def _draw_filtered(comm, x, start, V, rows, filtered, top):
+def _draw_filtered(comm, own, V, rows, filtered, top):
     """Tokens (R,), valid in the rows `filtered`, from rounds of ever more candidates.
 
     Parameters
     ----------
-    x : (R, V/P) float32, penalised
+    own : sample.Columns of this rank
     filtered : numbers of the rows that min-p, top-k or top-p restrict
     top : (R,) float64, their largest logits
     """
     counts = partition.counts(partition.block(V, comm.size))
-    total = _nucleus_totals(comm, x, V, rows, filtered, top)
+    total = _nucleus_totals(comm, own, rows, filtered, top)
     token_ids, settled = np.zeros(len(rows), np.int64), np.zeros(len(rows), bool)
 
     pending, width = filtered, CANDIDATES
@@ -174,23 +171,24 @@ def _draw_filtered(comm, x, start, V, rows, filtered, top):
         ready = pending[rows.top_k[pending] <= width]
 
         for block in sample.row_blocks(ready, sum(offers), GATHER_ITEMS):
-            own = sample.top_keys(x, block, start, width)
-            keys = collectives.Allgather(comm, own, offers, axis=1, purpose=purpose)
-            token_ids[block], settled[block] = sample.draw(
-                keys, _floor(keys, offers, counts), total[block], V, rows.take(block)
+            keys = collectives.Allgather(
+                comm, own.candidates(block, width), offers, axis=1, purpose=purpose
+            )
+            token_ids[block], settled[block] = own.draw(
+                block, keys, _floor(keys, offers, counts), total[block]
             )
         pending = pending[~settled[pending]]
         width *= GROWTH
     return token_ids
 
 
-def _nucleus_totals(comm, x, V, rows, filtered, top):
+def _nucleus_totals(comm, own, rows, filtered, top):
     """Sums of the weights after min-p (R,), in the rows with top-p and no top-k."""
     total = np.zeros(len(rows), np.int64)
-    nucleus = filtered[(rows.top_p[filtered] < 1) & (rows.top_k[filtered] == 0)]
+    nucleus = filtered[rows.nucleus[filtered]]
     if nucleus.size:
-        own = sample.weight_sums(x, nucleus, top, V, rows.temperature, rows.log_min_p)
-        total[nucleus] = collectives.Allreduce(comm, own, purpose="choose totals")
+        sums = own.nucleus_totals(nucleus, top)
+        total[nucleus] = collectives.Allreduce(comm, sums, purpose="choose totals")
     return total
 
 
@@ -204,7 +202,7 @@ def _floor(keys, offers, counts):
     return floor
 
 
-def _report(comm, raw, start, V, rows, token_ids):
+def _report(comm, own, V, rows, token_ids):
     """Log-probabilities of the chosen and of the most probable tokens, in the rows that ask."""
     logprobs, top = sample.unreported(len(rows))
     asked = np.flatnonzero(rows.logprobs >= 0)
@@ -212,11 +210,10 @@ def _report(comm, raw, start, V, rows, token_ids):
         return logprobs, None
 
     # Gather the most probable tokens, behind the chosen one, whose owner alone has a key for it.
-    n = min(max(1, int(rows.logprobs.max())), V)
+    n = rows.reported(V)
     offers = [1 + min(n, c) for c in partition.counts(partition.block(V, comm.size))]
-    own = [_key_of(raw, asked, start, token_ids), sample.top_keys(raw, asked, start, n)]
     keys = collectives.Allgather(
-        comm, np.concatenate(own, axis=1), offers, axis=1, purpose="logprobs"
+        comm, own.report(asked, token_ids, n), offers, axis=1, purpose="logprobs"
     )
     firsts = np.cumsum([0, *offers[:-1]])
     chosen, _ = sample.unpack(keys[:, firsts].max(axis=1))
@@ -226,7 +223,7 @@ def _report(comm, raw, start, V, rows, token_ids):
     # Sum the weights of the whole vocabulary.
     largest = np.zeros(len(rows))
     largest[asked] = value[:, 0]
-    total = sample.weight_sums(raw, asked, largest, V)
+    total = own.report_totals(asked, largest)
     collectives.Allreduce(comm, total, purpose="logprobs")
 
     logprobs[asked] = sample.logprob(chosen, value[:, 0], total, V)
@@ -235,26 +232,6 @@ def _report(comm, raw, start, V, rows, token_ids):
         pairs = zip(ids[i].tolist(), logp[i].tolist(), strict=True)
         top[r] = list(pairs)[: rows.logprobs[r]]
     return logprobs, top
-
-
-def _key_of(raw, index, start, token_ids):
-    """Keys of the given tokens of the rows `index` on the owning rank, 0 elsewhere: (n, 1)."""
-    keys = np.zeros((len(index), 1), np.uint64)
-    column = token_ids[index] - start
-    mine = np.flatnonzero((column >= 0) & (column < raw.shape[1]))
-    value = array.host(raw[index[mine], column[mine]])
-    keys[mine, 0] = sample.pack(value, token_ids[index[mine]])
-    return keys
-
-
-def _exp_sum(x, top):
-    """Sums of e^(x - top) over the own columns: (R, V/P), (R,) -> (R,) float64 on the host."""
-    xp = array.namespace(x)
-    sums = np.zeros(len(x))
-    for block in sample.row_blocks(np.arange(len(x)), x.shape[1]):
-        z = x[block].astype(np.float64) - xp.asarray(top[block])[:, None]
-        sums[block] = array.host(xp.exp(z).sum(axis=1))
-    return sums
 
 
 def _refuse_negative(token_ids):

@@ -1,12 +1,14 @@
 // Runs a CUDA source on the host: the threads of a block take turns, and wait for one another where
 // they meet. `run_NAME` starts a kernel, `signature_NAME` says what its arguments are.
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -83,8 +85,16 @@ struct Meeting {
     int size, waiting, number;
 };
 
-static ucontext_t scheduler;
-static std::vector<ucontext_t> threads;
+// Threads keep their stacks, and are switched without a system call once they have begun.
+struct Thread {
+    jmp_buf at;
+    ucontext_t beginning;
+    char stack[256 << 10];
+    bool begun = false;
+};
+
+static jmp_buf scheduler;
+static std::vector<std::unique_ptr<Thread>> threads;
 static std::vector<char> ended;
 static std::vector<Meeting> warps;
 static Meeting block;
@@ -92,12 +102,16 @@ static float exchange[1024];
 static int current;
 static bool progress;
 
+static void leave() {
+    if (!_setjmp(threads[current]->at)) _longjmp(scheduler, 1);
+}
+
 static void meet(Meeting& meeting) {
     int number = meeting.number;
     if (++meeting.waiting == meeting.size) {
         meeting.waiting = 0, meeting.number++, progress = true;
     } else {
-        while (meeting.number == number) swapcontext(&threads[current], &scheduler);
+        while (meeting.number == number) leave();
     }
 }
 
@@ -105,27 +119,48 @@ static void __syncthreads() { meet(block); }
 
 static void __syncwarp() { meet(warps[current / 32]); }
 
-static int add_in_order(int* to, int x) {
-    int before = *to;
+static void __threadfence() {}
+
+template <class V>
+static V atomicAdd(V* to, V x) {
+    V before = *to;
     *to += x;
     return before;
 }
 
-static float __shfl_xor_sync(unsigned, float x, int step) {
-    exchange[current] = x;
+static int add_in_order(int* to, int x) { return atomicAdd(to, x); }
+
+template <class V>
+static V __shfl_xor_sync(unsigned, V x, int step) {
+    static V given[1024];
+    given[current] = x;
     meet(warps[current / 32]);
-    float y = exchange[current ^ step];
+    V y = given[current ^ step];
     meet(warps[current / 32]);
     return y;
 }
 
-static float __shfl_sync(unsigned, float x, int from) {
-    exchange[current] = x;
+template <class V>
+static V __shfl_sync(unsigned, V x, int lane) {
+    static V given[1024];
+    given[current] = x;
     meet(warps[current / 32]);
-    float y = exchange[current / 32 * 32 + from % 32];
+    V y = given[current / 32 * 32 + lane];
     meet(warps[current / 32]);
     return y;
 }
+
+static unsigned __ballot_sync(unsigned, bool truth) {
+    exchange[current] = truth;
+    meet(warps[current / 32]);
+    unsigned all = 0;
+    for (int lane = 0; lane < 32; lane++)
+        all |= (unsigned)(exchange[current / 32 * 32 + lane] != 0) << lane;
+    meet(warps[current / 32]);
+    return all;
+}
+
+static int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
 static int __any_sync(unsigned, bool truth) {
     exchange[current] = truth;
@@ -171,6 +206,24 @@ static void wait_copies() {
     for (int i = 0; i < landing; i++)
         for (const Copy& copy : groups[i]) land(copy);
     if (landing > 0) groups.erase(groups.begin(), groups.begin() + landing);
+}
+
+static unsigned masked_xor(unsigned x, unsigned mask, unsigned bits) { return (x & mask) ^ bits; }
+
+static unsigned sum2_f16(unsigned a, unsigned b) {
+    auto sum = [](unsigned a, unsigned b) {
+        return (unsigned)float_to_half(half_to_float((unsigned short)a) +
+                                       half_to_float((unsigned short)b));
+    };
+    return sum(a, b) | sum(a >> 16, b >> 16) << 16;
+}
+
+// Of values whose sum needs no rounding.
+static unsigned sum2_bf16(unsigned a, unsigned b) {
+    auto sum = [](unsigned a, unsigned b) {
+        return __float_as_uint(__uint_as_float(a << 16) + __uint_as_float(b << 16)) >> 16;
+    };
+    return sum(a, b) | sum(a >> 16, b >> 16) << 16;
 }
 
 // Where the rows are that the lanes of a warp show one another.
@@ -252,35 +305,53 @@ static void (*body)(void**);
 static void** arguments;
 
 static void one_thread() {
-    body(arguments);
-    ended[current] = 1, progress = true;
+    for (;;) {
+        body(arguments);
+        ended[current] = 1, progress = true;
+        leave();
+    }
+}
+
+static void enter(int t) {
+    current = t, threadIdx = {(unsigned)t, 0, 0};
+    if (_setjmp(scheduler)) return;
+    Thread& thread = *threads[t];
+    if (thread.begun) _longjmp(thread.at, 1);
+    thread.begun = true;
+    getcontext(&thread.beginning);
+    thread.beginning.uc_stack.ss_sp = thread.stack;
+    thread.beginning.uc_stack.ss_size = sizeof thread.stack;
+    makecontext(&thread.beginning, one_thread, 0);
+    setcontext(&thread.beginning);
+}
+
+// Where the threads of a block are taken: upwards, downwards or shuffled, by SHIM_ORDER 0, 1 or 2.
+static std::vector<int> order_of(int n) {
+    const char* text = getenv("SHIM_ORDER");
+    int kind = text ? atoi(text) : 0;
+    std::vector<int> order(n);
+    for (int t = 0; t < n; t++) order[t] = kind == 1 ? n - 1 - t : t;
+    for (int t = n - 1; kind > 1 && t > 0; t--) std::swap(order[t], order[rand() % (t + 1)]);
+    return order;
 }
 
 static int run(const unsigned* grid, int n) {
-    static std::vector<std::vector<char>> stacks;
+    std::vector<int> order = order_of(n);
     gridDim = {grid[0], grid[1], grid[2]}, blockDim = {(unsigned)n, 1, 1};
-    while ((int)stacks.size() < n) stacks.emplace_back(256 << 10);
-    threads.resize(n);
-    for (unsigned i = 0; i < grid[0] * grid[1] * grid[2]; i++) {
-        blockIdx = {i % grid[0], i / grid[0] % grid[1], i / grid[0] / grid[1]};
-        ended.assign(n, 0), warps.assign(n / 32, {32, 0, 0}), block = {n, 0, 0};
+    while ((int)threads.size() < n) threads.emplace_back(new Thread);
+    for (size_t i = 0; i < (size_t)grid[0] * grid[1] * grid[2]; i++) {
+        size_t row = i / grid[0];
+        blockIdx = {(unsigned)(i % grid[0]), (unsigned)(row % grid[1]), (unsigned)(row / grid[1])};
+        ended.assign(n, 0), warps.assign((n + 31) / 32, {32, 0, 0}), block = {n, 0, 0};
         copies.assign(n, std::vector<std::vector<Copy>>(1));
-        for (int t = 0; t < n; t++) {
-            getcontext(&threads[t]);
-            threads[t].uc_stack.ss_sp = stacks[t].data();
-            threads[t].uc_stack.ss_size = stacks[t].size();
-            threads[t].uc_link = &scheduler;
-            makecontext(&threads[t], one_thread, 0);
-        }
         for (int left = n; left > 0;) {
             left = 0, progress = false;
-            for (current = 0; current < n; current++) {
-                if (ended[current]) continue;
-                threadIdx = {(unsigned)current, 0, 0};
-                swapcontext(&scheduler, &threads[current]);
-                left += !ended[current];
+            for (int t : order) {
+                if (ended[t]) continue;
+                enter(t);
+                left += !ended[t];
             }
-            if (left && !progress) return 1;  // some wait for others that never come
+            if (left && !progress) return threads.clear(), 1;  // some wait for ever
         }
     }
     return 0;
@@ -292,3 +363,24 @@ static int run(const unsigned* grid, int n) {
         return run(grid, n);                                                                \
     }                                                                                       \
     extern "C" void signature_##NAME(char* text) { signature(NAME, text); }
+
+// Arithmetic that is not to be fused.
+static float __fmul_rn(float x, float y) { return x * y; }
+
+static float __fsub_rn(float x, float y) { return x - y; }
+
+static int __clz(int x) { return x ? __builtin_clz((unsigned)x) : 32; }
+
+static int __clzll(long long x) { return x ? __builtin_clzll((unsigned long long)x) : 64; }
+
+static double __longlong_as_double(long long bits) {
+    double x;
+    memcpy(&x, &bits, 8);
+    return x;
+}
+
+static long long __double_as_longlong(double x) {
+    long long bits;
+    memcpy(&bits, &x, 8);
+    return bits;
+}

@@ -6,10 +6,13 @@ include no header, and call no library.
 
 import importlib.util
 
-FILES = ("activation", "attention", "linear", "norm", "rope", "store")
+FILES = (
+    "activation", "attention", "embed", "experts", "linear", "norm", "quantize", "rope", "route",
+    "sample", "softmax", "store",
+)  # fmt: skip
 
 # Files with more fast forms of a file's functions, which that file's own calls.
-PARTS = {"decode": "attention", "prefill": "attention"}
+PARTS = {"decode": "attention", "prefill": "attention", "grouped": "experts"}
 
 
 def missing():

@@ -18,14 +18,18 @@ _WORKSPACE = 32 << 20  # bytes, as NVIDIA recommends for Hopper
 
 
 def product(x, weight, y):
-    """y (T, O) float32 = x (T, I) · weightᵀ (O, I), all contiguous, x of the weight's type."""
+    """y (T, O) float32 = x (T, I) · weightᵀ (O, I), x and the weight of one type.
+
+    Rows are unbroken; those of the weight and of y may lie apart.
+    """
     (T, n_in), n_out, kind = x.shape, len(weight), TYPES[weight.dtype.name]
+    row, y_row = weight.strides[0] // weight.itemsize, y.strides[0] // 4
 
     # Columns are what cuBLAS calls our rows: it computes yᵀ = weight · xᵀ.
     _gemm()(
         _TRANSPOSED, _AS_IS, n_out, T, n_in,
-        _ONE.ctypes.data, weight.data.ptr, kind, n_in, x.data.ptr, kind, n_in,
-        _ZERO.ctypes.data, y.data.ptr, TYPES["float32"], n_out, _SUMS_FLOAT32, _ANY_ALGORITHM,
+        _ONE.ctypes.data, weight.data.ptr, kind, row, x.data.ptr, kind, n_in,
+        _ZERO.ctypes.data, y.data.ptr, TYPES["float32"], y_row, _SUMS_FLOAT32, _ANY_ALGORITHM,
     )  # fmt: skip
     return y
 

@@ -26,9 +26,26 @@ __device__ inline unsigned short float_to_half(float x) {
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                \
     }
 
+// (x & mask) ^ bits, in one instruction even where both are constants.
+__device__ inline unsigned masked_xor(unsigned x, unsigned mask, unsigned bits) {
+    unsigned y;
+    asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(y) : "r"(x), "r"(mask), "r"(bits));
+    return y;
+}
+
+// Two sums of 16-bit values side by side.
+#define SUM2(NAME, INSTRUCTION)                                                                 \
+    __device__ inline unsigned NAME(unsigned a, unsigned b) {                                   \
+        unsigned sum;                                                                           \
+        asm(INSTRUCTION : "=r"(sum) : "r"(a), "r"(b));                                          \
+        return sum;                                                                             \
+    }
+
 #if __CUDA_ARCH__ >= 800
 MATRIX_PRODUCT(mma_f16, "f16")
 MATRIX_PRODUCT(mma_bf16, "bf16")
+SUM2(sum2_f16, "add.f16x2 %0, %1, %2;")
+SUM2(sum2_bf16, "{.reg .b32 one; mov.b32 one, 0x3f803f80; fma.rn.bf16x2 %0, %1, one, %2;}")
 
 // Four matrices (8, 8) of 16 bits in shared memory, which a warp loads together. Lane 8 i + j says
 // where row j of matrix i is, and has of each the columns 2 (lane % 4) and one more of row lane / 4;
@@ -48,7 +65,7 @@ LOAD_MATRICES(load_transposed, ".trans")
 // not there. They are committed in groups; a wait leaves the last PENDING groups under way.
 __device__ inline void copy16(void* to, const void* from, bool there) {
     unsigned at = (unsigned)__cvta_generic_to_shared(to);
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
                  :: "r"(at), "l"(from), "r"(there ? 16 : 0) : "memory");
 }
 
@@ -231,6 +248,20 @@ __device__ inline void store(float* to, const Run<4>& y) {
 template <class V>
 __device__ inline void store(V* to, const Run<4>& y) {
     *reinterpret_cast<uint2*>(to) = make_uint2(pack2<V>(y.x[0], y.x[1]), pack2<V>(y.x[2], y.x[3]));
+}
+
+__device__ inline void store(float* to, const Run<8>& y) {
+#pragma unroll
+    for (int i = 0; i < 8; i += 4)
+        *reinterpret_cast<float4*>(to + i) =
+            make_float4(y.x[i], y.x[i + 1], y.x[i + 2], y.x[i + 3]);
+}
+
+template <class V>
+__device__ inline void store(V* to, const Run<8>& y) {
+    *reinterpret_cast<uint4*>(to) =
+        make_uint4(pack2<V>(y.x[0], y.x[1]), pack2<V>(y.x[2], y.x[3]),
+                   pack2<V>(y.x[4], y.x[5]), pack2<V>(y.x[6], y.x[7]));
 }
 
 // Non-linearities of an FFN's gate.

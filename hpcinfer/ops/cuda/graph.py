@@ -44,7 +44,7 @@ class Memory:
         return self._staging[self._turn]
 
     def send(self, staging, nbytes):
-        """Start copying the first bytes of what `staging` has given."""
+        """Start copying the first bytes of what `staging` has given last."""
         self.block[:nbytes].set(staging[:nbytes], stream=cupy.cuda.get_current_stream())
         self._events[self._turn].record()
 
@@ -85,9 +85,9 @@ class Capture:
         self.refusal = self.refusal or reason
         raise Refused(reason)
 
-    def upload(self, build):
+    def upload(self, build, late=False):
         """Part of the block that holds what `build` returns before each replay."""
-        return self._uploads.add(build)
+        return self._uploads.add(build, late)
 
     def pause(self, function):
         """Have a function of Python called, behind what has been noted so far."""
@@ -119,28 +119,38 @@ class Uploads:
 
     def __init__(self, memory):
         self._memory, self._entries, self._used = memory, [], 0
+        self._staging = None
 
-    def add(self, build):
+    def add(self, build, late):
         """Array of the device for what `build` returns; `send` writes it."""
         x = build()
         start, stop = self._used, self._used + x.nbytes
         if stop > _ROOM:
             raise Refused(f"{stop} bytes of tables")
         self._used = -(-stop // _ALIGN) * _ALIGN
-        self._entries.append((build, start, x.dtype, x.shape))
+        self._entries.append((late, build, start, x.dtype, x.shape))
         return self._memory.block[start:stop].view(x.dtype).reshape(x.shape)
 
-    def send(self):
-        """Copy what all entries are now."""
-        if not self._used:
-            return
-        staging = self._memory.staging()
-        for build, start, dtype, shape in self._entries:
+    def prepare(self):
+        """Have all entries at hand as they are now."""
+        self._staging = self._memory.staging()
+        self._write(self._entries)
+
+    def send(self, prepared):
+        """Copy what all entries are now, of which only the late ones have changed if `prepared`."""
+        if prepared:
+            self._write(entry for entry in self._entries if entry[0])
+        else:
+            self.prepare()
+        if self._used:
+            self._memory.send(self._staging, self._used)
+
+    def _write(self, entries):
+        for _, build, start, dtype, shape in entries:
             x = build()
             if x.shape != shape or x.dtype != dtype:
                 raise RuntimeError(f"graph: got {x.dtype} {x.shape}, need {dtype} {shape}")
-            staging[start : start + x.nbytes].view(dtype).reshape(shape)[...] = x
-        self._memory.send(staging, self._used)
+            self._staging[start : start + x.nbytes].view(dtype).reshape(shape)[...] = x
 
 
 class Graph:
@@ -158,9 +168,13 @@ class Graph:
             of_keys[key].append(sent_bytes)
         self.totals = [(key, len(sent), sum(sent)) for key, sent in of_keys.items()]
 
-    def replay(self):
+    def prepare(self):
+        """Make ready what the next replay reads, but for what is known at the last moment."""
+        self._uploads.prepare()
+
+    def replay(self, prepared=False):
         """Start the step; returns 0 s, as only calls wait in it that count for themselves."""
-        self._uploads.send()
+        self._uploads.send(prepared)
         for part in self._parts:
             here.call = None
             part()

@@ -16,6 +16,11 @@ from hpcinfer.ops.cuda import overlapped
 # Names of the element types in the sources.
 NAMES = {"float32": "float", "float16": "f16", "bfloat16": "bf16"}
 
+# What some sources have before them, beside what is common to all.
+_PRODUCTS = ("product.cuh", "codes.cuh")
+_BEFORE = {"linear": _PRODUCTS, "quantize": _PRODUCTS, "experts": _PRODUCTS}
+
+# Counters that serve all but the largest steps.
 _COUNTERS = 1 << 16
 
 _FOLDER = Path(__file__).resolve().parent
@@ -24,8 +29,8 @@ _NULL = np.uint64(0)
 
 @functools.cache
 def source(file):
-    """CUDA C++ text of a file of this folder, with what is common to all before it."""
-    names = ("common.cuh", f"{file}.cu")
+    """CUDA C++ text of a file of this folder, with what others have of it before it."""
+    names = ("common.cuh", *_BEFORE.get(file, ()), f"{file}.cu")
     return "\n".join((_FOLDER / name).read_text(encoding="utf-8") for name in names)
 
 
@@ -106,7 +111,7 @@ def kept(objects, values, build):
     return result
 
 
-def on_device(like, objects, build):
+def on_device(like, objects, build, late=False):
     """Numbers that are found from host objects, on the device; every layer of a step asks again.
 
     Parameters
@@ -116,12 +121,13 @@ def on_device(like, objects, build):
     build : function that returns them as a host array; where a step is captured
         (`hpcinfer.capture`) it is called again before each replay, when the objects hold what
         belongs to that step, and must return an array of the same shape
+    late : True if the objects hold it at the last moment alone, as the tokens that were chosen
     """
 
     def send():
         if capture.under_way is None or array.namespace(like) is np:
             return array.to_device(build(), like)
-        return capture.under_way.upload(build)
+        return capture.under_way.upload(build, late)
 
     return kept(objects, ("on device",), send)
 
@@ -137,6 +143,18 @@ def counters(xp, n):
 @functools.cache
 def _zeros(xp, n):
     return xp.zeros(n, np.int32)
+
+
+def has_matrix_units(x):
+    """True if both 16-bit types are multiplied by matrix units where x is."""
+    return array.namespace(x) is np or _capability() >= 80
+
+
+@functools.cache
+def _capability():
+    from cupy.cuda import device
+
+    return int(device.get_compute_capability())
 
 
 def aligned(*arrays):

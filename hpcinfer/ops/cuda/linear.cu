@@ -1,143 +1,19 @@
 // Products of few tokens with a 16-bit weight, which the device reads once. WEIGHT is its type.
 
-// By matrix units: a block computes 16 outputs of all tokens, eight of them to a tile. Its warps
-// divide the inputs, and add up in a fixed order what each has found.
-//
-// The sum over the inputs may be taken in any order, so a lane reads eight that follow one another,
-// of two rows of the weight and of one token; the units take four of them at a time.
-typedef WEIGHT held;
-
+// By matrix units.
 #if !defined(__CUDACC__) || __CUDA_ARCH__ >= 800
 
-constexpr int WARPS = 8, STEPS = 4, STEP = 32;
-
-__device__ inline void matrix_product(float* d, const unsigned* a, const unsigned* b, f16) {
-    mma_f16(d, a, b);
-}
-
-__device__ inline void matrix_product(float* d, const unsigned* a, const unsigned* b, bf16) {
-    mma_bf16(d, a, b);
-}
-
-// Eight inputs of a token as the weight's type has them, in words of two.
-__device__ inline void take_up(const WEIGHT* from, unsigned* words) {
-    uint4 x = load8(from).words[0];
-    words[0] = x.x, words[1] = x.y, words[2] = x.z, words[3] = x.w;
-}
-
-__device__ inline void take_up(const float* from, unsigned* words) {
-    float x[8];
-    unpack(load8(from), x);
-#pragma unroll
-    for (int i = 0; i < 4; i++) words[i] = pack2<WEIGHT>(x[2 * i], x[2 * i + 1]);
-}
-
-// The sums of the block's 16 rows, of which the first eight begin at `first` and the others at
-// `second`: sums[row][token], valid for all threads behind it.
-template <int TILES, class X>
-__device__ inline void block_product(const X* x, const WEIGHT* weight, int T, int I, int O,
-                                     int first, int second, int last_first, int last_second,
-                                     float sums[16][8 * TILES]) {
-    __shared__ float partial[WARPS][16][8 * TILES];
-    int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
-    int group = lane / 4, place = lane % 4 * 8;
-    const WEIGHT* above = weight + (long long)min(first + group, last_first) * I + place;
-    const WEIGHT* below = weight + (long long)min(second + group, last_second) * I + place;
-    const X* of_token = x + (long long)group * I + place;
-    float d[TILES][4];
-#pragma unroll
-    for (int n = 0; n < TILES; n++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) d[n][i] = 0;
-
-    for (int base = warp * STEPS * STEP; base < I; base += WARPS * STEPS * STEP) {
-        // Read the weights of all steps before any is used.
-        unsigned w[STEPS][8];
-#pragma unroll
-        for (int s = 0; s < STEPS; s++) {
-            int column = base + s * STEP;
-            bool there = column + place < I;
-            uint4 up = there ? load8(above + column).words[0] : make_uint4(0, 0, 0, 0);
-            uint4 down = there ? load8(below + column).words[0] : make_uint4(0, 0, 0, 0);
-            w[s][0] = up.x, w[s][2] = up.y, w[s][4] = up.z, w[s][6] = up.w;
-            w[s][1] = down.x, w[s][3] = down.y, w[s][5] = down.z, w[s][7] = down.w;
-        }
-
-        // Multiply by the tokens.
-#pragma unroll
-        for (int s = 0; s < STEPS; s++) {
-            int column = base + s * STEP;
-#pragma unroll
-            for (int n = 0; n < TILES; n++) {
-                unsigned words[4] = {0, 0, 0, 0};
-                if (column + place < I && group + 8 * n < T)
-                    take_up(of_token + (long long)8 * n * I + column, words);
-                matrix_product(d[n], w[s], words, WEIGHT());
-                matrix_product(d[n], w[s] + 4, words + 2, WEIGHT());
-            }
-        }
-    }
-
-    // Add up the warps.
-#pragma unroll
-    for (int n = 0; n < TILES; n++)
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            partial[warp][group + i / 2 * 8][8 * n + lane % 4 * 2 + i % 2] = d[n][i];
-    __syncthreads();
-    for (int item = (int)threadIdx.x; item < 16 * 8 * TILES; item += 32 * WARPS) {
-        int row = item % 16, token = item / 16;
-        float sum = 0;
-#pragma unroll
-        for (int i = 0; i < WARPS; i++) sum += partial[i][row][token];
-        sums[row][token] = sum;
-    }
-    __syncthreads();
-}
-
-// y (T, O) = x · weightᵀ + bias.
-template <int TILES, class X>
-__device__ void product(const X* x, const WEIGHT* weight, const float* bias, float* y, int T,
-                        int I, int O) {
-    __shared__ float sums[16][8 * TILES];
-    int first = (int)blockIdx.x * 16;
-    block_product<TILES>(x, weight, T, I, O, first, first + 8, O - 1, O - 1, sums);
-    for (int item = (int)threadIdx.x; item < 16 * T; item += 32 * WARPS) {
-        int row = item % 16, token = item / 16;
-        if (first + row < O)
-            y[(long long)token * O + first + row] =
-                sums[row][token] + (bias == nullptr ? 0.0f : bias[first + row]);
-    }
-}
-
-// y (T, F) = function(x · gateᵀ) · (x · upᵀ), rounded: the gate is the first F rows of the weight,
-// the up the F behind them. A row of y is y_stride long.
-template <int TILES, class X, float (*FUNCTION)(float)>
-__device__ void gated_product(const X* x, const WEIGHT* weight, const float* bias, WEIGHT* y,
-                              int T, int I, int F, int y_stride) {
-    __shared__ float sums[16][8 * TILES];
-    int first = (int)blockIdx.x * 8;
-    block_product<TILES>(x, weight, T, I, 2 * F, first, F + first, F - 1, 2 * F - 1, sums);
-    for (int item = (int)threadIdx.x; item < 8 * T; item += 32 * WARPS) {
-        int row = item % 8, token = item / 8;
-        if (first + row >= F) continue;
-        float gate = sums[row][token], up = sums[row + 8][token];
-        if (bias != nullptr) gate += bias[first + row], up += bias[F + first + row];
-        narrow(FUNCTION(gate) * up, y + (long long)token * y_stride + first + row);
-    }
-}
-
 #define PRODUCT(X, TILES)                                                                       \
-    extern "C" __global__ void __launch_bounds__(256) product_##X##_##TILES(                    \
+    extern "C" __global__ void __launch_bounds__(256, 4 - TILES) product_##X##_##TILES(         \
         const X* x, const WEIGHT* weight, const float* bias, float* y, int T, int I, int O) {   \
-        product<TILES>(x, weight, bias, y, T, I, O);                                            \
+        product<TILES>(Dense{weight, I}, x, bias, y, T, I, O);                                  \
     }
 
 #define GATED_PRODUCT(FUNCTION, TILES)                                                          \
-    extern "C" __global__ void __launch_bounds__(256) FUNCTION##_product_##TILES(               \
+    extern "C" __global__ void __launch_bounds__(256, 4 - TILES) FUNCTION##_product_##TILES(    \
         const WEIGHT* x, const WEIGHT* weight, const float* bias, WEIGHT* y, int T, int I,      \
         int F, int y_stride) {                                                                  \
-        gated_product<TILES, WEIGHT, FUNCTION>(x, weight, bias, y, T, I, F, y_stride);          \
+        gated_product<TILES, FUNCTION>(Dense{weight, I}, x, bias, y, T, I, F, y_stride);        \
     }
 
 PRODUCT(float, 1)
@@ -184,16 +60,12 @@ __device__ inline void dot_rows(const X* x, const WEIGHT* const (&rows)[ROWS], i
 #pragma unroll
     for (int r = 0; r < ROWS; r++) sums[r] = 0;
 
-    // Read the weights of a step while those of the one before are used; x comes from others.
-    Eight<WEIGHT> next[RUNS][ROWS], now[RUNS][ROWS];
-    read_rows<ROWS, RUNS>(rows, first, I, next);
+    // Read the weights of a step before any is used, the first ones before x is there.
+    Eight<WEIGHT> packed[RUNS][ROWS];
+    read_rows<ROWS, RUNS>(rows, first, I, packed);
     wait_for_others();
     for (int base = first; base < I; base += step) {
-#pragma unroll
-        for (int i = 0; i < RUNS; i++)
-#pragma unroll
-            for (int r = 0; r < ROWS; r++) now[i][r] = next[i][r];
-        read_rows<ROWS, RUNS>(rows, base + step, I, next);
+        if (base > first) read_rows<ROWS, RUNS>(rows, base, I, packed);
 #pragma unroll
         for (int i = 0; i < RUNS; i++) {
             int column = base + 256 * i;
@@ -202,7 +74,7 @@ __device__ inline void dot_rows(const X* x, const WEIGHT* const (&rows)[ROWS], i
             operands(x + column, values);
 #pragma unroll
             for (int r = 0; r < ROWS; r++) {
-                unpack(now[i][r], w);
+                unpack(packed[i][r], w);
 #pragma unroll
                 for (int j = 0; j < 8; j++) sums[r] += values[j] * w[j];
             }

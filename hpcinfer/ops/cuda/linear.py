@@ -1,37 +1,52 @@
-"""Matrix products: of one token by kernels, with a gate in them, of more by cuBLAS."""
-
-import functools
+"""Matrix products: of few tokens by kernels, with a gate in them, of more by cuBLAS."""
 
 import numpy as np
 
 from hpcinfer import array
 from hpcinfer.ops.activation import Gate
-from hpcinfer.ops.cuda import activation, blas
-from hpcinfer.ops.cuda.launch import NAMES, aligned, launch
-from hpcinfer.ops.quantize import Quantized
+from hpcinfer.ops.cuda import activation, blas, codes
+from hpcinfer.ops.cuda.launch import NAMES, aligned, has_matrix_units, launch
+from hpcinfer.ops.cuda.quantize import dequantize
+from hpcinfer.ops.quantize import Quantized, place
+
+# Tokens that a block serves by tiles of matrix units, and up to which there are so many blocks. It
+# takes less time to read codes again, which the cache has, than to write and read their numbers;
+# of other weights one token is served by rows, and more than one by cuBLAS.
+_TILES, _TILE = (1, 2), 8
+_TILED_TOKENS, _CODED_TOKENS = 1, 64
 
 # Tokens that the kernels for devices without 16-bit matrix units serve, and outputs of a warp.
 _TOKENS, _ROWS = (1, 2, 4, 8), (1, 2, 4)
 
 OPTIONS = (("-DWEIGHT=f16",), ("-DWEIGHT=bf16",))
 KERNELS = (
+    *(f"product_{of}_{tiles}" for of in ("float", "held") for tiles in _TILES),
+    *(f"{function}_product_{tiles}" for function in activation.FUNCTIONS for tiles in _TILES),
     *(f"one_{of}" for of in ("float", "held", *activation.FUNCTIONS)),
     *(f"matvec_{tokens}_{rows}" for tokens in _TOKENS for rows in _ROWS),
 )
 
-# Warps of a block; warps that keep the memory of a large device busy, where they have one output
-# and where they have more; inputs that make a part of a row worth a warp.
-_BLOCK_WARPS, _MANY_WARPS, _BUSY_WARPS, _PART = 8, 4096, 2048, 1024
+# Warps of a block; warps that keep the memory of a large device busy, where they have several
+# outputs; inputs that make a part of a row worth a warp, and warps that are too many.
+_BLOCK_WARPS, _BUSY_WARPS, _PART, _MOST_WARPS = 8, 2048, 1024, 1 << 18
+
+# Outputs of a block by tiles, and of as many blocks as a grid has.
+_BLOCK_OUTPUTS, _MOST_OUTPUTS = 16, 65535 * 8
+
+# Numbers of codes that are there at a time, for the product with many tokens, in bytes.
+_NUMBERS_BYTES = 256 << 20
 
 
 def linear(x, weight, bias=None):
-    """As `ops.linear.linear`, for weights that are no codes."""
-    if isinstance(weight, Quantized) or not (x.size and weight.size and weight.flags.c_contiguous):
+    """As `ops.linear.linear`."""
+    if not (x.size and len(weight) and _lies_well(weight)):
         return NotImplemented
     x = array.namespace(x).ascontiguousarray(x)
-    if _is_served(x, weight, 1):
+    if _is_served_by_rows(x, weight, 1):
         return _one_token(x, weight, bias)
-    if _is_served(x, weight, _TOKENS[-1]) and not _has_matrix_units():
+    if _is_served_by_tiles(x, weight):
+        return _by_tiles(x, weight, bias)
+    if _is_served_by_rows(x, weight, _TOKENS[-1]) and not has_matrix_units(x):
         return _by_rows(x, weight, bias)
     return _by_blocks(x, weight, bias)
 
@@ -40,9 +55,9 @@ def linear_pair(x, first, middle, second, bias=None):
     """As `ops.linear.linear_pair`, for a gate; what is between the products is rounded once."""
     if not (isinstance(middle, Gate) and middle.function.__name__ in activation.FUNCTIONS):
         return NotImplemented
-    if isinstance(second, Quantized) or not array.is_half(second.dtype) or not x.size:
+    if not array.is_half(second.dtype) or not x.size:
         return NotImplemented
-    between = _one_gated(x, first, middle, second.dtype, bias)
+    between = _gated(x, first, middle, second.dtype, bias)
     if between is None:
         from hpcinfer.ops.linear import linear as any_linear
 
@@ -53,23 +68,37 @@ def linear_pair(x, first, middle, second, bias=None):
     return linear(between, second)
 
 
-@functools.cache
-def _has_matrix_units():
-    """True if cuBLAS multiplies both 16-bit types by matrix units here."""
-    from cupy.cuda import device
+def _lies_well(weight):
+    """True if kernels can read a weight where it is."""
+    if isinstance(weight, Quantized):
+        return codes.are_served(weight)
+    return weight.flags.c_contiguous
 
-    return int(device.get_compute_capability()) >= 80
 
-
-def _is_served(x, weight, most_tokens):
-    """True if a kernel for so many tokens serves a product."""
+def _is_served_by_rows(x, weight, most_tokens):
+    """True if rows of a weight, no codes, can be read by 16 bytes for so many tokens."""
     return (
-        array.is_half(weight.dtype)
+        not isinstance(weight, Quantized)
         and len(x) <= most_tokens
+        and _is_served(x, weight)
         and x.shape[1] % 8 == 0
-        and x.dtype in (np.float32, weight.dtype)
-        and aligned(x, weight)
+        and aligned(weight)
     )
+
+
+def _is_served_by_tiles(x, weight):
+    """True if matrix units take few tokens and a weight or its codes as they are."""
+    if not isinstance(weight, Quantized):
+        if not _is_served_by_rows(x, weight, _TILED_TOKENS):
+            return False
+    elif len(x) > _CODED_TOKENS or not _is_served(x, weight):
+        return False
+    return len(weight) <= _MOST_OUTPUTS and has_matrix_units(x)
+
+
+def _is_served(x, weight):
+    """True if kernels know the types of a product, and can read x by 16 bytes."""
+    return array.is_half(weight.dtype) and x.dtype in (np.float32, weight.dtype) and aligned(x)
 
 
 def _one_token(x, weight, bias):
@@ -88,34 +117,89 @@ def _one_token(x, weight, bias):
     return y
 
 
-def _one_gated(x, weight, gate, dtype, bias):
-    """(1, F), the first product of one token with its gate; None if the kernel serves it not."""
-    if isinstance(weight, Quantized) or not (
-        weight.size and weight.flags.c_contiguous and weight.dtype == dtype
-    ):
+def _by_tiles(x, weight, bias):
+    """The product of few tokens by matrix units: a block for 16 outputs."""
+    T, n_out = len(x), len(weight)
+    y = array.namespace(x).empty((T, n_out), np.float32)
+    fused = bias is None or _is_fused(bias)
+    of = "float" if x.dtype == np.float32 else "held"
+    source, x, operands, options = _operands(x, weight)
+    launch(
+        source, f"product_{of}_{_tiles(T)}", _grid(T, n_out), 32 * _BLOCK_WARPS,
+        x, *operands, bias if fused else None, y, T, x.shape[1], n_out,
+        options=options,
+    )  # fmt: skip
+    if not fused:
+        y += bias
+    return y
+
+
+def _gated(x, weight, gate, dtype, bias):
+    """(T, F), the first product of few tokens with its gate; None if no kernel serves it."""
+    if not (len(weight) and weight.dtype == dtype and _lies_well(weight)):
         return None
-    xp = array.namespace(x)
-    x = xp.ascontiguousarray(x)
-    if not _is_served(x, weight, 1) or not (bias is None or _is_fused(bias)):
+    x = array.namespace(x).ascontiguousarray(x)
+    by_rows = _is_served_by_rows(x, weight, 1)
+    if not (by_rows or _is_served_by_tiles(x, weight)) or not (bias is None or _is_fused(bias)):
         return None
-    x, y, start = array.narrow(x, dtype), xp.empty((1, sum(gate.widths)), dtype), 0
+    x, start = array.narrow(x, dtype), 0
+    y = array.namespace(x).empty((len(x), sum(gate.widths)), dtype)
+    of_part = _one_gated if by_rows else _gated_by_tiles
     for n in gate.widths:
-        parts = _parts(2 * n, x.shape[1])
         if n:
-            launch(
-                "linear", f"one_{gate.function.__name__}",
-                (-(-n * parts // _BLOCK_WARPS),), 32 * _BLOCK_WARPS,
-                x, weight[2 * start :], None if bias is None else bias[2 * start :],
-                y[:, start:], x.shape[1], n, parts,
-                options=(f"-DWEIGHT={NAMES[dtype.name]}",), early=True,
-            )  # fmt: skip
+            of_part_bias = None if bias is None else bias[2 * start :]
+            of_part(x, weight[2 * start :], gate.function.__name__, of_part_bias, y[:, start:], n)
         start += n
     return y
 
 
+def _one_gated(x, weight, function, bias, y, n):
+    """The first `n` columns of y (1, F), of one token: a warp for a row of gate and one of up."""
+    n_in = x.shape[1]
+    parts = _parts(2 * n, n_in)
+    launch(
+        "linear", f"one_{function}", (-(-n * parts // _BLOCK_WARPS),), 32 * _BLOCK_WARPS,
+        x, weight, bias, y, n_in, n, parts,
+        options=(f"-DWEIGHT={NAMES[weight.dtype.name]}",), early=True,
+    )  # fmt: skip
+
+
+def _gated_by_tiles(x, weight, function, bias, y, n):
+    """The first `n` columns of y (T, F), of few tokens: a block for eight of them."""
+    T = len(x)
+    source, x, operands, options = _operands(x, weight)
+    launch(
+        source, f"{function}_product_{_tiles(T)}", _grid(T, 2 * n), 32 * _BLOCK_WARPS,
+        x, *operands, bias, y, T, x.shape[1], n, y.strides[0] // y.itemsize,
+        options=options,
+    )  # fmt: skip
+
+
+def _operands(x, weight):
+    """What a kernel by tiles is given: its source, x, what the weight is, options."""
+    if not isinstance(weight, Quantized):
+        return "linear", x, (weight,), (f"-DWEIGHT={NAMES[weight.dtype.name]}",)
+    form, (*rows, offset) = weight.form, codes.operands(weight)
+
+    # Eight inputs that a lane reads begin at a multiple of 16 bytes.
+    if form.offset % 8 or form.inputs % 8:
+        x, offset = place(x, form), 0
+    return "quantize", x, (*rows, offset), codes.options(form, form.dtype)
+
+
+def _grid(T, n_out):
+    """Blocks of a product by tiles: those of all tokens and the same outputs follow one another."""
+    return -(-T // (_TILE * _tiles(T))), -(-n_out // _BLOCK_OUTPUTS)
+
+
+def _tiles(T):
+    """Tiles of a block."""
+    return next((n for n in _TILES if _TILE * n >= T), _TILES[-1])
+
+
 def _parts(n_out, n_in):
-    """Warps that share an output, so that there are many."""
-    wanted = min(_MANY_WARPS // max(1, n_out), n_in // _PART)
+    """Warps that share an output: those of a block then read what lies together."""
+    wanted = min(_MOST_WARPS // max(1, n_out), n_in // _PART)
     return max([1, *(n for n in (2, 4, 8) if n <= wanted)])
 
 
@@ -148,11 +232,23 @@ def _by_blocks(x, weight, bias):
     """Products of many tokens by cuBLAS, whose matrix units sum in float32."""
     if array.namespace(x) is np or weight.dtype.name not in blas.TYPES:
         return NotImplemented
-    if weight.dtype == array.BFLOAT16 and not _has_matrix_units():
+    if weight.dtype == array.BFLOAT16 and not has_matrix_units(x):
         return NotImplemented
     y = array.namespace(x).empty((len(x), len(weight)), np.float32)
     x = array.narrow(array.widen(x) if weight.dtype == np.float32 else x, weight.dtype)
-    blas.product(x, weight, y)
+    if isinstance(weight, Quantized):
+        _by_numbers(x, weight, y)
+    else:
+        blas.product(x, weight, y)
     if bias is not None:
         y += bias
     return y
+
+
+def _by_numbers(x, weight, y):
+    """y = x · weightᵀ of codes, whose numbers are written for cuBLAS."""
+    form = weight.form
+    rows = max(1, _NUMBERS_BYTES // (form.width * form.dtype.itemsize))
+    for start in range(0, len(weight), rows):
+        numbers = dequantize(weight[start : start + rows], form.dtype)
+        blas.product(x, numbers, y[:, start : start + rows])

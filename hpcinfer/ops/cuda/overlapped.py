@@ -1,8 +1,8 @@
 """Launches of kernels that may begin while the one before them still runs.
 
 CUDA calls it programmatic dependent launch, which devices from compute capability 9.0 on have. A
-kernel is at its first loads when its predecessor ends, instead of not begun: a step of few tokens is
-some hundred kernels of microseconds. CuPy launches without attributes, so the driver is called here.
+kernel is at its first loads when its predecessor ends, instead of not begun: a step of few tokens
+is some hundred kernels of microseconds. CuPy launches without attributes, so the driver is called.
 """
 
 import ctypes
@@ -10,7 +10,7 @@ import functools
 
 import numpy as np
 
-# The driver's number of the attribute, and of what a stream has under capture.
+# The driver's number of the attribute.
 _SERIALIZATION = 6
 
 

@@ -1,0 +1,68 @@
+"""The next step, built while the device computes: the one in which the same sequences go on.
+
+As a rule every sequence of a step has one more token in the next one. Its positions, pages and
+tables are known before the token is: they are made while the host would wait for the device. When
+the scheduler then plans another step, what was made is thrown away.
+"""
+
+from hpcinfer.engine.pages import pages_for
+
+
+class Ahead:
+    """The step that is likely to come next.
+
+    Parameters
+    ----------
+    engine : Engine
+    """
+
+    def __init__(self, engine):
+        self._engine, self._plan, self._step = engine, (), None
+
+    @property
+    def serves(self):
+        """True where a device computes beside the host, and no other rank is waited for."""
+        model = self._engine.model
+        alone = self._engine.depth == self._engine.width == 1 and not self._engine.grid.side
+        return alone and model.device.name != "cpu"
+
+    def prepare(self):
+        """Build the step in which all sequences that run have one more token."""
+        running = self._engine.scheduler.running
+        self._plan = ()
+        if not running or not all(map(self._goes_on, running)):
+            return
+
+        # A token stands in for the one to come while the step is built.
+        plan = [(sequence, 1) for sequence in running]
+        for sequence, _ in plan:
+            sequence.tokens.append(0)
+        try:
+            self._step = self._engine.build_step(plan)
+        finally:
+            for sequence, _ in plan:
+                sequence.tokens.pop()
+                sequence.computed = sequence.target
+        self._engine.model.prepare(self._step)
+        self._plan = plan
+
+    def step(self, plan):
+        """The step of a plan, from what has been prepared if it is that."""
+        same = len(plan) == len(self._plan) and all(
+            a is b and m == n for (a, m), (b, n) in zip(plan, self._plan, strict=True)
+        )
+        if not (plan and same):
+            return self._engine.build_step(plan)
+        for i, (sequence, n) in enumerate(plan):
+            self._step.token_ids[i] = sequence.tokens[-1]
+            sequence.computed += n
+        return self._step
+
+    def _goes_on(self, sequence):
+        """True if nothing is known that ends a sequence, and its pages have room for a token."""
+        return (
+            sequence.computed == sequence.target
+            and not sequence.all_rows
+            and sequence.n_new + 1 < sequence.request.sampling.max_tokens
+            and pages_for(sequence.computed + 1) <= len(sequence.pages)
+        )

@@ -1,0 +1,47 @@
+"""Weights that are kept as codes, as kernels find them."""
+
+import numpy as np
+
+from hpcinfer import array
+from hpcinfer.ops.cuda.launch import NAMES, address
+from hpcinfer.ops.quantize import LANES, Quantized
+
+# Loads of a block, of 16 bytes.
+_LOAD_BYTES = 16
+LOADS = 2 * LANES // _LOAD_BYTES
+
+
+def are_served(weight):
+    """True if rows of codes and scales are unbroken, and begin where a kernel's loads can."""
+    form, words, scales = weight.form, weight.words, weight.scales
+    of_block = 2 * max(1, form.block // form.group)  # bytes of a block's scales
+    return (
+        words.size > 0
+        and words.strides[-1] == scales.strides[-1] == 2
+        and not any(n % _LOAD_BYTES for n in (address(words), *words.strides[:-1]))
+        and not any(n % of_block for n in (address(scales), *scales.strides[:-1]))
+    )
+
+
+def operands(weight):
+    """What kernels take for matrices of codes: where they lie, and where inputs begin in them."""
+    form, words, scales = weight.form, weight.words, weight.scales
+    return (
+        words, scales, words.strides[-2] // _LOAD_BYTES, scales.strides[-2] // 2,
+        form.blocks, form.offset,
+    )  # fmt: skip
+
+
+def options(form, dtype):
+    """Of the compiler, for codes of a form that meet tokens of a type."""
+    held = NAMES[dtype.name] if array.is_half(dtype) else "f16"
+    return (f"-DWEIGHT={held}", f"-DBITS={form.bits}", f"-DGROUP={form.group}")
+
+
+def of_experts(weight):
+    """What kernels take for the matrices (E, O, I) of experts, codes or not; compiler's options."""
+    if not isinstance(weight, Quantized):
+        return (weight, np.int64(weight[0].size)), (f"-DWEIGHT={NAMES[weight.dtype.name]}",)
+    words, scales = weight.words.strides[0] // _LOAD_BYTES, weight.scales.strides[0] // 2
+    args = *operands(weight), np.int64(words), np.int64(scales)
+    return args, options(weight.form, weight.form.dtype)
