@@ -18,6 +18,9 @@ from hpcinfer.ops.cuda.tiles import PAGE, are_served
 # Multiprocessors of a large device; splits that a block can merge; items that a grid has room for.
 _MULTIPROCESSORS, _MOST_SPLITS, _MOST_ITEMS = 132, 128, (1 << 16) - 1
 
+# Blocks of rows up to which a sequence has few queries: each block reads the keys for itself.
+_MOST_BLOCKS = 1
+
 
 @dataclass(frozen=True)
 class _Shape:
@@ -125,7 +128,7 @@ def _table(q_tokens, books, groups, window, k_pages):
 def _build(q_tokens, books, groups, window, K, like):
     G, heads = len(groups), max(stop - start for start, stop in groups)
     shapes = next(shapes for width, shapes in _SHAPES.items() if K <= width)
-    most, (_, _, queries) = max(1, shapes[-1].rows // heads), _runs(q_tokens)
+    most, (_, _, queries) = max(1, _MOST_BLOCKS * shapes[-1].rows // heads), _runs(q_tokens)
     few = queries[queries <= most]
 
     # The smallest shape that has all rows of a sequence in one block, or the largest.

@@ -14,7 +14,8 @@ from hpcinfer.ops import attention as plain
 from hpcinfer.ops.cuda.launch import NAMES, kept, launch
 from hpcinfer.ops.cuda.tiles import PAGE, are_served, device
 
-# Blocks that keep a large device busy; tiles below which a split costs more than it brings.
+# Blocks that keep a large device busy, fewer than the splits that can be merged; tiles below which
+# a split costs more than it brings.
 _BUSY_BLOCKS, _FEWEST_TILES = 264, 8
 
 # First position of a page that no query sees; a window that reaches back to the first position.
@@ -255,8 +256,9 @@ def _launch(q, k, v, strides, table, shape, scale, window, o, lse):
         float(scale), page_stride, head_stride, options=options, shared=shape.shared(K),
     )  # fmt: skip
     if table.splits > 1:
+        grid = G, table.n_items, shape.rows // shape.warps
         launch(
-            "prefill", "merge_parts", (G, table.n_items, shape.rows // shape.warps), 32 * shape.warps,
+            "prefill", "merge_parts", grid, 32 * shape.warps,
             o_parts, lse_parts, table.values, o, lse, *at, H, table.n, table.splits,
             options=options,
         )  # fmt: skip
