@@ -677,7 +677,12 @@ def test_count_into(put, rng):
 
 
 def in_pages(rng, lengths, n_heads, K, dtype, page=32, pool=0, pools=1):
-    """Random keys and values of sequences in pages: (k_pages, v_pages, books)."""
+    """Random keys and values of sequences in pages, and behind their ends what is no number.
+
+    Returns
+    -------
+    k_pages, v_pages, books
+    """
     n_pages = [-(-length // page) for length in lengths]
     places = np.zeros((len(lengths), max(n_pages)), np.int64)
     order = rng.permutation(sum(n_pages))
@@ -686,6 +691,9 @@ def in_pages(rng, lengths, n_heads, K, dtype, page=32, pool=0, pools=1):
     books = Books(places, np.arange(len(lengths)) % pools, pool, pools, np.array(lengths))
     shape = (sum(n_pages), n_heads, page, K)
     k, v = (normal(rng, *shape).astype(array.DTYPES[dtype]) for _ in range(2))
+    for b, length in enumerate(lengths):
+        last, behind = places[b, (length - 1) // page], slice((length - 1) % page + 1, None)
+        k[last, :, behind] = v[last, :, behind] = np.nan
     return k, v, books
 
 
@@ -712,8 +720,12 @@ def tokens_at(*runs):
     ("dtype", "K", "groups"),
     [
         ("bfloat16", 64, [(0, 2), (2, 4)]),
+        ("float16", 64, [(0, 7), (7, 14)]),
         ("float16", 80, [(0, 3), (3, 4)]),
+        ("bfloat16", 128, [(0, 4), (4, 8)]),
+        ("bfloat16", 16, [(0, 1), (1, 2)]),
         ("float32", 16, [(0, 1)]),
+        ("bfloat16", 72, [(0, 2)]),
         ("bfloat16", 256, [(0, 9)]),
     ],
 )
@@ -746,16 +758,82 @@ def test_prefill(put, rng, monkeypatch, dtype, window, softcap, v_columns):
     agree(got, plain(attention.attention)(q, k, v, q_pos, k_pos, **options), 1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("pool", [0, 1, 2])
-def test_decode_over_a_part_of_the_pages(put, rng, monkeypatch, splits, pool):
+def test_decode_over_a_part_of_the_pages(put, rng, monkeypatch, dtype, splits, pool):
     """A rank that has every third page, of some sequences none."""
     monkeypatch.setattr(fast("attention"), "_FEWEST_PAGES", 1)
     monkeypatch.setattr(fast("attention"), "_BUSY_BLOCKS", 6 * splits)
+    monkeypatch.setattr(fast("decode"), "_MULTIPROCESSORS", splits)
     lengths = [5, 290, 33]
-    k, v, books = in_pages(rng, lengths, 2, 32, "bfloat16", pool=pool, pools=3)
+    k, v, books = in_pages(rng, lengths, 2, 32, dtype, pool=pool, pools=3)
     tokens = tokens_at(*((b, n - 1, 1) for b, n in enumerate(lengths)))
     attend(put, normal(rng, 3, 4, 32), tokens, k, v, books, [(0, 2), (2, 4)], None)
+
+
+@pytest.mark.parametrize(
+    ("K", "groups", "queries"),
+    [
+        (64, [(0, 4)], 2),
+        (64, [(0, 2), (2, 5)], 6),
+        (128, [(0, 4)], 4),
+        (128, [(0, 4)], 8),
+        (128, [(0, 40)], 1),
+        (256, [(0, 2), (2, 4)], 4),
+    ],
+)
+@pytest.mark.parametrize("window", [None, 33])
+def test_decode_of_some_queries(put, rng, K, groups, queries, window):
+    """Those of a sequence share its keys, up to so many rows; more rows are in several blocks."""
+    lengths = [queries, 71, 134]
+    k, v, books = in_pages(rng, lengths, len(groups), K, "bfloat16")
+    runs = ((0, 0, queries), (1, 70, 1), (2, 134 - queries, queries))
+    tokens = tokens_at(*runs)
+    q = normal(rng, len(tokens), groups[-1][1], K)
+    assert not fast("decode")._table(tokens, books, groups, window, k).has_others
+    attend(put, q, tokens, k, v, books, groups, window, 2e-5)
+
+
+@pytest.mark.parametrize(
+    ("multiprocessors", "most_splits"), [(1, 128), (132, 128), (132, 5), (2, 2)]
+)
+def test_splits_of_pages(put, rng, monkeypatch, multiprocessors, most_splits):
+    """As many splits as keep the device busy, by the pages that the sequences have."""
+    module, lengths, groups = fast("decode"), [30, 1500, 900, 1, 64], [(0, 4)]
+    monkeypatch.setattr(module, "_MULTIPROCESSORS", multiprocessors)
+    monkeypatch.setattr(module, "_MOST_SPLITS", most_splits)
+    k, v, books = in_pages(rng, lengths, 1, 64, "bfloat16")
+    tokens = tokens_at(*((b, n - 1, 1) for b, n in enumerate(lengths)))
+    table = module._table(tokens, books, groups, None, k)
+    items = array.host(table.values)[: 8 * table.n_items].reshape(-1, 8)
+    used = items[items[:, 7] > 0]
+    assert used[:, 4].sum() == sum(-(-n // 32) for n in lengths)
+    assert len(used) <= len(lengths) + 4 * multiprocessors and used[:, 7].max() <= most_splits
+    assert multiprocessors == 1 or used[:, 7].max() > 1
+    attend(put, normal(rng, 5, 4, 64), tokens, k, v, books, groups, None)
+    assert not array.host(launch.counters(array.namespace(put(k)), 1)).any()
+
+
+def test_room_for_later_steps(put, rng, monkeypatch):
+    """A table is filled anew for another step, which has more pages, as where one is replayed."""
+    tables, groups = [], [(0, 4)]
+
+    def on_device(like, objects, build):
+        tables.append((put(build()), build))
+        return tables[-1][0]
+
+    monkeypatch.setattr(fast("decode"), "on_device", on_device)
+    k, v, books = in_pages(rng, [40, 70], 1, 64, "bfloat16")
+    books.room, tokens = (40, 30), tokens_at((0, 39, 1), (1, 69, 1))
+    attend(put, normal(rng, 2, 4, 64), tokens, k, v, books, groups, None)
+    k, v, later = in_pages(rng, [700, 3], 1, 64, "bfloat16")
+    vars(books).update(vars(later), room=books.room)
+    tokens[:, 1] = 699, 2
+    for table, build in tables:
+        table[...] = put(build())
+    attend(put, normal(rng, 2, 4, 64), tokens, k, v, books, groups, None)
+    assert len(tables) == 1
 
 
 def test_decode_beside_prefill(put, rng):
@@ -807,9 +885,6 @@ def attend_many(put, rng, lengths, runs, dtype, K, groups, window=None, **dealt)
     """Runs of queries (sequence, first position, tokens) over pages, beside the plain form."""
     k, v, books = in_pages(rng, lengths, len(groups), K, dtype, **dealt)
     tokens, scale = tokens_at(*runs), K**-0.5
-    for pages in (k, v):  # what is behind the end of a sequence is no number
-        for b, length in enumerate(lengths):
-            pages[books.places[b, (length - 1) // 32], :, (length - 1) % 32 + 1 :] = np.nan
     q = 10 * normal(rng, len(tokens), groups[-1][1] + 1, K)  # so that the largest scores grow
     q[:, 1:] = rounded_queries(q[:, 1:], scale, dtype)
     options = {"scale": scale, "groups": groups, "window": window}

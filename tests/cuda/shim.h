@@ -128,6 +128,8 @@ static V atomicAdd(V* to, V x) {
     return before;
 }
 
+static int add_in_order(int* to, int x) { return atomicAdd(to, x); }
+
 template <class V>
 static V __shfl_xor_sync(unsigned, V x, int step) {
     static V given[1024];
@@ -170,6 +172,8 @@ static int __any_sync(unsigned, bool truth) {
 }
 
 static float fast_exp2(float x) { return exp2f(x); }
+
+static void read_ahead(const void*) {}
 
 // Copies under way: those of even blocks land at once, those of odd ones when they are waited for.
 struct Copy {

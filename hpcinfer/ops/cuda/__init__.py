@@ -12,7 +12,7 @@ FILES = (
 )  # fmt: skip
 
 # Files with more fast forms of a file's functions, which that file's own calls.
-PARTS = {"prefill": "attention", "grouped": "experts"}
+PARTS = {"decode": "attention", "prefill": "attention", "grouped": "experts"}
 
 
 def missing():

@@ -1,6 +1,7 @@
-// Attention of single queries to the keys in pages, in the manner of flash decoding: the pages of a
-// query are split over blocks, and the block that ends last merges what they have found. HELD is the
-// type of the cache, OUT that of the result, LANES the lanes that share a key, eight columns each.
+// Attention of single queries to the keys in pages, without matrix units, in the manner of flash
+// decoding: the pages of a query are split over blocks, and the block that ends last merges what they
+// have found. HELD is the type of the cache, OUT that of the result, LANES the lanes that share a key,
+// eight columns each.
 //
 // The table, in int32:
 //   a row for every query      token, where its pages begin, how many, first and last position seen
@@ -11,20 +12,6 @@
 constexpr float LOWEST = -3.402823466e38f, LOG2_E = 1.44269504f, LN_2 = 0.69314718f;
 constexpr int THREADS = 128, STREAMS = THREADS / LANES, MOST_SPLITS = 64;
 
-// True in the block that comes last of so many; all that the others have written can then be read.
-__device__ inline bool is_last(int* arrived, int blocks) {
-    __shared__ bool last;
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        last = atomicAdd(arrived, 1) == blocks - 1;
-        if (last) *arrived = 0;
-    }
-    __syncthreads();
-    __threadfence();
-    return last;
-}
-
 // The rule of `hpcinfer.ops.attention.merge` over the first `used` splits of n heads of a query:
 // o_parts (n, splits, K), lse_parts (n, splits).
 template <int N>
@@ -33,27 +20,10 @@ __device__ inline void merge_splits(const float* o_parts, const float* lse_parts
     __shared__ float weights[N][MOST_SPLITS];
 
     // Weigh the splits: a warp for a head.
-    int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
+    int warp = (int)threadIdx.x / 32;
     for (int i = warp; i < n; i += THREADS / 32) {
-        float of_lane[MOST_SPLITS / 32], largest = minus_infinity(), total = 0;
-#pragma unroll
-        for (int j = 0; j < MOST_SPLITS / 32; j++) {
-            int s = lane + 32 * j;
-            of_lane[j] = s < used ? lse_parts[i * splits + s] : minus_infinity();
-            largest = fmaxf(largest, of_lane[j]);
-        }
-        largest = lanes_max(largest);
-        bool empty = largest == minus_infinity();
-#pragma unroll
-        for (int j = 0; j < MOST_SPLITS / 32; j++) {
-            of_lane[j] = empty ? 0.0f : expf(of_lane[j] - largest);
-            total += of_lane[j];
-        }
-        total = lanes_sum<32>(total);
-#pragma unroll
-        for (int j = 0; j < MOST_SPLITS / 32; j++)
-            weights[i][lane + 32 * j] = empty ? 0.0f : of_lane[j] / total;
-        if (lane == 0) lse[i] = empty ? largest : largest + logf(total);
+        float known = weigh_splits<MOST_SPLITS>(lse_parts + i * splits, 1, used, weights[i]);
+        if (threadIdx.x % 32 == 0) lse[i] = known;
     }
     __syncthreads();
 

@@ -1,19 +1,18 @@
 """Attention: queries over their pages, split over the device and merged, or large matrix products.
 
-In decoding every query reads its keys and values once for all query heads that share them. Many
-queries of a sequence go to `prefill`; what that does not serve are blocks of two products of all
-heads at a time, by cuBLAS.
+Queries over pages of 16 bits go to `decode`, many of a sequence to `prefill`, which take matrix
+units. Of what these do not serve, few queries of a sequence read their keys and values once for all
+query heads that share them; many are blocks of two products of all heads at a time, by cuBLAS.
 """
 
-import functools
 from dataclasses import dataclass
 
 import numpy as np
 
 from hpcinfer import array
 from hpcinfer.ops import attention as plain
-from hpcinfer.ops.cuda import prefill
-from hpcinfer.ops.cuda.launch import NAMES, aligned, kept, launch, on_device
+from hpcinfer.ops.cuda import decode, prefill
+from hpcinfer.ops.cuda.launch import NAMES, aligned, counters, kept, launch, on_device
 
 _HEADS, _LANES, _THREADS = (1, 2, 4, 8), (4, 8, 16, 32), 128
 
@@ -142,24 +141,24 @@ def paged_attention(
     if not aligned(q) or q.strides[0] % 16:
         return NotImplemented
     pages, options = (k_pages, v_pages, books), {"scale": scale, "groups": groups, "window": window}
+    result = decode.paged_attention(q, q_tokens, *pages, **options, dtype=dtype)
+    if result is not NotImplemented:
+        return result
     table = _table(q_tokens, books, groups, window, k_pages)
     if table is None:
-        result = prefill.paged_attention(q, q_tokens, *pages, **options)
-        return result if result is NotImplemented else (array.narrow(result[0], dtype), result[1])
+        return NotImplemented
 
     # Sequences with few queries; rounded at once where there are no others.
-    others, is_rounded = table.others, dtype == k_pages.dtype
-    o = xp.empty(q.shape, dtype if is_rounded and not others else np.float32)
+    is_rounded = not table.others and dtype == k_pages.dtype
+    o = xp.empty(q.shape, dtype if is_rounded else np.float32)
     lse = xp.empty(q.shape[:2], np.float32)
     _decode(q, k_pages, v_pages, table, scale, o, lse)
 
-    # Those with many in one launch, or one by one.
-    many = {"more_than": _FEW_QUERIES, "out": (o, lse)}
-    if others and prefill.paged_attention(q, q_tokens, *pages, **options, **many) is NotImplemented:
-        for b, rows in others:
-            q_pos = q_tokens[rows, 1]
-            k, v, k_pos = plain.cached(*pages, b, plain.reach(q_pos, window))
-            o[rows], lse[rows] = plain.attention(q[rows], k, v, q_pos, k_pos, **options)
+    # Those with many, one by one.
+    for b, rows in table.others:
+        q_pos = q_tokens[rows, 1]
+        k, v, k_pos = plain.cached(*pages, b, plain.reach(q_pos, window))
+        o[rows], lse[rows] = plain.attention(q[rows], k, v, q_pos, k_pos, **options)
     return array.narrow(o, dtype), lse
 
 
@@ -295,7 +294,7 @@ def _decode(q, k_pages, v_pages, table, scale, o, lse):
     if table.splits > 1:
         o_parts = xp.empty((table.n_queries, H, table.splits, K), np.float32)
         lse_parts = xp.empty((table.n_queries, H, table.splits), np.float32)
-        arrived = _counters(xp, 1 << (table.n_queries * table.n_entries - 1).bit_length())
+        arrived = counters(xp, table.n_queries * table.n_entries)
     launch(
         "attention", f"decode_{table.heads}",
         (table.splits, table.n_entries, table.n_queries), _THREADS,
@@ -304,9 +303,3 @@ def _decode(q, k_pages, v_pages, table, scale, o, lse):
         page.bit_length() - 1, _FEWEST_PAGES, np.int64(q.strides[0] // 4), float(scale),
         options=(f"-DHELD={held}", f"-DOUT={out}", f"-DLANES={lanes}"), early=True,
     )  # fmt: skip
-
-
-@functools.cache
-def _counters(xp, n):
-    """(n,) int32 of blocks that have come: zero before and after every launch."""
-    return xp.zeros(n, np.int32)

@@ -84,6 +84,20 @@ __device__ inline float fast_exp2(float x) {
     return y;
 }
 
+// Adds x and returns what was there before. All that the block has written before it met is seen by a
+// block that adds later.
+__device__ inline int add_in_order(int* to, int x) {
+    int before;
+    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;"
+                 : "=r"(before) : "l"(to), "r"(x) : "memory");
+    return before;
+}
+
+// Have 128 bytes brought to the L2 cache, where a later load finds them as they are then.
+__device__ inline void read_ahead(const void* from) {
+    asm volatile("prefetch.global.L2 [%0];" :: "l"(from));
+}
+
 // Shared memory whose size the launch says.
 extern __shared__ uint4 dynamic_shared[];
 
@@ -283,4 +297,43 @@ __device__ inline float block_sum(float x, float* partial) {
     float sum = 0;
     for (int i = 0; i < warps; i++) sum += partial[i];
     return sum;
+}
+
+// True in the block that comes last of so many; all that the others have written can then be read.
+__device__ inline bool is_last(int* arrived, int blocks) {
+    __shared__ bool last;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        last = add_in_order(arrived, 1) == blocks - 1;
+        if (last) *arrived = 0;
+    }
+    __syncthreads();
+    return last;
+}
+
+// Weights of up to MOST splits of a row's keys, by the rule of `hpcinfer.ops.attention.merge`, and the
+// log-sum-exp of all, from those of the splits, which lie at one distance. A warp does it.
+template <int MOST>
+__device__ inline float weigh_splits(const float* lse, long long distance, int splits,
+                                     float* weights) {
+    float of_lane[MOST / 32], largest = minus_infinity(), total = 0;
+    int lane = (int)threadIdx.x % 32;
+#pragma unroll
+    for (int j = 0; j < MOST / 32; j++) {
+        int s = lane + 32 * j;
+        of_lane[j] = s < splits ? lse[s * distance] : minus_infinity();
+        largest = fmaxf(largest, of_lane[j]);
+    }
+    largest = lanes_max(largest);
+    bool empty = largest == minus_infinity();
+#pragma unroll
+    for (int j = 0; j < MOST / 32; j++) {
+        of_lane[j] = empty ? 0.0f : expf(of_lane[j] - largest);
+        total += of_lane[j];
+    }
+    total = lanes_sum<32>(total);
+#pragma unroll
+    for (int j = 0; j < MOST / 32; j++)
+        weights[lane + 32 * j] = empty ? 0.0f : of_lane[j] / total;
+    return empty ? largest : largest + logf(total);
 }

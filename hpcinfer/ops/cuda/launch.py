@@ -20,6 +20,9 @@ NAMES = {"float32": "float", "float16": "f16", "bfloat16": "bf16"}
 _PRODUCTS = ("product.cuh", "codes.cuh")
 _BEFORE = {"linear": _PRODUCTS, "quantize": _PRODUCTS, "experts": _PRODUCTS}
 
+# Counters that serve all but the largest steps.
+_COUNTERS = 1 << 16
+
 _FOLDER = Path(__file__).resolve().parent
 _NULL = np.uint64(0)
 
@@ -127,6 +130,19 @@ def on_device(like, objects, build, late=False):
         return capture.under_way.upload(build, late)
 
     return kept(objects, ("on device",), send)
+
+
+def counters(xp, n):
+    """At least (n,) int32 of blocks that have come: zero before and after every launch.
+
+    They are made by the first step that asks, large enough for those that are captured later.
+    """
+    return _zeros(xp, max(_COUNTERS, 1 << (n - 1).bit_length()))
+
+
+@functools.cache
+def _zeros(xp, n):
+    return xp.zeros(n, np.int32)
 
 
 def has_matrix_units(x):

@@ -17,6 +17,7 @@
 constexpr float LOWEST = -3.402823466e38f, LOG2_E = 1.44269504f, LN_2 = 0.69314718f;
 constexpr int PAGE = 32, PAGES = KEYS / PAGE, OCTETS = K / 8, STRIDE = K + 8;
 constexpr int THREADS = 32 * WARPS, ROWS = 16 * TILES * WARPS, TILE = KEYS * STRIDE;
+constexpr int MOST_SPLITS = 288;
 
 // Sums are corrected to a new largest score when it is so much larger: weights then stay below
 // 2^SLACK, and most tiles correct nothing.
@@ -331,26 +332,34 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 }
 
 // The rule of `hpcinfer.ops.attention.merge` over the splits, which left o_parts (splits, rows, K)
-// and lse_parts (splits, rows); blocks: (key/value heads, items).
+// and lse_parts (splits, rows); a warp for a row. Blocks: (key/value heads, items, WARPS rows each).
 extern "C" __global__ void merge_parts(const float* o_parts, const float* lse_parts,
                                        const int* table, float* o, float* lse, int entries_at,
                                        int positions_at, int H, int n, int splits) {
+    __shared__ float weights[WARPS][MOST_SPLITS];
     __shared__ Rows rows;
     find_rows(reinterpret_cast<const Item*>(table)[blockIdx.y],
               table + entries_at + 2 * blockIdx.x, table + positions_at, H, H, n, rows);
     __syncthreads();
-    for (int i = (int)threadIdx.x; i < ROWS * K; i += THREADS) {
-        int row = i / K, column = i % K;
-        long long to = rows.to[row];
-        if (to < 0) continue;
-        float m = LOWEST, total = 0, sum = 0;
-        for (int s = 0; s < splits; s++) m = fmaxf(m, lse_parts[part_row(s, row)]);
+    int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
+    int row = (int)blockIdx.z * WARPS + warp, to = rows.to[row];
+    if (to < 0) return;
+
+    // Weigh the splits.
+    long long from = part_row(0, row), distance = part_row(1, row) - from;
+    float known = weigh_splits<MOST_SPLITS>(lse_parts + from, distance, splits, weights[warp]);
+    if (lane == 0) lse[to] = known;
+    __syncwarp();
+
+    // Add them up.
+    for (int column = 4 * lane; column < K; column += 128) {
+        Run<4> sum = {0, 0, 0, 0}, x;
+#pragma unroll 8
         for (int s = 0; s < splits; s++) {
-            float weight = expf(lse_parts[part_row(s, row)] - m);
-            total += weight;
-            sum += weight * o_parts[part_row(s, row) * K + column];
+            load(o_parts + (from + s * distance) * K + column, x);
+#pragma unroll
+            for (int i = 0; i < 4; i++) sum.x[i] += weights[warp][s] * x.x[i];
         }
-        o[to * K + column] = total == 0 ? 0.0f : sum / total;
-        if (column == 0) lse[to] = total == 0 ? minus_infinity() : m + logf(total);
+        store(o + (long long)to * K + column, sum);
     }
 }

@@ -5,18 +5,17 @@ and are rounded to their type first. `attention` in this folder asks here, and h
 what is not served.
 """
 
-import functools
 from dataclasses import dataclass
 
 import numpy as np
 
 from hpcinfer import array
 from hpcinfer.ops import attention as plain
-from hpcinfer.ops.cuda.launch import NAMES, aligned, kept, launch
+from hpcinfer.ops.cuda.launch import NAMES, kept, launch
+from hpcinfer.ops.cuda.tiles import PAGE, are_served, device
 
-PAGE = 32  # keys of a page
-
-# Blocks that keep a large device busy; tiles below which a split costs more than it brings.
+# Blocks that keep a large device busy, fewer than the splits that can be merged; tiles below which
+# a split costs more than it brings.
 _BUSY_BLOCKS, _FEWEST_TILES = 264, 8
 
 # First position of a page that no query sees; a window that reaches back to the first position.
@@ -73,7 +72,7 @@ KERNELS = ("prefill", "merge_parts")
 
 def attention(q, k, v, q_pos, k_pos, *, scale, groups, window=None, between=None):
     """As `ops.attention.attention`, of keys whose positions run in pages; the last may be short."""
-    firsts = _first_positions(k_pos) if _is_served(q, k, v, groups) else None
+    firsts = _first_positions(k_pos) if are_served(q, k, v, groups) else None
     if firsts is None:
         return NotImplemented
     shape, (_, G, K) = _shape(k), k.shape
@@ -99,7 +98,7 @@ def paged_attention(
     ----------
     out : o, lse to write the rows of those sequences to; None for new ones
     """
-    if k_pages.shape[2] != PAGE or not _is_served(q, k_pages, v_pages, groups):
+    if k_pages.shape[2] != PAGE or not are_served(q, k_pages, v_pages, groups):
         return NotImplemented
     shape, (_, G, _, K) = _shape(k_pages), k_pages.shape
 
@@ -118,45 +117,9 @@ def paged_attention(
     return o_lse
 
 
-def _is_served(q, k, v, groups):
-    """True if the kernels serve these types and shapes, of keys (..., G, ..., K) in any way."""
-    (T, H, K), G = q.shape, k.shape[1]
-    return (
-        q.dtype == np.float32
-        and k.dtype.name in NAMES
-        and array.is_half(k.dtype)
-        and k.dtype == v.dtype
-        and k.shape == v.shape
-        and K == k.shape[-1]
-        and K % 16 == 0
-        and 0 < K <= max(_SHAPES)
-        and 0 < T * H < 2**31
-        and len(k) > 0
-        and G == len(groups)
-        and all(0 <= start <= stop <= H for start, stop in groups)
-        and sum(stop - start for start, stop in groups) == H
-        and q.strides[0] % (4 * K) == 0
-        and q.strides[1:] == (4 * K, 4)
-        and k.flags.c_contiguous
-        and v.flags.c_contiguous
-        and aligned(q, k, v)
-        and _device(array.namespace(k))[0] >= 80
-    )
-
-
-@functools.cache
-def _device(xp):
-    """(capability, bytes of shared memory of a block, of a multiprocessor) of the device."""
-    if xp is np:
-        return 90, 227 << 10, 228 << 10
-    device = xp.cuda.Device()
-    names = "MaxSharedMemoryPerBlockOptin", "MaxSharedMemoryPerMultiprocessor"
-    return int(device.compute_capability), *(device.attributes[name] for name in names)
-
-
 def _shape(k):
     """The first of the shapes that a multiprocessor has room for, or the smallest."""
-    K, (_, of_block, of_all) = k.shape[-1], _device(array.namespace(k))
+    K, (_, of_block, of_all) = k.shape[-1], device(array.namespace(k))
     shapes = next(shapes for width, shapes in _SHAPES.items() if K <= width)
     for shape in shapes:
         needed = shape.shared(K) + _OTHER_SHARED
@@ -293,8 +256,9 @@ def _launch(q, k, v, strides, table, shape, scale, window, o, lse):
         float(scale), page_stride, head_stride, options=options, shared=shape.shared(K),
     )  # fmt: skip
     if table.splits > 1:
+        grid = G, table.n_items, shape.rows // shape.warps
         launch(
-            "prefill", "merge_parts", (G, table.n_items), 32 * shape.warps,
+            "prefill", "merge_parts", grid, 32 * shape.warps,
             o_parts, lse_parts, table.values, o, lse, *at, H, table.n, table.splits,
             options=options,
         )  # fmt: skip

@@ -1,0 +1,47 @@
+"""What attention by matrix units serves, of many queries and of few."""
+
+import functools
+
+import numpy as np
+
+from hpcinfer import array
+from hpcinfer.ops.cuda.launch import NAMES, aligned
+
+PAGE = 32  # keys of a page
+MOST_COLUMNS = 256  # of a head
+
+
+@functools.cache
+def device(xp):
+    """(capability, bytes of shared memory of a block, of a multiprocessor) of the device."""
+    if xp is np:
+        return 90, 227 << 10, 228 << 10
+    device = xp.cuda.Device()
+    names = "MaxSharedMemoryPerBlockOptin", "MaxSharedMemoryPerMultiprocessor"
+    return int(device.compute_capability), *(device.attributes[name] for name in names)
+
+
+def are_served(q, k, v, groups):
+    """True if the kernels serve these types and shapes, of keys (..., G, ..., K) in any way."""
+    (T, H, K), G = q.shape, k.shape[1]
+    return (
+        q.dtype == np.float32
+        and k.dtype.name in NAMES
+        and array.is_half(k.dtype)
+        and k.dtype == v.dtype
+        and k.shape == v.shape
+        and K == k.shape[-1]
+        and K % 16 == 0
+        and 0 < K <= MOST_COLUMNS
+        and 0 < T * H < 2**31
+        and len(k) > 0
+        and G == len(groups)
+        and all(0 <= start <= stop <= H for start, stop in groups)
+        and sum(stop - start for start, stop in groups) == H
+        and q.strides[0] % (4 * K) == 0
+        and q.strides[1:] == (4 * K, 4)
+        and k.flags.c_contiguous
+        and v.flags.c_contiguous
+        and aligned(q, k, v)
+        and device(array.namespace(k))[0] >= 80
+    )
