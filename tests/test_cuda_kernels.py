@@ -368,34 +368,6 @@ def test_linear_without_matrix_units(put, rng, monkeypatch, dtype, T, n_in, n_ou
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("T", [2, 8, 9, 35])
-@pytest.mark.parametrize(("n_in", "n_out"), [(8, 1), (520, 37), (2056, 16)])
-def test_linear_by_tiles(put, rng, monkeypatch, dtype, T, n_in, n_out):
-    """Outputs and tokens that fill no block, inputs that fill no step of a warp."""
-    monkeypatch.setattr(fast("linear"), "_TILED_TOKENS", 64)
-    x, weight, bias = normal(rng, T, n_in), weight_of(rng, dtype, n_out, n_in), normal(rng, n_out)
-    expected = plain(linear.linear)(x, weight, bias)
-    agree(fast("linear").linear(put(x), put(weight), put(bias)), expected, 4e-4)
-    rounded = x.astype(weight.dtype)
-    agree(fast("linear").linear(put(rounded), put(weight)), expected - bias, 4e-4)
-
-
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("name", ["silu", "gelu_pytorch_tanh"])
-@pytest.mark.parametrize(("T", "widths"), [(5, (13,)), (17, (9, 0, 15))])
-def test_gate_by_tiles(put, rng, monkeypatch, dtype, name, T, widths):
-    """A gate in the first product of few tokens, in one block of columns or more."""
-    monkeypatch.setattr(fast("linear"), "_TILED_TOKENS", 64)
-    middle = activation.Gate(activation.activation(name), widths)
-    x, bias = normal(rng, T, 72), normal(rng, 2 * sum(widths))
-    weight = weight_of(rng, dtype, len(bias), 72)
-    weight = weight * weight.dtype.type(0.125)
-    wanted = middle(plain(linear.linear)(x, weight, bias))
-    got = fast("linear")._gated(put(x), put(weight), middle, weight.dtype, put(bias))
-    np.testing.assert_allclose(array.host(array.widen(got)), wanted, rtol=1e-2, atol=1e-3)
-
-
-@pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("name", ["silu", "gelu_pytorch_tanh"])
 @pytest.mark.parametrize("widths", [(24,), (13,), (9, 0, 15)])
 @pytest.mark.parametrize("with_bias", [False, True])

@@ -54,8 +54,8 @@ class _Shape:
 
 # Shapes for heads up to a width, by how many rows they serve.
 _SHAPES = {
-    64: (_Shape(1, 4, 32, 4), _Shape(2, 4, 32, 3), _Shape(4, 4, 32, 2)),
-    128: (_Shape(1, 4, 16, 4), _Shape(2, 4, 16, 3), _Shape(4, 4, 16, 2)),
+    64: (_Shape(1, 8, 16, 2), _Shape(2, 4, 32, 3), _Shape(4, 4, 32, 2)),
+    128: (_Shape(1, 4, 32, 2), _Shape(2, 4, 16, 3), _Shape(4, 4, 16, 2)),
     256: (_Shape(1, 4, 16, 2),),
 }
 

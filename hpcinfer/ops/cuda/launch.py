@@ -18,7 +18,7 @@ NAMES = {"float32": "float", "float16": "f16", "bfloat16": "bf16"}
 
 # What some sources have before them, beside what is common to all.
 _PRODUCTS = ("product.cuh", "codes.cuh")
-_BEFORE = {"linear": _PRODUCTS, "quantize": _PRODUCTS, "experts": _PRODUCTS}
+_BEFORE = {"quantize": _PRODUCTS, "experts": _PRODUCTS}
 
 # Counters that serve all but the largest steps.
 _COUNTERS = 1 << 16

@@ -1,31 +1,6 @@
 // Products of few tokens with a 16-bit weight, which the device reads once. WEIGHT is its type.
 
-// By matrix units.
-#if !defined(__CUDACC__) || __CUDA_ARCH__ >= 800
-
-#define PRODUCT(X, TILES)                                                                       \
-    extern "C" __global__ void __launch_bounds__(256, 4 - TILES) product_##X##_##TILES(         \
-        const X* x, const WEIGHT* weight, const float* bias, float* y, int T, int I, int O) {   \
-        product<TILES>(Dense{weight, I}, x, bias, y, T, I, O);                                  \
-    }
-
-#define GATED_PRODUCT(FUNCTION, TILES)                                                          \
-    extern "C" __global__ void __launch_bounds__(256, 4 - TILES) FUNCTION##_product_##TILES(    \
-        const WEIGHT* x, const WEIGHT* weight, const float* bias, WEIGHT* y, int T, int I,      \
-        int F, int y_stride) {                                                                  \
-        gated_product<TILES, FUNCTION>(Dense{weight, I}, x, bias, y, T, I, F, y_stride);        \
-    }
-
-PRODUCT(float, 1)
-PRODUCT(float, 2)
-PRODUCT(held, 1)
-PRODUCT(held, 2)
-GATED_PRODUCT(silu, 1)
-GATED_PRODUCT(silu, 2)
-GATED_PRODUCT(gelu_tanh, 1)
-GATED_PRODUCT(gelu_tanh, 2)
-
-#endif
+typedef WEIGHT held;
 
 // Eight inputs of a token, rounded to the weight's type.
 __device__ inline void operands(const WEIGHT* from, float* y) { unpack(load8(from), y); }

@@ -9,19 +9,16 @@ from hpcinfer.ops.cuda.launch import NAMES, aligned, has_matrix_units, launch
 from hpcinfer.ops.cuda.quantize import dequantize
 from hpcinfer.ops.quantize import Quantized, place
 
-# Tokens that a block serves by tiles of matrix units, and up to which there are so many blocks. It
-# takes less time to read codes again, which the cache has, than to write and read their numbers;
-# of other weights one token is served by rows, and more than one by cuBLAS.
-_TILES, _TILE = (1, 2), 8
-_TILED_TOKENS, _CODED_TOKENS = 1, 64
+# Tokens that a block serves by tiles of matrix units, where weights are codes, and up to which there
+# are so many blocks: it takes less time to read codes again, which the cache has, than to write and
+# read their numbers.
+_TILES, _TILE, _CODED_TOKENS = (1, 2), 8, 64
 
 # Tokens that the kernels for devices without 16-bit matrix units serve, and outputs of a warp.
 _TOKENS, _ROWS = (1, 2, 4, 8), (1, 2, 4)
 
 OPTIONS = (("-DWEIGHT=f16",), ("-DWEIGHT=bf16",))
 KERNELS = (
-    *(f"product_{of}_{tiles}" for of in ("float", "held") for tiles in _TILES),
-    *(f"{function}_product_{tiles}" for function in activation.FUNCTIONS for tiles in _TILES),
     *(f"one_{of}" for of in ("float", "held", *activation.FUNCTIONS)),
     *(f"matvec_{tokens}_{rows}" for tokens in _TOKENS for rows in _ROWS),
 )
@@ -87,13 +84,14 @@ def _is_served_by_rows(x, weight, most_tokens):
 
 
 def _is_served_by_tiles(x, weight):
-    """True if matrix units take few tokens and a weight or its codes as they are."""
-    if not isinstance(weight, Quantized):
-        if not _is_served_by_rows(x, weight, _TILED_TOKENS):
-            return False
-    elif len(x) > _CODED_TOKENS or not _is_served(x, weight):
-        return False
-    return len(weight) <= _MOST_OUTPUTS and has_matrix_units(x)
+    """True if matrix units take few tokens and codes as they are."""
+    return (
+        isinstance(weight, Quantized)
+        and len(x) <= _CODED_TOKENS
+        and _is_served(x, weight)
+        and len(weight) <= _MOST_OUTPUTS
+        and has_matrix_units(x)
+    )
 
 
 def _is_served(x, weight):
@@ -123,11 +121,11 @@ def _by_tiles(x, weight, bias):
     y = array.namespace(x).empty((T, n_out), np.float32)
     fused = bias is None or _is_fused(bias)
     of = "float" if x.dtype == np.float32 else "held"
-    source, x, operands, options = _operands(x, weight)
+    x, operands, options = _operands(x, weight)
     launch(
-        source, f"product_{of}_{_tiles(T)}", _grid(T, n_out), 32 * _BLOCK_WARPS,
+        "quantize", f"product_{of}_{_tiles(T)}", _grid(T, n_out), 32 * _BLOCK_WARPS,
         x, *operands, bias if fused else None, y, T, x.shape[1], n_out,
-        options=options,
+        options=options, early=True,
     )  # fmt: skip
     if not fused:
         y += bias
@@ -167,24 +165,22 @@ def _one_gated(x, weight, function, bias, y, n):
 def _gated_by_tiles(x, weight, function, bias, y, n):
     """The first `n` columns of y (T, F), of few tokens: a block for eight of them."""
     T = len(x)
-    source, x, operands, options = _operands(x, weight)
+    x, operands, options = _operands(x, weight)
     launch(
-        source, f"{function}_product_{_tiles(T)}", _grid(T, 2 * n), 32 * _BLOCK_WARPS,
+        "quantize", f"{function}_product_{_tiles(T)}", _grid(T, 2 * n), 32 * _BLOCK_WARPS,
         x, *operands, bias, y, T, x.shape[1], n, y.strides[0] // y.itemsize,
-        options=options,
+        options=options, early=True,
     )  # fmt: skip
 
 
 def _operands(x, weight):
-    """What a kernel by tiles is given: its source, x, what the weight is, options."""
-    if not isinstance(weight, Quantized):
-        return "linear", x, (weight,), (f"-DWEIGHT={NAMES[weight.dtype.name]}",)
+    """What a kernel by tiles is given: x, the codes, options."""
     form, (*rows, offset) = weight.form, codes.operands(weight)
 
     # Eight inputs that a lane reads begin at a multiple of 16 bytes.
     if form.offset % 8 or form.inputs % 8:
         x, offset = place(x, form), 0
-    return "quantize", x, (*rows, offset), codes.options(form, form.dtype)
+    return x, (*rows, offset), codes.options(form, form.dtype)
 
 
 def _grid(T, n_out):

@@ -130,6 +130,7 @@ __device__ inline void add_steps(const typename MATRIX::Rows& rows,
 #pragma unroll
     for (unsigned nth = 0; nth < STAGES - 1; nth++) fetch(nth);
     auto next = rows.scales(first);
+    wait_for_others();
     for (unsigned four = 0; (int)four < n; four += 4) {
         auto scales = next;
         next = rows.scales(first + (int)four + 4);
