@@ -9,9 +9,9 @@ from hpcinfer.ops.cuda.launch import NAMES, aligned, has_matrix_units, launch
 from hpcinfer.ops.cuda.quantize import dequantize
 from hpcinfer.ops.quantize import Quantized, place
 
-# Tokens that a block serves by tiles of matrix units, where weights are codes, and up to which there
-# are so many blocks: it takes less time to read codes again, which the cache has, than to write and
-# read their numbers.
+# Tokens that a block serves by tiles of matrix units, where weights are codes, and up to which
+# there are so many blocks: it takes less time to read codes again, which the cache has, than to
+# write and read their numbers.
 _TILES, _TILE, _CODED_TOKENS = (1, 2), 8, 64
 
 # Tokens that the kernels for devices without 16-bit matrix units serve, and outputs of a warp.
