@@ -26,7 +26,7 @@ COUNTS = {
     "h2d": (2, 2),
     "d2h": (1, 1),
     # times that the host waits for the device
-    "sync": (2, 2),
+    "sync": (1, 1),
     # arrays made, in memory of a pool
     "alloc": (6, 6),
     # pieces of page-locked memory taken from their pool, and events made

@@ -106,8 +106,8 @@ def until_waited(clock, end):
 
 
 def wait(what, known):
-    """Let the host wait for work: clock -> number."""
-    count("sync", what=what)
+    """Let the host wait for work, which counts unless it is known to be over: clock -> number."""
+    count("sync", 0 if is_over(known) else 1, what)
     _merge(_host, known)
     items, _under_way[:] = _under_way[:], []
     for clock, number, end in items:
