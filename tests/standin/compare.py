@@ -164,6 +164,7 @@ def main(cases):
                 f"{case}: rank {comm.rank}\n{traceback.format_exc()}", file=sys.stderr, flush=True
             )
             comm.Abort(1)
+            raise
         if found is not None:
             print(json.dumps(found), flush=True)
 

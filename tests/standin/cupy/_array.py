@@ -1,6 +1,7 @@
 """Arrays of the device: NumPy's inside, in memory of a pool; what computes and writes them."""
 
 import math
+import operator
 
 import numpy as np
 
@@ -56,9 +57,11 @@ class Array:
 
     @property
     def __cuda_array_interface__(self):
-        if not _clocks.finished(self._log()):
+        a, chunk = self._a, self._chunk()
+        if not _clocks.finished(chunk):
             hazard("device memory is handed to a library before the host has waited for it")
-        a = self._a
+        if chunk is not None:
+            chunk.written = True  # the library may write there
         return {
             "shape": a.shape,
             "typestr": a.dtype.str,
@@ -69,8 +72,8 @@ class Array:
             "data": (a.ctypes.data if a.size else 0, False),
         }
 
-    def _log(self):
-        return _pointers.log_of(self._mem)
+    def _chunk(self):
+        return _pointers.chunk_of(self._mem)
 
     def _span(self):
         if not self._a.size:
@@ -95,7 +98,7 @@ def allocate(shape, dtype, order="C", pointer=None):
     dtype = _dtypes.checked(dtype)
     if isinstance(shape, Array):
         raise TypeError("'cupy.ndarray' object cannot be interpreted as an integer")
-    shape = tuple(shape) if np.iterable(shape) else (shape,)
+    shape = tuple(map(operator.index, shape if np.iterable(shape) else (shape,)))
     nbytes = math.prod(shape) * dtype.itemsize
     pointer = _pools.alloc(nbytes) if pointer is None else pointer
     a = pointer._bytes(nbytes).view(dtype)

@@ -72,26 +72,32 @@ def everything():
     return known
 
 
-def touch(clock, log, writes):
-    """Note in a memory's log that the last work of a stream uses it; a hazard if others still may.
+def touch(clock, chunk, writes, in_graph=False):
+    """Note that the last work of a stream uses a chunk of memory, and what is wrong with that.
 
     Parameters
     ----------
-    log : pair of dict clock -> number, the last reads and the last writes; None without memory
+    chunk : Chunk, or None for no memory
     """
-    if log is None:
+    if chunk is None:
         return
-    for before in log if writes else log[1:]:
+    if chunk.serial and not chunk.written:
+        if not writes:
+            hazard("memory is read before anything was written there")
+        elif chunk.capture is not None and not in_graph:
+            hazard("memory that was taken in a capture is used before its graph is launched")
+        chunk.written = True
+    for before in chunk.log if writes else chunk.log[1:]:
         for other, number in before.items():
             known = max(clock.knows.get(other, 0), _host.get(other, 0))
             if other is not clock and number > known:
                 hazard("two streams use the same memory and neither waits for the other")
-    log[1 if writes else 0][clock] = clock.time
+    chunk.log[1 if writes else 0][clock] = clock.time
 
 
-def finished(log):
-    """True if the host knows that all work on a memory is over."""
-    return log is None or all(map(is_over, log))
+def finished(chunk):
+    """True if the host knows that all work on a chunk of memory is over."""
+    return chunk is None or all(map(is_over, chunk.log))
 
 
 def until_waited(clock, end):
@@ -100,8 +106,8 @@ def until_waited(clock, end):
 
 
 def wait(what, known):
-    """Let the host wait for work: clock -> number."""
-    count("sync", what=what)
+    """Let the host wait for work, which counts unless it is known to be over: clock -> number."""
+    count("sync", 0 if is_over(known) else 1, what)
     _merge(_host, known)
     items, _under_way[:] = _under_way[:], []
     for clock, number, end in items:

@@ -56,12 +56,12 @@ def _check(span):
             continue
         if not chunk.serial and not span.captured:
             hazard("a graph uses memory that was freed")
-        if chunk.serial and not chunk.captured:
+        if chunk.serial and chunk.capture is None:
             hazard("a graph uses memory that belongs to another array by now")
 
 
 def _touch(clock, span, writes):
-    """Note an access in the logs of the chunks that have a span now."""
+    """Note an access to the chunks that have a span now."""
     if span.segment is not None:
         for chunk in span.segment.overlapping(span.start, span.stop):
-            touch(clock, chunk.log, writes)
+            touch(clock, chunk, writes or chunk.serial != span.serial, in_graph=True)

@@ -1,6 +1,7 @@
 """Pointers to memory of the device, and what keeps it in use."""
 
 import contextlib
+import operator
 import weakref
 
 import numpy as np
@@ -50,7 +51,7 @@ class MemoryPointer:
         return self.ptr
 
     def __add__(self, offset):
-        return MemoryPointer(self.mem, self._offset + offset)
+        return MemoryPointer(self.mem, self._offset + operator.index(offset))
 
     def _bytes(self, n):
         """(n,) uint8 from here on."""
@@ -87,16 +88,16 @@ class _Run:
     def __init__(self, pointer, size):
         self._mem, self._address, self._size = pointer.mem, pointer.ptr, size
 
-    def _log(self):
-        return log_of(self._mem)
+    def _chunk(self):
+        return chunk_of(self._mem)
 
     def _span(self):
         return span_of(self._mem, self._address, self._size)
 
 
-def log_of(mem):
-    """Last reads and writes of a PooledMemory; None for no memory."""
-    return None if mem is None else mem.chunk.log
+def chunk_of(mem):
+    """Chunk of a PooledMemory; None for no memory."""
+    return None if mem is None else mem.chunk
 
 
 def span_of(mem, address, nbytes):

@@ -7,6 +7,7 @@ and joins neighbours when they are given back. So memory is used again as on a G
 import bisect
 import contextlib
 import gc
+import operator
 
 from cupy import _streams
 from cupy._facts import refuse
@@ -25,6 +26,7 @@ class MemoryPool:
     def __init__(self, allocator=None):
         refuse("MemoryPool", allocator=allocator)
         self._free = {}  # stream -> chunks by size
+        self._segments = set()
         self._used_bytes = self._total_bytes = self._limit = 0
 
     def __del__(self):
@@ -32,14 +34,14 @@ class MemoryPool:
 
     def malloc(self, size):
         """Memory of at least `size` bytes, with garbage in it."""
-        size = -(-size // UNIT) * UNIT
+        size = -(-operator.index(size) // UNIT) * UNIT
         if not size:
             return MemoryPointer(None, 0)
         count("alloc")
         chunk = self._take(size) or self._grow(size)
         self._used_bytes += chunk.size
         capture = _streams.capturing()
-        chunk.take(captured=capture is not None)
+        chunk.take(capture)
         if capture is not None:
             capture.allocate(chunk.span(chunk.start, size))
         return MemoryPointer(PooledMemory(chunk, self), 0)
@@ -66,6 +68,7 @@ class MemoryPool:
         _streams.refuse_unsafe("cudaMalloc: a memory pool must grow")
         segment = self._segment(size)
         chunk = segment.first = Chunk(segment, 0, size, _streams.current().ptr)
+        self._segments.add(segment)
         self._total_bytes += size
         return chunk
 
@@ -108,6 +111,7 @@ class MemoryPool:
             for chunk in chunks:
                 if chunk.whole:
                     self._total_bytes -= chunk.size
+                    self._segments.remove(chunk.segment)
                     chunk.segment.release()
 
     def n_free_blocks(self):

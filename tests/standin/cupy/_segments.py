@@ -104,28 +104,30 @@ class Chunk:
     ----------
     stream : number of the stream that alone gets it
     serial : number of its allocation, 0 while it is free
-    captured : True if that allocation was made in a capture
+    capture : Capture that this allocation was made in, or None
+    written : True once anything was written since then
     log : last reads and writes, clock -> number
     """
 
     def __init__(self, segment, start, size, stream):
         self.segment, self.start, self.size, self.stream = segment, start, size, stream
         self.previous = self.next = None
-        self.serial, self.captured, self.log = 0, False, ({}, {})
+        self.serial, self.capture, self.written, self.log = 0, None, False, ({}, {})
 
     @property
     def whole(self):
         """True if nothing was cut off its segment."""
         return self.previous is None and self.next is None
 
-    def take(self, captured):
+    def take(self, capture):
         """Put the chunk to use; its memory has garbage in it."""
-        self.serial, self.captured = next(_serials), captured
+        self.serial, self.capture, self.written = next(_serials), capture, False
         self.span(self.start, self.size).spoil()
 
     def span(self, start, nbytes):
         """Span of bytes of the segment."""
-        return Span(self.segment, start, start + nbytes, self.serial, self.captured)
+        captured = self.capture is not None
+        return Span(self.segment, start, start + nbytes, self.serial, captured)
 
     def cut(self, size):
         """Keep `size` bytes; returns the rest, None if there is none."""
@@ -158,12 +160,6 @@ def chunk_at(address):
         if not segment.released and 0 <= start < segment.bytes.size:
             return next(segment.overlapping(start, start + 1))
     return None
-
-
-def log_at(address):
-    """Last reads and writes of the memory at an address."""
-    chunk = chunk_at(address)
-    return None if chunk is None else chunk.log
 
 
 def span_at(address, nbytes):

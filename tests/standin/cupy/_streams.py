@@ -80,9 +80,9 @@ def submit(what, work, reads=(), writes=(), kind="launch", n=1):
     count(kind, n, what)
     clock.submit()
     for x in reads:
-        touch(clock, x._log(), False)
+        touch(clock, x._chunk(), False)
     for x in writes:
-        touch(clock, x._log(), True)
+        touch(clock, x._chunk(), True)
     work()
 
 

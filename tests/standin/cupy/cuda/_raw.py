@@ -113,8 +113,8 @@ class _Address:
     def __init__(self, x):
         self._at = int(x or 0)
 
-    def _log(self):
-        return _segments.log_at(self._at)
+    def _chunk(self):
+        return _segments.chunk_at(self._at)
 
     def _span(self):
         return _segments.span_at(self._at, 1)

@@ -50,8 +50,8 @@ class _Matrix:
     def _nbytes(self):
         return self.leading * self.columns * self.dtype.itemsize
 
-    def _log(self):
-        return _segments.log_at(self.address)
+    def _chunk(self):
+        return _segments.chunk_at(self.address)
 
     def _span(self):
         return _segments.span_at(self.address, self._nbytes)
