@@ -95,7 +95,7 @@ def load(
     if check_weights:
         finite.check_weights(comm, path, None if dtype is None else array.parse_dtype(dtype))
     take_threads(grid.node)
-    device = take_device(grid, device)
+    device = take_device(grid.comm, grid.node, device)
     if device.name == "cpu":
         open_windows((grid.tp, grid.tp_cp), grid.node)
     return agree_all(
