@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from pytest import approx
 
-from hpcinfer.array import DTYPES
+from hpcinfer.array import DTYPES, Device
 from hpcinfer.bench import (
     attention,
     decode_attention,
     disagg,
     expert,
     extract,
+    limits,
     measure,
     pipeline,
     sequence,
@@ -25,8 +26,9 @@ from hpcinfer.errors import UsageError
 from hpcinfer.io.rows import text_table
 
 HPCINFER = (sys.executable, "-m", "hpcinfer")
+CPU = Device("cpu")
 FIELDS = {
-    "bench", "model", "dtype", "batch", "context", "ranks", "threads", "tokens_per_s",
+    "bench", "model", "dtype", "device", "batch", "context", "ranks", "threads", "tokens_per_s",
     "limit_tokens_per_s", "share_of_limit", "strategy", "time_s", "speedup", "exchange_s",
 }  # fmt: skip
 
@@ -34,8 +36,8 @@ FIELDS = {
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     """Limits and caches of a size for tests."""
-    monkeypatch.setattr(measure, "_MATRIX", 16)
-    monkeypatch.setattr(measure, "_READ_BYTES", 1 << 12)
+    monkeypatch.setattr(limits, "_MATRIX", {"cpu": 16})
+    monkeypatch.setattr(limits, "_READ_BYTES", 1 << 12)
     monkeypatch.setattr(measure, "_CALLS_S", 1e-3)
     monkeypatch.setattr(decode_attention, "_COLD_BYTES", 1 << 16)
     monkeypatch.setattr(pipeline, "SLEEP_S", 1e-3)
@@ -68,7 +70,7 @@ def sound(rows, comm):
 def test_prefill_rows(comm, dtype):
     """Fewer tokens than ranks, and more."""
     for tokens in (2, 37):
-        rows = attention.run(comm, Shape(6, 3, 8, dtype), tokens, ["zigzag", "contiguous"], 2)
+        rows = attention.run(comm, CPU, Shape(6, 3, 8, dtype), tokens, ["zigzag", "contiguous"], 2)
         assert [row["cut"] for row in rows] == [None, "zigzag", "contiguous"]
         assert sound(rows, comm)
         for row in rows[1:]:
@@ -81,7 +83,7 @@ def test_prefill_rows(comm, dtype):
 
 def test_prefill_limit_counts_the_causal_products(comm):
     """Two products of 2 K operations for every pair of a query and a key that it sees."""
-    row = attention.run(comm, Shape(2, 1, 4, "float32"), 3, ["striped"], 1)[1]
+    row = attention.run(comm, CPU, Shape(2, 1, 4, "float32"), 3, ["striped"], 1)[1]
     pairs = 1 + 2 + 3
     assert row["limit_flop_per_s"] == approx(4 * 4 * 2 * pairs * row["limit_tokens_per_s"] / 3)
 
@@ -92,7 +94,7 @@ def test_prefill_limit_counts_the_causal_products(comm):
 def test_decode_rows(comm):
     """Bytes are the formulas', of all ranks together."""
     H, G, K, P = 4, 2, 8, comm.size
-    rows = decode_attention.run(comm, Shape(H, G, K, "float32"), [40, 3], [1, 3], 2)
+    rows = decode_attention.run(comm, CPU, Shape(H, G, K, "float32"), [40, 3], [1, 3], 2)
     assert sound(rows, comm)
     assert len(decode_attention.table(rows).splitlines()) == 2 + 1 + len(rows)
     strategies = ["one rank", "ring", "gather", "tree", "tree_single"]
@@ -136,7 +138,7 @@ def is_idle(name):
 def test_sequence_rows(comm, tokens):
     """1/P of the activations between the halves, for the same bytes."""
     D, P = 24, comm.size
-    rows = sequence.run(comm, Ffn(D, 40), tokens, 2, 2)
+    rows = sequence.run(comm, CPU, Ffn(D, 40), tokens, 2, 2)
     assert alike(rows, comm, "sequence")
     assert [row["strategy"] for row in rows] == ["one rank", "tensor", "sequence"]
     assert [row["ranks"] for row in rows] == [1, P, P]
@@ -150,7 +152,7 @@ def test_sequence_rows(comm, tokens):
 def test_zero_rows(comm):
     """Bytes sent are the formula's, and bytes held are counted: they are those of the formula."""
     D, F, P, layers = 24, 1000, comm.size, 3
-    rows = zero.run(comm, Ffn(D, F), 5, layers, 2)
+    rows = zero.run(comm, CPU, Ffn(D, F), 5, layers, 2)
     assert alike(rows, comm, "zero")
     assert [row["strategy"] for row in rows] == [
         "kept whole", "allgather", "allgather, ahead", "broadcast", "broadcast, ahead",
@@ -169,7 +171,7 @@ def test_zero_rows(comm):
 @pytest.mark.parametrize("work", ["compute", "sleep"])
 def test_pipeline_rows(comm, work):
     P, micro = comm.size, [1, 3]
-    rows = pipeline.run(comm, Ffn(16, 24), 4, 2, micro, work, 2)
+    rows = pipeline.run(comm, CPU, Ffn(16, 24), 4, 2, micro, work, 2)
     assert alike(rows, comm, "pipeline")
     assert [row["batch"] for row in rows] == micro
     assert [row["bubble_share"] for row in rows] == [(P - 1) / (m + P - 1) for m in micro]
@@ -180,7 +182,7 @@ def test_pipeline_rows(comm, work):
 def test_expert_rows(comm):
     """Bytes sent by all ranks are those of the room's formula; skew shows in the balance."""
     D, T, P, E, top = 8, 40, comm.size, 2 * comm.size, 2
-    rows = expert.run(comm, Ffn(D, 12), T, E, top, [0, 3], 2)
+    rows = expert.run(comm, CPU, Ffn(D, 12), T, E, top, [0, 3], 2)
     assert alike(rows, comm, "expert")
     assert [row["strategy"] for row in rows] == ["even", "Zipf 3"]
     for row in rows:
@@ -205,7 +207,7 @@ def test_disagg_rows(comm, work, context):
         pytest.skip("two sides need two ranks")
     T, D, M = 7, 8, comm.size - 1
     shape, ffn, split = Shape(2, 2, 4, "float32"), Ffn(D, 20), (M, 1)
-    rows = disagg.run(comm, shape, ffn, T, 2, split, [1, 2, 3], context, work, 2)
+    rows = disagg.run(comm, CPU, shape, ffn, T, 2, split, [1, 2, 3], context, work, 2)
     assert alike(rows, comm, "disagg")
     assert [row["batch"] for row in rows] == [1, 2, 3]
     assert [row["equal_idle_share"] for row in rows] == [1 / 2, 1 / 5, 1 / 7]
@@ -325,7 +327,7 @@ def test_wrong_words_are_usage_errors(mpirun, words):
 @pytest.mark.parametrize("width", [1, 37])
 def test_extract_rows(comm, shared_path, width):
     """Columns fewer than ranks, and more; nothing is left on the disk."""
-    rows = extract.run(comm, str(shared_path), width, 3, 5, 4, "bfloat16", 1)
+    rows = extract.run(comm, CPU, str(shared_path), width, 3, 5, 4, "bfloat16", 1)
     assert [row["writes"] for row in rows] == ["plain", "parts"]
     for row in rows:
         assert row["bytes"] == width * 3 * 5 * 4 * 2 and row["ranks"] == comm.size

@@ -51,7 +51,6 @@ def tiny(monkeypatch):
     monkeypatch.setattr(limits, "_READ_BYTES", 1 << 12)
     monkeypatch.setattr(limits, "_PRODUCT", (4, 8, 16))
     monkeypatch.setattr(limits, "_RUNS", 1)
-    monkeypatch.setattr(measure, "_READ_BYTES", 1 << 12)
     monkeypatch.setattr(measure, "_CALLS_S", 1e-3)
     yield
     fastest.use("auto")
@@ -214,7 +213,7 @@ def test_scaling_ends_on_every_rank_where_one_number_of_ranks_fails(comm):
 def test_collectives_rows(comm):
     """Bytes are those of the ledger's formulas, of all ranks together."""
     P = comm.size
-    rows = collectives.run(comm, [64, 4 * 17 * P], 2)
+    rows = collectives.run(comm, array.Device("cpu"), [64, 4 * 17 * P], 2)
     names = ["Allreduce", "Allgather", "ReduceScatter", "Alltoall", "Sendrecv", "window"]
     assert [row["collective"] for row in rows] == names * 2
     n = 4 * 17 * P

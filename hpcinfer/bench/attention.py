@@ -13,17 +13,18 @@ from statistics import median
 import numpy as np
 
 from hpcinfer import array, partition
-from hpcinfer.bench import measure
+from hpcinfer.bench import limits, measure
 from hpcinfer.bench.shape import attend_nothing, tokens_of
 from hpcinfer.io.rows import text_table
 from hpcinfer.parallel.ring import ring
 
 
-def run(comm, shape, tokens, cuts, repeat):
+def run(comm, device, shape, tokens, cuts, repeat):
     """Measure prefill.
 
     Parameters
     ----------
+    device : array.Device of this rank
     shape : Shape
     tokens : length of the sequence
     cuts : names of `partition.CUTS`
@@ -33,8 +34,8 @@ def run(comm, shape, tokens, cuts, repeat):
     -------
     list of rows, the same on every rank
     """
-    one_rate, all_rate = measure.matrix_rates(comm)
-    whole, problems = _problems(comm, shape, tokens, cuts)
+    one_rate, all_rate = limits.matrix_rates(comm, device)
+    whole, problems = _problems(comm, device, shape, tokens, cuts)
 
     # Let every way take its turn in every repetition.
     one, alone, rings = [], {cut: [] for cut in cuts}, {cut: [] for cut in cuts}
@@ -45,11 +46,11 @@ def run(comm, shape, tokens, cuts, repeat):
             rings[cut].append(_timed(comm, problems[cut], shape.attend))
 
     one_s = median(one)
-    rows = [_row(shape, tokens, "one rank", 1, one_s, one_rate)]
+    rows = [_row(shape, device, tokens, "one rank", 1, one_s, one_rate)]
     for cut in cuts:
         _, _, *by_itself = np.median(alone[cut], axis=0).tolist()
         time_s, balance, waited_s, tested_s = np.median(rings[cut], axis=0).tolist()
-        rows.append(_row(shape, tokens, "ring", comm.size, time_s, all_rate))
+        rows.append(_row(shape, device, tokens, "ring", comm.size, time_s, all_rate))
         rows[-1] |= {
             "cut": cut,
             "speedup": one_s / time_s,
@@ -68,7 +69,7 @@ def table(rows):
     first, last = rows[0], rows[-1]
     head = (
         f"prefill attention: {first['model']}, {first['dtype']}, {first['context']} tokens, "
-        f"threads per rank {first['threads'] or 'not set'}\n"
+        f"{measure.machine(first)}\n"
         f"limit: float32 matrix products, {first['limit_flop_per_s'] / 1e9:.0f} GFLOP/s by one "
         f"rank, {last['limit_flop_per_s'] / 1e9:.0f} by {last['ranks']}\n"
     )
@@ -79,14 +80,14 @@ def table(rows):
     return head + text_table(headings, [_cells(row) for row in rows])
 
 
-def _problems(comm, shape, tokens, cuts):
+def _problems(comm, device, shape, tokens, cuts):
     """Arguments of `attend` on one rank, and for each cut those of `ring`."""
     dealt = {cut: partition.CUTS[cut](tokens, comm.size) for cut in cuts}
 
     # Make the numbers once: the time does not depend on them.
     most = max(len(of_ranks[comm.rank]) for of_ranks in dealt.values())
     n = tokens if comm.rank == 0 else most
-    q, (k, v) = shape.queries(n), (x[0] for x in shape.keys(n))
+    q, k, v = (device.put(x) for x in (shape.queries(n), *(x[0] for x in shape.keys(n))))
     at = tokens_of(0, np.arange(tokens))
     problems = {}
     for cut, of_ranks in dealt.items():
@@ -103,6 +104,7 @@ def _timed(comm, problem, attend):
     def timed_attend(*arguments):
         start_s = time.perf_counter()
         result = attend(*arguments)
+        measure.await_arrays(result)
         spent["busy"] += time.perf_counter() - start_s
         return result
 
@@ -114,12 +116,13 @@ def _timed(comm, problem, attend):
     return spent["ring"], sum(busy) / comm.size / max(busy), waited_s, tested_s
 
 
-def _row(shape, tokens, strategy, ranks, time_s, flop_per_s):
+def _row(shape, device, tokens, strategy, ranks, time_s, flop_per_s):
     """Row of one rank, or of a ring before what only a ring has."""
     limit_s = 2 * shape.H * shape.K * tokens * (tokens + 1) / flop_per_s
     return {
         "bench": "attention",
         **shape.facts(),
+        "device": device.name,
         "strategy": strategy,
         "cut": None,
         "batch": 1,

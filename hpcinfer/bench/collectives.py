@@ -1,9 +1,9 @@
 """Collectives by message size, beside the copying that the node can do.
 
 Every byte that a rank sends is copied once at least: the limit is the rate at which all ranks
-together copy memory. Bytes are the ledger's, of all ranks. The last row of a size is an Allreduce
-through memory that the ranks of a node share: each writes its part, and sums a slice of all parts;
-it counts the bytes of an Allreduce. All take turns in every repetition.
+together copy memory. Bytes are the ledger's, of all ranks. On CPUs the last row of a size is an
+Allreduce through memory that the ranks of a node share: each writes its part, and sums a slice of
+all parts; it counts the bytes of an Allreduce. All take turns in every repetition.
 """
 
 from statistics import median
@@ -12,15 +12,16 @@ import numpy as np
 from mpi4py import MPI
 
 from hpcinfer import array, collectives, partition
-from hpcinfer.bench import measure
+from hpcinfer.bench import limits, measure
 from hpcinfer.io.rows import text_table
 
 
-def run(comm, sizes, repeat):
+def run(comm, device, sizes, repeat):
     """Measure every collective at every size.
 
     Parameters
     ----------
+    device : array.Device of this rank
     sizes : bytes of the whole array: what an Allreduce reduces, an Allgather has gathered, a
         ReduceScatter sums, an Alltoall sends from every rank, and a rank passes on to the next
     repeat : repetitions of many calls, of which the median counts
@@ -29,11 +30,12 @@ def run(comm, sizes, repeat):
     -------
     list of rows, the same on every rank
     """
-    _, copy_rate = measure.copy_rates(comm)
-    window = _Window(comm, max(sizes)) if _one_node(comm) else None
+    _, copy_rate = limits.copy_rates(comm, device)
+    alone = device.name == "cuda" or not _one_node(comm)
+    window = None if alone else _Window(comm, max(sizes))
     rows = []
     for size in sizes:
-        calls = _calls(comm, size)
+        calls = _calls(comm, device, size)
         sent = {name: measure.exchanged(comm, call)[1] for name, call in calls.items()}
         if window is not None:
             x, out = np.ones((2, size // 4), np.float32)
@@ -46,7 +48,8 @@ def run(comm, sizes, repeat):
             for name, call in calls.items():
                 spent[name].append(measure.call_s(lambda f: measure.together_s(comm, f), call, 1))
         rows += [
-            _row(comm, name, size, median(spent[name]), sent[name], copy_rate) for name in calls
+            _row(comm, device, name, size, median(spent[name]), sent[name], copy_rate)
+            for name in calls
         ]
     if window is not None:
         window.free()
@@ -57,8 +60,8 @@ def table(rows):
     """The rows as text."""
     first = rows[0]
     head = (
-        f"collectives: {first['ranks']} ranks, float32, threads per rank "
-        f"{first['threads'] or 'not set'}; bytes of the whole array\n"
+        f"collectives: {first['ranks']} ranks, float32, {measure.machine(first)}; "
+        f"bytes of the whole array\n"
         f"limit: copying, {first['limit_byte_per_s'] / 1e9:.1f} GB/s, all ranks together; window: "
         "an Allreduce through shared memory\n"
     )
@@ -116,11 +119,11 @@ class _Window:
             window.Sync()
 
 
-def _calls(comm, size):
+def _calls(comm, device, size):
     """Each collective on an array of so many bytes, by its name."""
     P, n = comm.size, size // 4
     counts = partition.counts(partition.block(n, P))
-    whole, out = np.ones(n, np.float32), np.empty(n, np.float32)
+    whole, out = device.xp.ones(n, np.float32), device.xp.empty(n, np.float32)
     part = whole[: counts[comm.rank]]
     received = [counts[comm.rank]] * P
     return {
@@ -140,11 +143,12 @@ def _one_node(comm):
     return comm.allreduce(alone, MPI.LAND)
 
 
-def _row(comm, name, size, time_s, sent_bytes, copy_rate):
+def _row(comm, device, name, size, time_s, sent_bytes, copy_rate):
     return {
         "bench": "collectives",
         "collective": name,
         "dtype": "float32",
+        "device": device.name,
         "ranks": comm.size,
         "threads": array.threads_per_rank(),
         "bytes": size,

@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 
 from hpcinfer import array, partition
-from hpcinfer.bench import measure
+from hpcinfer.bench import limits, measure
 from hpcinfer.bench.shape import attend_nothing, tokens_of
 from hpcinfer.io.rows import text_table
 from hpcinfer.parallel.gather import gather
@@ -21,11 +21,12 @@ _COLD_BYTES = 1 << 30  # of cache in all copies, over all ranks
 _MERGES = {"gather": gather, "tree": tree, "tree_single": tree_single}
 
 
-def run(comm, shape, cached, queries, repeat):
+def run(comm, device, shape, cached, queries, repeat):
     """Measure decode.
 
     Parameters
     ----------
+    device : array.Device of this rank
     shape : Shape
     cached : numbers of tokens in the whole cache
     queries : numbers of sequences, which have one query each and share the cache
@@ -35,8 +36,8 @@ def run(comm, shape, cached, queries, repeat):
     -------
     list of rows, the same on every rank
     """
-    rates = measure.read_rates(comm)
-    caches = (_Cache(comm, shape, L, T) for L in cached for T in queries)
+    rates = limits.read_rates(comm, device)
+    caches = (_Cache(comm, device, shape, L, T) for L in cached for T in queries)
     return [row for cache in caches for row in _rows(cache, rates, repeat)]
 
 
@@ -45,7 +46,7 @@ def table(rows):
     first, last = rows[0], rows[-1]
     head = (
         f"decode attention: {first['model']}, {first['dtype']}, "
-        f"threads per rank {first['threads'] or 'not set'}; bytes are those of all ranks together\n"
+        f"{measure.machine(first)}; bytes are those of all ranks together\n"
         f"limit: reading the cache, {first['limit_byte_per_s'] / 1e9:.1f} GB/s by one rank, "
         f"{last['limit_byte_per_s'] / 1e9:.1f} by {last['ranks']}\n"
     )
@@ -66,18 +67,19 @@ class _Cache:
     o, lse : attention of the queries to this rank's keys
     """
 
-    def __init__(self, comm, shape, L, T):
-        self.comm, self.shape, self.L, self.T = comm, shape, L, T
+    def __init__(self, comm, device, shape, L, T):
+        self.comm, self.device, self.shape, self.L, self.T = comm, device, shape, L, T
         lengths = partition.counts(partition.block(L, T))
         dealt = [partition.block_cyclic(n, comm.size) for n in lengths]
         self.counts = [sum(map(len, of_sequences)) for of_sequences in zip(*dealt, strict=True)]
         self._own = np.concatenate([tokens_of(b, of[comm.rank]) for b, of in enumerate(dealt)])
         self._all = np.concatenate([tokens_of(b, np.arange(n)) for b, n in enumerate(lengths)])
-        self._q, self._q_at = shape.queries(T), np.stack([np.arange(T), lengths], axis=1)
+        self._q = device.put(shape.queries(T))
+        self._q_at = np.stack([np.arange(T), lengths], axis=1)
 
         self._copies, self._turn = -(-_COLD_BYTES // (L * shape.key_bytes)), 0
         n = L if comm.rank == 0 else len(self._own)
-        self._k, self._v = shape.keys(n, self._copies)
+        self._k, self._v = map(device.put, shape.keys(n, self._copies))
         self.o, self.lse = self.local()
 
     def _keys(self, n):
@@ -138,6 +140,7 @@ def _row(cache, strategy, ranks, time_s, byte_per_s):
     return {
         "bench": "decode-attention",
         **cache.shape.facts(),
+        "device": cache.device.name,
         "strategy": strategy,
         "batch": cache.T,
         "context": cache.L // cache.T,

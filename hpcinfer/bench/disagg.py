@@ -13,7 +13,7 @@ from statistics import median
 
 import numpy as np
 
-from hpcinfer import partition
+from hpcinfer import array, partition
 from hpcinfer.bench import measure
 from hpcinfer.bench.shape import sleep
 from hpcinfer.io.rows import text_table
@@ -24,11 +24,12 @@ from hpcinfer.parallel import disagg
 SLEEP_S = 0.02  # work of a side that sleeps, on all its tokens
 
 
-def run(comm, shape, ffn, tokens, layers, split, micro, context, work, repeat):
+def run(comm, device, shape, ffn, tokens, layers, split, micro, context, work, repeat):
     """Measure numbers of micro-batches.
 
     Parameters
     ----------
+    device : array.Device of this rank
     shape : shape.Shape of the attention, H · K being the model's width
     ffn : shape.Ffn
     tokens : of one step, over all attention ranks
@@ -48,7 +49,7 @@ def run(comm, shape, ffn, tokens, layers, split, micro, context, work, repeat):
     side = comm.Split(int(attends), comm.rank)
     inter = side.Create_intercomm(0, comm, M if attends else 0)
     try:
-        sides = _Sides(inter, shape, ffn, tokens, split, comm.rank, work)
+        sides = _Sides(inter, device, shape, ffn, tokens, split, comm.rank, work)
         works = _equal(comm, sides, context, repeat)
         rows = [_row(comm, sides, works, layers, m, repeat) for m in micro]
     finally:
@@ -62,8 +63,8 @@ def table(rows):
     first = rows[0]
     head = (
         f"disagg: {first['model']}, {first['dtype']}, {first['context'] * first['batch']} tokens, "
-        f"{first['split']} attention and FFN ranks, cache of {first['cached']} tokens, threads per "
-        f"rank {first['threads'] or 'not set'}; times are those of one layer\n"
+        f"{first['split']} attention and FFN ranks, cache of {first['cached']} tokens, "
+        f"{measure.machine(first)}; times are those of one layer\n"
         f"limit: the longer of the two works by itself, attention "
         f"{1e3 * first['attention_s']:.2f} ms, FFN {1e3 * first['ffn_s']:.2f} ms\n"
     )
@@ -82,22 +83,25 @@ class _Sides:
     cached : tokens in the cache that attention reads
     """
 
-    def __init__(self, inter, shape, ffn, tokens, split, rank, work):
+    def __init__(self, inter, device, shape, ffn, tokens, split, rank, work):
         M, N = split
+        self.device = device
         self.inter, self.shape, self.ffn, self.tokens, self.work = inter, shape, ffn, tokens, work
         self.split, self.attends = split, rank < M
         self.shares = partition.experts(1, ffn.F, N)
         if self.attends:
-            self.x = ffn.tokens(partition.counts(partition.block(tokens, M))[rank])
+            n = partition.counts(partition.block(tokens, M))[rank]
+            self.x = device.put(ffn.tokens(n))
         else:
-            self.x = ffn.tokens(tokens)
-            self._weights = [w[None] for w in ffn.weights(self.shares[rank - M].columns)]
+            self.x = device.put(ffn.tokens(tokens))
+            own = ffn.weights(self.shares[rank - M].columns)
+            self._weights = [device.put(w[None]) for w in own]
         self.cached = 0
 
     def cache(self, cached):
         """Make the cache `cached` tokens long."""
         if self.attends:
-            self._k, self._v = (x[0] for x in self.shape.keys(cached))
+            self._k, self._v = (self.device.put(x[0]) for x in self.shape.keys(cached))
         self.cached = cached
 
     def attend(self, x):
@@ -122,8 +126,10 @@ class _Sides:
     def step(self, layers, m):
         """All layers of this rank's tokens in `m` micro-batches."""
         if not self.attends:
-            D = self.ffn.D
-            return disagg.ffn_side(self.inter, range(layers), m, self.compute, D, lambda n: 1)
+            return disagg.ffn_side(
+                self.inter, range(layers), m, self.compute, self.ffn.D, lambda n: 1,
+                xp=self.device.xp,
+            )  # fmt: skip
 
         def attend(n, b, x):
             y = self.attend(x)
@@ -137,7 +143,8 @@ class _Sides:
 
 def _one(x):
     """The choice of a dense FFN: expert 0, with weight 1."""
-    return np.zeros((len(x), 1), np.int32), np.ones((len(x), 1), np.float32)
+    xp = array.namespace(x)
+    return xp.zeros((len(x), 1), np.int32), xp.ones((len(x), 1), np.float32)
 
 
 def _equal(comm, sides, context, repeat):
@@ -157,7 +164,7 @@ def _works(comm, sides, repeat):
     for _ in range(repeat):
         comm.Barrier()
         start_s = time.perf_counter()
-        sides.own_work()
+        measure.await_arrays(sides.own_work())
         times = comm.allgather(time.perf_counter() - start_s)
         measured.append((max(times[:M]), max(times[M:])))
     return np.median(measured, axis=0).tolist()
@@ -175,7 +182,11 @@ def _row(comm, sides, works, layers, m, repeat):
     ]
     return measure.row(
         "disagg",
-        {"model": f"{sides.ffn}, {sides.shape.H} heads", "dtype": "float32"},
+        {
+            "model": f"{sides.ffn}, {sides.shape.H} heads",
+            "dtype": "float32",
+            "device": sides.device.name,
+        },
         f"disagg, {sides.work}",
         comm.size,
         m,

@@ -10,18 +10,19 @@ from functools import partial
 import numpy as np
 
 from hpcinfer import partition
-from hpcinfer.bench import measure
+from hpcinfer.bench import limits, measure
 from hpcinfer.io.rows import text_table
 from hpcinfer.ops.activation import relu
 from hpcinfer.ops.experts import experts_ffn
 from hpcinfer.parallel.expert import experts
 
 
-def run(comm, ffn, tokens, n_experts, top, skews, repeat):
+def run(comm, device, ffn, tokens, n_experts, top, skews, repeat):
     """Measure routings.
 
     Parameters
     ----------
+    device : array.Device of this rank
     ffn : shape.Ffn, of one expert
     tokens : of every rank
     n_experts : over all ranks
@@ -33,23 +34,25 @@ def run(comm, ffn, tokens, n_experts, top, skews, repeat):
     -------
     list of rows, the same on every rank
     """
-    _, flop_rate = measure.matrix_rates(comm)
-    _, copy_rate = measure.copy_rates(comm)
+    _, flop_rate = limits.matrix_rates(comm, device)
+    _, copy_rate = limits.copy_rates(comm, device)
     clock = partial(measure.together_s, comm)
     shares = partition.experts(n_experts, ffn.F, comm.size)
     own = shares[comm.rank]
     weights = [ffn.weights(own.columns) for _ in range(*own.experts)]
-    up, down = (np.stack(w) for w in zip(*weights, strict=True))
-    x, rows = ffn.tokens(tokens), []
+    up, down = (device.put(np.stack(w)) for w in zip(*weights, strict=True))
+    x, rows = device.put(ffn.tokens(tokens)), []
 
     def compute(x, ids, weights):
         return experts_ffn(x, ids, weights, up, down, own.experts[0], relu)
 
+    facts = ffn.facts() | {"device": device.name}
+    facts["model"] = f"{n_experts} experts, {ffn}, top {top}"
     for skew in skews:
         ids = choices(comm.rank, tokens, n_experts, top, skew)
-        weights = np.full(ids.shape, 1 / top, np.float32)
+        weights, on_device = device.xp.full(ids.shape, 1 / top, np.float32), device.put(ids)
         half, exchange = (
-            partial(experts, comm, x, ids, weights, shares, function)
+            partial(experts, comm, x, on_device, weights, shares, function)
             for function in (compute, lambda x, ids, weights: x)
         )
         time_s = measure.call_s(clock, half, repeat)
@@ -58,7 +61,7 @@ def run(comm, ffn, tokens, n_experts, top, skews, repeat):
         limit_s = ffn.flop(tokens) * top * comm.size / flop_rate
         rows.append(
             measure.row(
-                "expert", {"model": f"{n_experts} experts, {ffn}, top {top}", "dtype": "float32"},
+                "expert", facts,
                 f"Zipf {skew:g}" if skew else "even", comm.size, comm.size, tokens * comm.size,
                 time_s, limit_s,
                 exchange_s=exchange_s,
@@ -89,7 +92,7 @@ def table(rows):
     first = rows[0]
     head = (
         f"expert: {first['model']}, {first['dtype']}, {first['context']} tokens on each of "
-        f"{first['ranks']} ranks, threads per rank {first['threads'] or 'not set'}\n"
+        f"{first['ranks']} ranks, {measure.machine(first)}\n"
         f"limit: exchange beside copying, {first['limit_byte_per_s'] / 1e9:.1f} GB/s; whole beside "
         f"float32 matrix products, {first['limit_flop_per_s'] / 1e9:.0f} GFLOP/s; all ranks "
         "together\n"

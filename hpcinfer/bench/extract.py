@@ -2,7 +2,8 @@
 
 Every rank writes its columns of the same rows, dataset after dataset and step after step, as
 `hpcinfer extract` does, with checksums and the room that is given back; beside it the same blocks
-to one file. Both end when the bytes are on the disk.
+to one file. Both end when the bytes are on the disk. From a GPU the parts are brought to the host
+step by step, the plain blocks once, before.
 """
 
 import os
@@ -19,11 +20,12 @@ from hpcinfer.io.parts import Field, Parts, Share, clear_parts, parts_folder
 from hpcinfer.io.rows import text_table
 
 
-def run(comm, folder, width, layers, tokens, steps, dtype, repeat):
+def run(comm, device, folder, width, layers, tokens, steps, dtype, repeat):
     """Measure both.
 
     Parameters
     ----------
+    device : array.Device of this rank
     folder : where to write; nothing is left there
     width : columns of a dataset, cut over the ranks
     layers : datasets
@@ -43,18 +45,18 @@ def run(comm, folder, width, layers, tokens, steps, dtype, repeat):
     ]
     rng = np.random.default_rng(comm.rank)
     block = rng.normal(size=(tokens, own[1] - own[0])).astype(np.float32)
-    block = array.narrow(block, fields[0].dtype)
+    block = device.put(array.narrow(block, fields[0].dtype))
     shares = [Share(field, *own) for field in fields] if block.size else []
 
     def parts():
         writer = Parts(path, 1, 0, comm.rank, shares)
         for _ in range(steps):
             for share in shares:
-                writer.append(share.field.name, block)
+                writer.append(share.field.name, array.host(block))
         writer.close()
 
     # Take turns, so that what else the disk does counts for both.
-    plain = partial(_plain, f"{path}-{comm.rank}", block, steps * len(shares))
+    plain = partial(_plain, f"{path}-{comm.rank}", array.host(block), steps * len(shares))
     agree_all(comm, partial(_make, parts_folder(path)))
     times_s = {"parts": [], "plain": []}
     try:
@@ -74,6 +76,7 @@ def run(comm, folder, width, layers, tokens, steps, dtype, repeat):
             "bench": "extract",
             "writes": name,
             "dtype": dtype,
+            "device": device.name,
             "width": width,
             "layers": layers,
             "tokens": tokens * steps,
@@ -92,7 +95,8 @@ def table(rows):
     first = rows[0]
     head = (
         f"extract: {first['tokens']} tokens, {first['layers']} datasets of {first['width']} "
-        f"columns in {first['dtype']}, by {first['ranks']} ranks, brought to the disk\n"
+        f"columns in {first['dtype']}, by {first['ranks']} ranks "
+        f"from device {first['device']}, brought to the disk\n"
     )
     cells = [
         [

@@ -2,7 +2,8 @@
 
 All ranks measure at the same time, as they work at the same time. A limit is the best of several
 runs: other load only takes from it. Memory is one for all ranks, so of reading a run counts as a
-whole; of products, which a rank makes on its own cores, each rank's best.
+whole; of products, which a rank makes on its own cores, each rank's best. Where a strategy stands
+beside one rank, rank 0 measures alone too, and a limit is a median, as the strategy's time is.
 """
 
 import importlib
@@ -28,6 +29,10 @@ _READ_BYTES = 1 << 30  # over all ranks, so that a large last-level cache does n
 _PRODUCT = {"cpu": (1024, 2048, 4096), "cuda": (8192, 8192, 8192)}
 _CALLS = {"cpu": 1, "cuda": 8}
 _RUNS = 10
+
+# Rows and columns of what rank 0 measures alone, and all ranks; and of how many runs the median is.
+_MATRIX = {"cpu": 2048, "cuda": 8192}
+_TURNS = 5
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,32 @@ def matrix_rate(comm, device, dtype):
     return max(rates)
 
 
+def matrix_rates(comm, device):
+    """Floating-point operations per second in float32 products: rank 0 alone, all ranks."""
+    n, xp = _MATRIX[device.name], device.xp
+    a, b = (xp.full((n, n), x, np.float32) for x in (0.5, 0.25))
+    c = xp.empty_like(a)
+    return _rates(comm, device, lambda: xp.matmul(a, b, out=c), 2 * n**3)
+
+
+def read_rates(comm, device):
+    """Bytes read from memory per second: by rank 0 alone, by all ranks together."""
+    x = device.xp.ones(_READ_BYTES // comm.size // 4, np.float32)
+    return _rates(comm, device, x.sum if device.name == "cuda" else lambda: np.dot(x, x), x.nbytes)
+
+
+def copy_rates(comm, device):
+    """Bytes copied in memory per second: by rank 0 alone, by all ranks together."""
+    x = device.xp.ones(_READ_BYTES // comm.size // 8, np.float32)
+    y = device.xp.empty_like(x)
+
+    def copy():
+        y[...] = x
+        return y
+
+    return _rates(comm, device, copy, x.nbytes)
+
+
 def reduce_s(comm, width):
     """Seconds of an Allreduce of `width` float32 numbers: the median of many calls."""
     x = np.zeros(width, np.float32)
@@ -119,6 +150,23 @@ def reduce_s(comm, width):
         for _ in range(10 * _RUNS)
     ]
     return median(calls)
+
+
+def _rates(comm, device, function, amount):
+    """Amount per second of rank 0 alone, and of all ranks with one `amount` each."""
+    calls = _CALLS[device.name]
+
+    def run():
+        for _ in range(calls):
+            result = function()
+        return result
+
+    measure.await_arrays(run())
+    one_s, all_s = (
+        median(clock(comm, run) for _ in range(_TURNS))
+        for clock in (measure.alone_s, measure.together_s)
+    )
+    return calls * amount / one_s, calls * amount * comm.size / all_s
 
 
 def _best_s(comm, function):

@@ -1,4 +1,8 @@
-"""Clocks over ranks, and the limits of the machine measured with them."""
+"""Clocks over ranks, and what they measure.
+
+A function that is timed returns the arrays that it computes last: it is over when the device has
+written them.
+"""
 
 import time
 import tracemalloc
@@ -11,8 +15,12 @@ from hpcinfer.collectives import ledger
 
 _POLL_S = 0.002
 _CALLS_S = 0.1  # how long calls are repeated for one measurement
-_MATRIX = 2048  # rows and columns
-_READ_BYTES = 1 << 30  # over all ranks, so that a large last-level cache does not flatter
+
+
+def await_arrays(result):
+    """Wait until the device has written an array, or those of a tuple or list."""
+    for x in result if isinstance(result, tuple | list) else (result,):
+        array.synchronize(x)
 
 
 def alone_s(comm, function):
@@ -20,7 +28,7 @@ def alone_s(comm, function):
     comm.Barrier()
     start_s = time.perf_counter()
     if comm.rank == 0:
-        function()
+        await_arrays(function())
     time_s = time.perf_counter() - start_s
 
     # Poll with sleeps: a blocking wait spins, and would take a core from the rank that works.
@@ -34,7 +42,7 @@ def together_s(comm, function):
     """Seconds that the slowest rank takes for `function()`, started together; on every rank."""
     comm.Barrier()
     start_s = time.perf_counter()
-    function()
+    await_arrays(function())
     return max(comm.allgather(time.perf_counter() - start_s))
 
 
@@ -51,7 +59,8 @@ def call_s(clock, function, repeat, most=100):
 
     def calls():
         for _ in range(n):
-            function()
+            result = function()
+        return result
 
     return median(clock(calls) for _ in range(repeat)) / n
 
@@ -83,14 +92,30 @@ def received_s(comm, function, verb="Recv"):
     return time_s, comm.allgather(mine)
 
 
-def held_bytes(function):
-    """Bytes that NumPy and Python held at most during `function()`, and hold after it."""
+def held_bytes(device, function):
+    """Bytes held at most during `function()`, and after it: by NumPy and Python, or on the GPU.
+
+    Of a GPU the most is what its pool has taken, which uses memory again where sizes are alike.
+    """
+    if device.name == "cuda":
+        return _held_on_gpu(device, function)
     tracemalloc.start()
     try:
         kept = function()
         current, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
+    del kept
+    return peak, current
+
+
+def _held_on_gpu(device, function):
+    pool = device.xp.get_default_memory_pool()
+    pool.free_all_blocks()
+    before = pool.used_bytes()
+    kept = function()
+    await_arrays(kept)
+    peak, current = pool.total_bytes() - before, pool.used_bytes() - before
     del kept
     return peak, current
 
@@ -105,12 +130,17 @@ def percent(share):
     return "-" if share is None else f"{100 * share:.0f}"
 
 
+def machine(row):
+    """What a row was measured on, in words for the head of a table."""
+    return f"device {row['device']}, threads per rank {row['threads'] or 'not set'}"
+
+
 def row(bench, facts, strategy, ranks, batch, tokens, time_s, limit_s, **more):
     """The fields that every row has.
 
     Parameters
     ----------
-    facts : dict with model and dtype
+    facts : dict with model, dtype and device
     batch, tokens : sequences or micro-batches, and the tokens of all of them together
     time_s : measured
     limit_s : what the machine needs at least, by its own limit measured in the same run
@@ -132,32 +162,3 @@ def row(bench, facts, strategy, ranks, batch, tokens, time_s, limit_s, **more):
         "exchange_s": 0.0,
         **more,
     }
-
-
-def matrix_rates(comm, repeat=5):
-    """Floating-point operations per second in float32 matrix products: rank 0 alone, all ranks."""
-    a, b = (np.full((_MATRIX, _MATRIX), x, np.float32) for x in (0.5, 0.25))
-    c = np.empty_like(a)
-    return _rates(comm, lambda: np.matmul(a, b, out=c), 2 * _MATRIX**3, repeat)
-
-
-def read_rates(comm, repeat=5):
-    """Bytes read from memory per second: by rank 0 alone, by all ranks together."""
-    x = np.ones(_READ_BYTES // comm.size // 4, np.float32)
-    return _rates(comm, lambda: np.dot(x, x), x.nbytes, repeat)
-
-
-def copy_rates(comm, repeat=5):
-    """Bytes copied in memory per second: by rank 0 alone, by all ranks together."""
-    x = np.ones(_READ_BYTES // comm.size // 8, np.float32)
-    y = np.empty_like(x)
-    return _rates(comm, lambda: np.copyto(y, x), x.nbytes, repeat)
-
-
-def _rates(comm, function, amount, repeat):
-    """Amount per second of rank 0 alone, and of all ranks with one `amount` each."""
-    function()
-    one_s, all_s = (
-        median(clock(comm, function) for _ in range(repeat)) for clock in (alone_s, together_s)
-    )
-    return amount / one_s, amount * comm.size / all_s

@@ -10,7 +10,8 @@ from statistics import median
 
 import numpy as np
 
-from hpcinfer.bench import measure
+from hpcinfer import array
+from hpcinfer.bench import limits, measure
 from hpcinfer.bench.shape import sleep
 from hpcinfer.io.rows import text_table
 from hpcinfer.parallel.pipeline import Pipeline, bubble_share
@@ -18,11 +19,12 @@ from hpcinfer.parallel.pipeline import Pipeline, bubble_share
 SLEEP_S = 0.02  # work of a stage that sleeps, on one micro-batch
 
 
-def run(comm, ffn, tokens, layers, micro, work, repeat):
+def run(comm, device, ffn, tokens, layers, micro, work, repeat):
     """Measure numbers of micro-batches.
 
     Parameters
     ----------
+    device : array.Device of this rank
     ffn : shape.Ffn
     tokens : of one micro-batch
     layers : of one stage
@@ -34,7 +36,8 @@ def run(comm, ffn, tokens, layers, micro, work, repeat):
     -------
     list of rows, the same on every rank
     """
-    P, x, weights = comm.size, ffn.tokens(tokens), [ffn.weights() for _ in range(layers)]
+    P, x = comm.size, device.put(ffn.tokens(tokens))
+    weights = [[device.put(w) for w in ffn.weights()] for _ in range(layers)]
 
     def compute(x):
         for up, down in weights:
@@ -44,7 +47,7 @@ def run(comm, ffn, tokens, layers, micro, work, repeat):
     # What one rank needs for the work of all stages, and what the machine needs at least.
     stage = compute if work == "compute" else partial(sleep, SLEEP_S)
     one_s = median(measure.alone_s(comm, lambda: stage(x)) for _ in range(repeat))
-    flop_rate = measure.matrix_rates(comm)[1] if work == "compute" else None
+    flop_rate = limits.matrix_rates(comm, device)[1] if work == "compute" else None
     limit_s = ffn.flop(tokens) * layers * P / flop_rate if flop_rate else SLEEP_S
 
     rows = []
@@ -55,8 +58,8 @@ def run(comm, ffn, tokens, layers, micro, work, repeat):
         time_s = median(time_s for time_s, _ in measured)
         rows.append(
             measure.row(
-                "pipeline", ffn.facts(), f"pipeline, {work}", P, m, m * tokens,
-                time_s, m * limit_s,
+                "pipeline", ffn.facts() | {"device": device.name}, f"pipeline, {work}", P, m,
+                m * tokens, time_s, m * limit_s,
                 layers=layers * P,
                 stage_s=one_s,
                 speedup=m * P * one_s / time_s,
@@ -76,8 +79,8 @@ def table(rows):
     limit = f"float32 matrix products, {rate / 1e9:.0f} GFLOP/s" if rate else "the time slept"
     head = (
         f"pipeline: {first['model']}, {first['dtype']}, {first['layers']} layers on "
-        f"{first['ranks']} ranks, micro-batches of {first['context']} tokens, threads per rank "
-        f"{first['threads'] or 'not set'}; a stage takes {1e3 * first['stage_s']:.2f} ms\n"
+        f"{first['ranks']} ranks, micro-batches of {first['context']} tokens, "
+        f"{measure.machine(first)}; a stage takes {1e3 * first['stage_s']:.2f} ms\n"
         f"limit: {limit}, all ranks together\n"
     )
     headings = [
@@ -90,9 +93,9 @@ def _through(comm, stage, x, m):
     """`m` micro-batches through all stages, until every rank has heard of each."""
     pipeline = Pipeline(comm)
     for _ in range(m):
-        y = pipeline.forward(x if pipeline.is_first else np.empty_like(x), stage)
+        y = pipeline.forward(x if pipeline.is_first else array.namespace(x).empty_like(x), stage)
         if pipeline.is_last:
-            pipeline.announce(y[-1].view(np.uint8))
+            pipeline.announce(array.host(y[-1]).view(np.uint8))
         pipeline.test()
     if not pipeline.is_last:
         for _ in range(m):

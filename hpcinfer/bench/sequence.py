@@ -12,18 +12,19 @@ from statistics import median
 
 import numpy as np
 
-from hpcinfer import partition
-from hpcinfer.bench import measure
+from hpcinfer import array, partition
+from hpcinfer.bench import limits, measure
 from hpcinfer.io.rows import text_table
 from hpcinfer.ops.norm import rms_norm
 from hpcinfer.parallel import sequence, tensor
 
 
-def run(comm, ffn, tokens, layers, repeat):
+def run(comm, device, ffn, tokens, layers, repeat):
     """Measure both strategies, and one rank.
 
     Parameters
     ----------
+    device : array.Device of this rank
     ffn : shape.Ffn
     tokens : of one step
     layers : how many follow each other
@@ -33,8 +34,8 @@ def run(comm, ffn, tokens, layers, repeat):
     -------
     list of rows, the same on every rank
     """
-    one_rate, all_rate = measure.matrix_rates(comm)
-    ways = [_One(comm, ffn, tokens), _Tensor(comm, ffn, tokens), _Sequence(comm, ffn, tokens)]
+    one_rate, all_rate = limits.matrix_rates(comm, device)
+    ways = [way(comm, device, ffn, tokens) for way in (_One, _Tensor, _Sequence)]
     times, between = {way: [] for way in ways}, {way: [] for way in ways}
     for _ in range(repeat):
         for way in ways:
@@ -43,15 +44,16 @@ def run(comm, ffn, tokens, layers, repeat):
             between[way].append(max(comm.allgather(way.between_s)) / layers)
 
     rows, one_s = [], median(times[ways[0]])
+    facts = ffn.facts() | {"device": device.name}
     for way in ways:
-        peak, _ = measure.held_bytes(partial(way.through, layers))
+        peak, _ = measure.held_bytes(device, partial(way.through, layers))
         exchange_s = median(way.clock(comm, way.exchange) for _ in range(repeat))
         _, sent_bytes, _, _ = measure.exchanged(comm, way.exchange)
         time_s, ranks = median(times[way]), 1 if way is ways[0] else comm.size
         limit_s = ffn.flop(tokens) / (one_rate if way is ways[0] else all_rate)
         rows.append(
             measure.row(
-                "sequence", ffn.facts(), way.name, ranks, 1, tokens, time_s, limit_s,
+                "sequence", facts, way.name, ranks, 1, tokens, time_s, limit_s,
                 layers=layers,
                 speedup=one_s / time_s,
                 exchange_s=exchange_s,
@@ -70,7 +72,7 @@ def table(rows):
     first, last = rows[0], rows[-1]
     head = (
         f"sequence: {first['model']}, {first['dtype']}, {first['context']} tokens, "
-        f"threads per rank {first['threads'] or 'not set'}; figures of one layer\n"
+        f"{measure.machine(first)}; figures of one layer\n"
         f"limit: float32 matrix products, {first['limit_flop_per_s'] / 1e9:.0f} GFLOP/s by one "
         f"rank, {last['limit_flop_per_s'] / 1e9:.0f} by {last['ranks']}\n"
     )
@@ -92,13 +94,13 @@ class _One:
 
     name, clock = "one rank", staticmethod(measure.alone_s)
 
-    def __init__(self, comm, ffn, tokens):
+    def __init__(self, comm, device, ffn, tokens):
         self.comm, self.ffn, self.held, self.between_s = comm, ffn, 0, 0.0
         self.counts = partition.counts(partition.block(tokens, comm.size))
-        self.norm = np.ones(ffn.D, np.float32)
-        self.weights = ffn.weights(self._columns())
-        self.x = ffn.tokens(self._rows(tokens))
-        self.scratch = ffn.tokens(tokens)
+        self.norm = device.put(np.ones(ffn.D, np.float32))
+        self.weights = [device.put(w) for w in ffn.weights(self._columns())]
+        self.x = device.put(ffn.tokens(self._rows(tokens)))
+        self.scratch = device.put(ffn.tokens(tokens))
 
     def _columns(self):
         return None if self.comm.rank == 0 else (0, 0)
@@ -120,17 +122,20 @@ class _One:
         for _ in range(layers):
             start_s = time.perf_counter()
             normed = rms_norm(x, self.norm, np.float32(1e-6))
+            array.synchronize(normed)
             self.between_s += time.perf_counter() - start_s
             y = self.half(normed, self.products)
+            array.synchronize(y)
             start_s = time.perf_counter()
             x = x + y
+            array.synchronize(x)
             self.between_s += time.perf_counter() - start_s
             self.held = x.nbytes
         return x
 
     def exchange(self):
         """The messages of one layer."""
-        self.half(self.x, lambda x: self.scratch)
+        return self.half(self.x, lambda x: self.scratch)
 
 
 class _Tensor(_One):

@@ -10,7 +10,8 @@ repetition.
 
 import numpy as np
 
-from hpcinfer.bench import measure
+from hpcinfer import array, partition
+from hpcinfer.bench import limits, measure
 from hpcinfer.io.rows import text_table
 from hpcinfer.parallel import zero
 
@@ -24,11 +25,12 @@ _WAYS = {
 }
 
 
-def run(comm, ffn, tokens, layers, repeat):
+def run(comm, device, ffn, tokens, layers, repeat):
     """Measure parameters kept whole and in parts.
 
     Parameters
     ----------
+    device : array.Device of this rank
     ffn : shape.Ffn
     tokens : of every rank
     layers : how many
@@ -38,13 +40,16 @@ def run(comm, ffn, tokens, layers, repeat):
     -------
     list of rows, the same on every rank
     """
-    _, flop_rate = measure.matrix_rates(comm)
-    _, copy_rate = measure.copy_rates(comm)
+    _, flop_rate = limits.matrix_rates(comm, device)
+    _, copy_rate = limits.copy_rates(comm, device)
     limit_s = ffn.flop(tokens) * comm.size / flop_rate
-    whole = [dict(zip(("up", "down"), ffn.weights(), strict=True)) for _ in range(layers)]
-    x = ffn.tokens(tokens)
+    whole = [
+        dict(zip(("up", "down"), map(device.put, ffn.weights()), strict=True))
+        for _ in range(layers)
+    ]
+    x = device.put(ffn.tokens(tokens))
     ways = {"kept whole": _Kept(comm, whole)} | {
-        name: _Parts(comm, whole, *how) for name, how in _WAYS.items()
+        name: _Parts(comm, device, whole, *how) for name, how in _WAYS.items()
     }
 
     # Let every way take its turn in every repetition, with and without computing.
@@ -60,8 +65,8 @@ def run(comm, ffn, tokens, layers, repeat):
         kept_s, alone_s = kept_s or time_s, sum(by_itself)
         rows.append(
             measure.row(
-                "zero", ffn.facts(), name, comm.size, comm.size, tokens * comm.size,
-                time_s / layers, limit_s,
+                "zero", ffn.facts() | {"device": device.name}, name, comm.size, comm.size,
+                tokens * comm.size, time_s / layers, limit_s,
                 layers=layers,
                 speedup=kept_s / time_s,
                 exchange_s=alone_s / layers,
@@ -86,8 +91,8 @@ def table(rows):
     first = rows[0]
     head = (
         f"zero: {first['model']}, {first['dtype']}, {first['layers']} layers, {first['context']} "
-        f"tokens on each of {first['ranks']} ranks, threads per rank "
-        f"{first['threads'] or 'not set'}; times and bytes sent are those of one layer\n"
+        f"tokens on each of {first['ranks']} ranks, {measure.machine(first)}; "
+        f"times and bytes sent are those of one layer\n"
         f"limit: float32 matrix products, {first['limit_flop_per_s'] / 1e9:.0f} GFLOP/s; gathering "
         f"beside copying, {first['limit_byte_per_s'] / 1e9:.1f} GB/s; all ranks together\n"
     )
@@ -123,14 +128,14 @@ class _Parts:
     formula_bytes : the same, by the formula
     """
 
-    def __init__(self, comm, whole, small_bytes, ahead):
+    def __init__(self, comm, device, whole, small_bytes, ahead):
         made = []
 
         def make():
             units = [zero.cut(comm, w, small_bytes, n % comm.size) for n, w in enumerate(whole)]
-            made.append(zero.Gathered(comm, units, ahead=ahead))
+            made.append(zero.Gathered(comm, units, device.xp, ahead=ahead))
 
-        _, self.held_bytes = measure.held_bytes(make)
+        _, self.held_bytes = measure.held_bytes(device, make)
         (gathered,) = made
         self.get, self.test = gathered.get, gathered.test
 
@@ -151,18 +156,23 @@ def _timed(comm, ffn, way, x, layers):
         for n in range(layers):
             weights = way.get(n)
             y = y + _products(ffn, y, weights, way.test)
+        return y
 
     _, *sent = measure.exchanged(comm, lambda: spent.append(measure.together_s(comm, through)))
     return [*spent, *sent]
 
 
 def _products(ffn, x, weights, between):
-    """The products of all tokens in parts, with `between` called after each."""
+    """The products of all tokens in parts, with `between` called after each.
+
+    A GPU is waited for, as otherwise a message would be that takes its turn behind the products.
+    """
     parts = []
-    for rows in np.array_split(x, _TURNS):
-        parts.append(ffn.products(rows, **weights))
+    for start, stop in partition.block(len(x), _TURNS):
+        parts.append(ffn.products(x[start:stop], **weights))
+        array.synchronize(parts[-1])
         between()
-    return np.concatenate(parts)
+    return array.namespace(x).concatenate(parts)
 
 
 def _share(sent_bytes, alone_s, byte_per_s):

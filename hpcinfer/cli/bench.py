@@ -25,6 +25,8 @@ def add(commands):
     _add_pipeline(names)
     _add_expert(names)
     _add_disagg(names)
+    for bench in names.choices.values():
+        common.add_device_option(bench)
     bench_model.add(names)
     for bench in names.choices.values():
         bench.add_argument("--json", metavar="FILE", help="write the rows as a JSON list too")
@@ -237,17 +239,21 @@ def _add_shape(parser):
 
 def _attention(bench, comm, arguments):
     shape = _shape(arguments)
-    return bench.run(comm, shape, arguments.tokens, arguments.cuts, arguments.repeat)
+    device = common.device_of(comm, arguments)
+    return bench.run(comm, device, shape, arguments.tokens, arguments.cuts, arguments.repeat)
 
 
 def _decode_attention(bench, comm, arguments):
     shape = _shape(arguments)
-    return bench.run(comm, shape, arguments.cached, arguments.queries, arguments.repeat)
+    device = common.device_of(comm, arguments)
+    return bench.run(comm, device, shape, arguments.cached, arguments.queries, arguments.repeat)
 
 
 def _extract(bench, comm, arguments):
+    device = common.device_of(comm, arguments)
     return bench.run(
         comm,
+        device,
         arguments.folder,
         arguments.width,
         arguments.layers,
@@ -259,12 +265,16 @@ def _extract(bench, comm, arguments):
 
 
 def _halves(bench, comm, arguments):
-    return bench.run(comm, _ffn(arguments), arguments.tokens, arguments.layers, arguments.repeat)
+    device = common.device_of(comm, arguments)
+    return bench.run(
+        comm, device, _ffn(arguments), arguments.tokens, arguments.layers, arguments.repeat
+    )
 
 
 def _pipeline(bench, comm, arguments):
+    device = common.device_of(comm, arguments)
     return bench.run(
-        comm, _ffn(arguments), arguments.tokens, arguments.layers, arguments.micro,
+        comm, device, _ffn(arguments), arguments.tokens, arguments.layers, arguments.micro,
         arguments.work, arguments.repeat,
     )  # fmt: skip
 
@@ -273,8 +283,9 @@ def _expert(bench, comm, arguments):
     E, top = arguments.experts, arguments.top
     if top > E:
         raise UsageError(f"bench: got --top {top} of --experts {E}, need experts enough")
+    device = common.device_of(comm, arguments)
     return bench.run(
-        comm, _ffn(arguments), arguments.tokens, E, top, arguments.zipf, arguments.repeat
+        comm, device, _ffn(arguments), arguments.tokens, E, top, arguments.zipf, arguments.repeat
     )
 
 
@@ -290,9 +301,11 @@ def _disagg(bench, comm, arguments):
             f"bench: got {split[0]}:{split[1]} attention and FFN ranks of {comm.size}, need all "
             "ranks on one side or the other, and 1 or more on each"
         )
+    device = common.device_of(comm, arguments)
     return bench.run(
-        comm, Shape(H, H, D // H, "float32"), _ffn(arguments), arguments.tokens, arguments.layers,
-        split, arguments.micro, arguments.context, arguments.work, arguments.repeat,
+        comm, device, Shape(H, H, D // H, "float32"), _ffn(arguments), arguments.tokens,
+        arguments.layers, split, arguments.micro, arguments.context, arguments.work,
+        arguments.repeat,
     )  # fmt: skip
 
 

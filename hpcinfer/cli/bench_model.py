@@ -124,6 +124,7 @@ def _add_collectives(names):
         metavar="SIZE,...",
         help=f"bytes of the whole array, such as 4KiB or 1MB (default {default})",
     )
+    common.add_device_option(parser)
     add_numbers(parser, _REPEAT)
     parser.set_defaults(measure=_collectives)
 
@@ -200,7 +201,7 @@ def _scaling(bench, comm, arguments):
 
 
 def _collectives(bench, comm, arguments):
-    return bench.run(comm, arguments.sizes, arguments.repeat)
+    return bench.run(comm, common.device_of(comm, arguments), arguments.sizes, arguments.repeat)
 
 
 def _setting(arguments):
