@@ -287,6 +287,32 @@ def test_commands_of_the_layers(comm, shared_path, capsys):
         assert ("limit: " in capsys.readouterr().out) == (comm.rank == 0)
 
 
+ON_A_DEVICE = """
+from hpcinfer.bench import limits, measure
+from hpcinfer.cli.main import parser
+limits._MATRIX = dict.fromkeys(limits._MATRIX, 16)
+limits._READ_BYTES, measure._CALLS_S = 1 << 12, 1e-3
+for words in (
+    "attention --tokens 33 --heads 4 --kv-heads 2 --width 16",
+    "zero --tokens 5 --layers 2 --width 16 --ffn 24",
+    "sequence --tokens 5 --layers 1 --width 16 --ffn 24",
+    "collectives --sizes 1KiB",
+):
+    words = ["bench", *words.split(), "--repeat", "1", "--device", "cuda"]
+    arguments = parser().parse_args(words)
+    arguments.run(arguments)
+"""
+
+
+@pytest.mark.single
+def test_benches_on_a_device(mpirun, standin):
+    """On the stand-in for CuPy, where a hazard would be an error."""
+    settings = {"STANDIN_DEVICES": "2", "STANDIN_STRICT": "1"} | standin
+    done = mpirun(2, sys.executable, "-c", ON_A_DEVICE, timeout_s=50, **settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("device cuda") == done.stdout.count("limit: ") == 4
+
+
 def test_disagg_refuses_on_every_rank(comm):
     P = comm.size
     for split in (f"{P}:1", f"1:{P}"):

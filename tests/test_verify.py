@@ -193,6 +193,17 @@ def test_the_command(mpirun, tmp_path):
 
 
 @pytest.mark.single
+@pytest.mark.timeout(90)
+def test_the_command_on_a_device(mpirun, standin):
+    """Every row on the stand-in for CuPy, where a hazard would be an error."""
+    settings = {"STANDIN_DEVICES": "2", "STANDIN_STRICT": "1"} | standin
+    done = mpirun(2, *HPCINFER, "verify", "--device", "cuda", timeout_s=80, **settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("verify: 2 ranks on cuda, seed 0, float32")
+    assert f"{len(verify.ROWS)} of {len(verify.ROWS)} rows are as they must be" in done.stdout
+
+
+@pytest.mark.single
 @pytest.mark.parametrize("seed", ["x", "1.5", ""])
 def test_a_wrong_seed_is_a_usage_error(mpirun, seed):
     done = mpirun(2, *HPCINFER, "verify", "--seed", seed)

@@ -59,11 +59,12 @@ def run(comm, device, sizes, repeat):
 def table(rows):
     """The rows as text."""
     first = rows[0]
+    shared = any(row["collective"] == "window" for row in rows)
     head = (
         f"collectives: {first['ranks']} ranks, float32, {measure.machine(first)}; "
         f"bytes of the whole array\n"
-        f"limit: copying, {first['limit_byte_per_s'] / 1e9:.1f} GB/s, all ranks together; window: "
-        "an Allreduce through shared memory\n"
+        f"limit: copying, {first['limit_byte_per_s'] / 1e9:.1f} GB/s, all ranks together"
+        f"{'; window: an Allreduce through shared memory' if shared else ''}\n"
     )
     headings = ["collective", "bytes", "us", "bytes sent", "GB/s", "of limit %"]
     return head + text_table(headings, [_cells(row) for row in rows])
