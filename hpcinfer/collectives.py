@@ -130,7 +130,8 @@ def use_window(comm, window):
 
     Parameters
     ----------
-    window : `parallel.window.Window`, or what has its `serves` and `sum`
+    window : `parallel.window.Window`, or what has its `serves` and `sum`, such as
+        `ops.cuda.nccl.StreamSum`
     """
     comm.Set_attr(_window, window)
 
@@ -174,6 +175,8 @@ def Allreduce(comm, x, op=MPI.SUM, purpose=""):
         else:
             capture.under_way.pause(partial(Allreduce, comm, x, op, purpose))
         if capture.under_way.defers:
+            if shared is not None:  # its stream notes it, as it does a kernel
+                shared.sum(x)
             return x
 
     # Add up.
