@@ -21,7 +21,7 @@ HPCINFER = (sys.executable, "-m", "hpcinfer")
 def one(comm, function, equal=True):
     """Outcome of a row that is made of `function` (comm) -> (got, want, formula_bytes)."""
 
-    def trial(comm, rng):
+    def trial(comm, rng, put):
         got, want, formula_bytes = function(comm)
         return Trial((np.asarray(got, float),), (np.asarray(want, float),), formula_bytes)
 
@@ -49,7 +49,7 @@ def test_rows_have_names_of_their_own():
 
 
 def test_a_row_that_needs_more_ranks_neither_fails_nor_passes(comm):
-    def never(c, rng):
+    def never(c, rng, put):
         raise AssertionError("tried")
 
     wide = Row("a strategy", "a cut", never, least_ranks=comm.size + 1)
@@ -126,7 +126,7 @@ def test_bytes_beside_the_formula_fail(comm):
 def test_an_error_on_all_ranks_fails_the_row_alone(comm):
     """A message that the failed row leaves behind does not reach the next row."""
 
-    def fails(c, rng):
+    def fails(c, rng, put):
         collectives.Shift(c, np.ones(1), np.empty(1))
         raise ValueError("ring: got nothing, need\nsomething")
 
@@ -145,7 +145,7 @@ from hpcinfer import verify
 from hpcinfer.cli.main import main
 from hpcinfer.verify import row
 
-def one_raises(comm, rng):
+def one_raises(comm, rng, put):
     if comm.rank == 1:
         raise ValueError("a room: got one, need two")
     comm.Barrier()
@@ -163,7 +163,7 @@ main(["verify"])
 
 
 def test_the_command_names_the_rows_that_fail(comm, monkeypatch, capsys):
-    def wrong(c, rng):
+    def wrong(c, rng, put):
         return Trial((np.ones(1),), (np.zeros(1),), 0)
 
     wide = Row("wide", "a cut", wrong, least_ranks=comm.size + 1)

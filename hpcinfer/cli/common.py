@@ -110,13 +110,43 @@ def add_model_options(parser):
 
 def add_device_options(parser):
     """Options of every command and bench that loads a model."""
-    parser.add_argument("--device", choices=("cpu", "cuda", "auto"), default="cpu")
+    add_device_option(parser)
     parser.add_argument(
         "--kernels",
         choices=("auto", "plain"),
         default="auto",
         help="the fast forms of functions where there are any, or the plain ones (default auto)",
     )
+
+
+def add_device_option(parser):
+    """Option of every command and bench that computes on several ranks."""
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda", "auto"),
+        default="cpu",
+        help="compute on processors, on GPUs, or on GPUs where there are any (default cpu)",
+    )
+
+
+def device_of(comm, arguments):
+    """The device of this rank for a command without a model; every rank calls this.
+
+    What the user should hear of the choice is printed on the first rank.
+    """
+    from mpi4py import MPI
+
+    from hpcinfer import array
+    from hpcinfer.engine.crowd import take_device
+
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    node.Set_name("node")
+    device = take_device(comm, node, arguments.device)
+    node.Free()
+    warning = array.auto_warning(device) if arguments.device == "auto" else None
+    if comm.rank == 0 and warning is not None:
+        print(warning, file=sys.stderr, flush=True)
+    return device
 
 
 def add_kv_option(parser):

@@ -17,6 +17,7 @@ def add(commands):
         "--seed", type=common.seed, default=0, help="of the random data (default 0)"
     )
     parser.add_argument("--json", metavar="FILE", help="write the table as a JSON list too")
+    common.add_device_option(parser)
     common.add_watch_options(parser)
     return parser
 
@@ -30,11 +31,12 @@ def run(arguments):
 
     comm = world()
     with Watchdog(comm, arguments.hang_timeout):
-        outcomes = verify.run(comm, verify.ROWS, arguments.seed)
+        device = common.device_of(comm, arguments)
+        outcomes = verify.run(comm, verify.ROWS, arguments.seed, device.put)
     tried = [outcome for outcome in outcomes if outcome.tried]
     failed = [outcome.row.name for outcome in tried if not outcome.passed]
     if comm.rank == 0:
-        print(f"verify: {comm.size} ranks, seed {arguments.seed}, float32")
+        print(f"verify: {comm.size} ranks on {device.name}, seed {arguments.seed}, float32")
         print(text_table(verify.HEADINGS, [outcome.cells() for outcome in outcomes]))
         print(*(f"{x.row.name}: {x.error}\n" for x in outcomes if x.error), sep="", end="")
         rest = f", {len(outcomes) - len(tried)} need more ranks" if tried != outcomes else ""

@@ -94,7 +94,7 @@ def load(
     if check_weights:
         finite.check_weights(comm, path, None if dtype is None else array.parse_dtype(dtype))
     take_threads(grid.node)
-    device = take_device(grid, device)
+    device = take_device(grid.comm, grid.node, device)
     take_sums(grid, device)
     return agree_all(
         comm, lambda: Engine(path, grid, dtype, device, kv_memory, limits, context, seed)

@@ -21,13 +21,15 @@ def take_threads(node):
     array.use_threads(threads)
 
 
-def take_device(grid, choice):
+def take_device(comm, node, choice):
     """The device of this rank, of whose memory it takes no more than its share.
 
-    Collective over the grid's communicators.
+    Collective over both communicators.
 
     Parameters
     ----------
+    comm : communicator of all ranks
+    node : of those that share memory with this one
     choice : "cpu", "cuda" or "auto"
 
     Returns
@@ -39,13 +41,13 @@ def take_device(grid, choice):
     ValueError
         On every rank, if one has no such device.
     """
-    device = agree_all(grid.comm, array.select_device, choice, grid.node.rank)
-    with waiting("allgather", grid.node, "device"):
-        identities = grid.node.allgather(device.identity)
+    device = agree_all(comm, array.select_device, choice, node.rank)
+    with waiting("allgather", node, "device"):
+        identities = node.allgather(device.identity)
     device.share(identities.count(device.identity))
     said = device.name == "cuda" and array.mpi_reads_device_memory()
-    with waiting("allreduce", grid.comm, "device"):
-        collectives.use_device_memory(grid.comm, device.xp, said)
+    with waiting("allreduce", comm, "device"):
+        collectives.use_device_memory(comm, device.xp, said)
     return device
 
 

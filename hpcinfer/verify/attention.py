@@ -32,7 +32,7 @@ class Problem:
     ----------
     q : (S, H, K) float32
     k, v : (L, G, K) float32
-    q_tokens, k_tokens : (S, 2), (L, 2) int32, sequence and position of every token
+    q_tokens, k_tokens : (S, 2), (L, 2) int32, host: sequence and position of every token
     window : positions that a query sees; None for all
     """
 
@@ -67,12 +67,12 @@ class Problem:
         )
 
 
-def problem(rng, newest=LONGEST, window=None):
-    """Random problem whose queries are the `newest` tokens of each sequence."""
+def problem(rng, put=np.asarray, newest=LONGEST, window=None):
+    """Random problem on the device, whose queries are the `newest` tokens of each sequence."""
     tokens = np.array([(b, i) for b, n in enumerate(LENGTHS) for i in range(n)], np.int32)
     new = tokens[:, 1] >= np.repeat(LENGTHS, LENGTHS) - newest
     q, k, v = (
-        rng.normal(size=(n, heads, K)).astype(np.float32)
+        put(rng.normal(size=(n, heads, K)).astype(np.float32))
         for n, heads in ((new.sum(), H), (len(tokens), G), (len(tokens), G))
     )
     return Problem(q, k, v, tokens[new], tokens, window)
@@ -88,30 +88,30 @@ def deal(tokens, P, cut):
 # --- one operand cut -----------------------------------------------------------------------------
 
 
-def split_q(comm, rng):
-    x = problem(rng)
+def split_q(comm, rng, put):
+    x = problem(rng, put)
     counts, own = _block(comm, x.S)
     o = split.q_only(comm, x.q[own], x.k, x.v, x.q_tokens[own], x.k_tokens, counts, x.attend)
     return Trial((o,), x.whole()[:1], WORD * x.S * H * K * (comm.size - 1))
 
 
-def split_v(comm, rng):
-    x = problem(rng)
+def split_v(comm, rng, put):
+    x = problem(rng, put)
     counts, own = _block(comm, x.L)
     o = split.v_only(comm, x.q, x.k, x.v[own], x.q_tokens, x.k_tokens, counts, x.attend)
     return Trial((o,), x.whole()[:1], 2 * WORD * x.S * H * K * (comm.size - 1))
 
 
-def split_k(comm, rng):
-    x = problem(rng)
+def split_k(comm, rng, put):
+    x = problem(rng, put)
     counts, own = _block(comm, x.L)
     o = split.k_only(comm, x.q, x.k[own], x.v, x.q_tokens, x.k_tokens[own], counts, x.attend)
     return Trial((o,), x.whole()[:1], 2 * WORD * x.S * H * K * (comm.size - 1))
 
 
-def split_gathered(comm, rng):
+def split_gathered(comm, rng, put):
     """K and V are cut outside attention, and whole inside it."""
-    x = problem(rng)
+    x = problem(rng, put)
     counts, own = _block(comm, x.L)
     keys = split.gathered_keys(comm, x.k[own], x.v[own], x.k_tokens[own], counts)
     o, _ = x.attend(x.q[own], *keys[:2], x.q_tokens[own], keys[2])
@@ -121,15 +121,15 @@ def split_gathered(comm, rng):
 # --- prefill -------------------------------------------------------------------------------------
 
 
-def ring_keys(comm, rng, cut):
-    x = problem(rng)
+def ring_keys(comm, rng, put, cut):
+    x = problem(rng, put)
     rows = deal(x.k_tokens, comm.size, cut)
     return _ring(comm, x, rows, x.L * KEY_BYTES * (comm.size - 1))
 
 
-def ring_window(comm, rng, cut):
+def ring_window(comm, rng, put, cut):
     """The ring turns until the last block that any query sees; per sequence 16 bytes tell so."""
-    x = problem(rng, window=WINDOW)
+    x = problem(rng, put, window=WINDOW)
     rows = deal(x.k_tokens, comm.size, cut)
     owner = np.empty(x.L, int)
     for rank, own in enumerate(rows):
@@ -142,9 +142,9 @@ def ring_window(comm, rng, cut):
     return _ring(comm, x, rows, formula_bytes)
 
 
-def ring_queries(comm, rng, cut):
+def ring_queries(comm, rng, put, cut):
     """Few new queries pass around, and come home by Alltoall with what they found."""
-    x = problem(rng, newest=CHUNK)
+    x = problem(rng, put, newest=CHUNK)
     keys = deal(x.k_tokens, comm.size, cut)[comm.rank]
     counts, own = _block(comm, x.S)
 
@@ -156,8 +156,8 @@ def ring_queries(comm, rng, cut):
     return Trial(got, tuple(y[own] for y in x.whole()), x.S * query_bytes * (comm.size - 1))
 
 
-def ulysses_heads(comm, rng, cut):
-    x = problem(rng)
+def ulysses_heads(comm, rng, put, cut):
+    x = problem(rng, put)
     rows, heads = deal(x.k_tokens, comm.size, cut), partition.heads(H, G, comm.size)
     counts, own = [len(r) for r in rows], rows[comm.rank]
     tokens = x.k_tokens[np.concatenate(rows)]
@@ -177,26 +177,26 @@ def ulysses_heads(comm, rng, cut):
 # --- decode --------------------------------------------------------------------------------------
 
 
-def decode_gather(comm, rng, cut):
-    x = problem(rng, newest=1)
+def decode_gather(comm, rng, put, cut):
+    x = problem(rng, put, newest=1)
     record_bytes = WORD * x.S * H * (K + 1)
     bcast_bytes = record_bytes if comm.size > 1 else 0
     return _decode(comm, x, cut, gather.gather, record_bytes * (comm.size - 1) + bcast_bytes)
 
 
-def decode_tree(comm, rng, cut):
-    x = problem(rng, newest=1)
+def decode_tree(comm, rng, put, cut):
+    x = problem(rng, put, newest=1)
     return _decode(comm, x, cut, tree.tree, 2 * WORD * x.S * H * (K + 2) * (comm.size - 1))
 
 
-def decode_tree_single(comm, rng, cut):
-    x = problem(rng, newest=1)
+def decode_tree_single(comm, rng, put, cut):
+    x = problem(rng, put, newest=1)
     return _decode(comm, x, cut, tree.tree_single, 2 * WORD * x.S * H * (K + 1) * (comm.size - 1))
 
 
-def decode_ring(comm, rng, cut):
+def decode_ring(comm, rng, put, cut):
     """Every rank has the same queries and meets all keys in turn."""
-    x = problem(rng, newest=1)
+    x = problem(rng, put, newest=1)
     rows = deal(x.k_tokens, comm.size, cut)
     return _ring(comm, x, rows, x.L * KEY_BYTES * (comm.size - 1), q_cut=False)
 

@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from hpcinfer import partition
+from hpcinfer import array, partition
 from hpcinfer.ops.activation import gelu
 from hpcinfer.ops.experts import experts_ffn
 from hpcinfer.ops.linear import linear
@@ -29,15 +29,15 @@ ROW_BYTES = WORD * (D + 2 * TOP + D)  # of a token with its choices, there, and 
 # --- parameters in parts -------------------------------------------------------------------------
 
 
-def zero_units(comm, rng, small_bytes):
+def zero_units(comm, rng, put, small_bytes):
     """Every rank has tokens of its own, and a part of every layer."""
-    x, *layers = _dense_layers(rng)
+    x, *layers = _dense_layers(rng, put)
     names = ("up", "up_bias", "down")
     units = [
         zero.cut(comm, dict(zip(names, layer, strict=True)), small_bytes, n % comm.size)
         for n, layer in enumerate(layers)
     ]
-    gathered, y = zero.Gathered(comm, units), x[own(comm, T)]
+    gathered, y = zero.Gathered(comm, units, array.namespace(x)), x[own(comm, T)]
     for n in range(N):
         y = _dense(y, **gathered.get(n))
         gathered.test()
@@ -52,9 +52,9 @@ def zero_units(comm, rng, small_bytes):
 # --- stages --------------------------------------------------------------------------------------
 
 
-def pipeline_stages(comm, rng):
+def pipeline_stages(comm, rng, put):
     """Uneven micro-batches, one of them empty; every rank hears the results."""
-    x, *layers = _dense_layers(rng)
+    x, *layers = _dense_layers(rng, put)
     micro = [x[:8], x[8:8], x[8:9], x[9:]]
     pipeline, stage = Pipeline(comm), partition.stages([1] * N, comm.size)[comm.rank]
 
@@ -65,10 +65,12 @@ def pipeline_stages(comm, rng):
 
     heard = []
     for x_in in micro:
-        y = pipeline.forward(x_in if pipeline.is_first else np.empty_like(x_in), compute)
+        y = pipeline.forward(
+            x_in if pipeline.is_first else array.namespace(x).empty_like(x_in), compute
+        )
         if pipeline.is_last:
-            pipeline.announce(y.reshape(-1).view(np.uint8))
-            heard.append(y)
+            heard.append(array.host(y))
+            pipeline.announce(heard[-1].reshape(-1).view(np.uint8))
     if not pipeline.is_last:
         heard = [pipeline.hear().view(np.float32).reshape(-1, D) for _ in micro]
     pipeline.wait()
@@ -79,22 +81,27 @@ def pipeline_stages(comm, rng):
 # --- experts -------------------------------------------------------------------------------------
 
 
-def expert_cut(comm, rng, n_experts):
+def expert_cut(comm, rng, put, n_experts):
     """Tokens on every rank, which go to the ranks of the experts that they chose."""
-    x, up, down = _mixture(rng, n_experts)
+    x, up, down = _mixture(rng, put, n_experts)
     ids, weights = _choices(rng, n_experts)
     shares, tokens = partition.experts(n_experts, F, comm.size), own(comm, T)
     compute = _experts_of(shares[comm.rank], up, down)
-    y = experts(comm, x[tokens], ids[tokens], weights[tokens], shares, compute)
+    y = experts(comm, x[tokens], put(ids[tokens]), put(weights[tokens]), shares, compute)
 
     home = np.repeat(np.arange(comm.size), counts(comm, T))
     formula_bytes = 8 * comm.size * (comm.size - 1) + _pairs(ids, shares, home) * ROW_BYTES
     return Trial((y,), (oracle.mixture(x, ids, weights, up, down, gelu)[tokens],), formula_bytes)
 
 
-def disagg_sides(comm, rng, n_experts):
+def few_experts(comm, rng, put):
+    """Columns of an expert are cut where ranks are more than experts."""
+    return expert_cut(comm, rng, put, -(-comm.size // 2))
+
+
+def disagg_sides(comm, rng, put, n_experts):
     """Half the ranks attend, in two micro-batches; the others have the experts."""
-    x, up, down = _mixture(rng, n_experts)
+    x, up, down = _mixture(rng, put, n_experts)
     choices = [_choices(rng, n_experts) for _ in range(N)]
     M = -(-comm.size // 2)
     attends = comm.rank < M
@@ -110,30 +117,33 @@ def disagg_sides(comm, rng, n_experts):
             inter,
             range(N),
             [x[rows] for rows in micro],
-            lambda n, b, x: (x, x, *(c[micro[b]] for c in choices[n]), False),
+            lambda n, b, x: (x, x, *(put(c[micro[b]]) for c in choices[n]), False),
             lambda n, b, x, y: x + y,
             lambda n: shares,
         )
     else:
         compute = _experts_of(shares[side.rank], up, down)
-        disagg.ffn_side(inter, range(N), 2, lambda n, *sent: compute(*sent), D, lambda n: TOP)
+        disagg.ffn_side(
+            inter, range(N), 2, lambda n, *sent: compute(*sent), D, lambda n: TOP,
+            xp=array.namespace(x),
+        )  # fmt: skip
     inter.Free()
     side.Free()
 
     # Every token leaves its rank for each FFN rank that it needs.
     nowhere = np.full(T, -1)
     formula_bytes = ROW_BYTES * sum(_pairs(ids, shares, nowhere) for ids, _ in choices)
-    whole = x
+    whole = array.host(x)
     for ids, weights in choices:
         whole = whole + oracle.mixture(whole, ids, weights, up, down, gelu)
-    got = np.concatenate(y) if attends else x[:0]
+    got = array.namespace(x).concatenate(y) if attends else x[:0]
     return Trial((got,), (whole[start:stop],), formula_bytes)
 
 
 # --- replicas ------------------------------------------------------------------------------------
 
 
-def data_queue(comm, rng):
+def data_queue(comm, rng, put):
     """The ranks take in turn, so that everybody's calls are known; 8 bytes each, but by rank 0."""
     queue, given = Queue(comm, ITEMS), []
     while len(given) < ITEMS:
@@ -156,16 +166,16 @@ ROWS = [
     Row("zero, broadcast", "parameters", partial(zero_units, small_bytes=np.inf)),
     Row("pipeline", "layers", pipeline_stages),
     Row("expert", "experts", partial(expert_cut, n_experts=E)),
-    Row("expert, E < P", "experts, columns", lambda c, rng: expert_cut(c, rng, -(-c.size // 2))),
+    Row("expert, E < P", "experts, columns", few_experts),
     Row("disagg", "experts apart", partial(disagg_sides, n_experts=E), least_ranks=2),
     Row("disagg, dense", "columns apart", partial(disagg_sides, n_experts=1), least_ranks=2),
     Row("data", "queue", data_queue),
 ]
 
 
-def _dense_layers(rng):
+def _dense_layers(rng, put):
     """Tokens x (T, D), and of every layer up (F, D), up_bias (F,), down (D, F)."""
-    x, up, up_bias, down = normal(rng, (T, D), (N, F, D), (N, F), (N, D, F))
+    x, up, up_bias, down = normal(rng, put, (T, D), (N, F, D), (N, F), (N, D, F))
     return x, *zip(up, up_bias, down / np.float32(F), strict=True)
 
 
@@ -175,14 +185,15 @@ def _dense(x, up, up_bias, down):
 
 def _through(x, layers):
     """All layers of all tokens, by the definition."""
+    x = array.host(x)
     for up, up_bias, down in layers:
         x = x + oracle.linear(gelu(oracle.linear(x, up, up_bias)), down)
     return x
 
 
-def _mixture(rng, n_experts):
+def _mixture(rng, put, n_experts):
     """Tokens x (T, D), up (E, F, D), down (E, D, F)."""
-    x, up, down = normal(rng, (T, D), (n_experts, F, D), (n_experts, D, F))
+    x, up, down = normal(rng, put, (T, D), (n_experts, F, D), (n_experts, D, F))
     return x, up, down / np.float32(F)
 
 

@@ -1,12 +1,17 @@
-"""The definitions, dense and in float64: what one rank computes that nothing was cut for."""
+"""The definitions, dense and in float64: what one rank computes that nothing was cut for.
+
+They are computed on the host, wherever the arguments are.
+"""
 
 import numpy as np
+
+from hpcinfer.array import host
 
 
 def linear(x, weight, bias=None):
     """x · weightᵀ + bias: x (T, I), weight (O, I), bias (O,) -> (T, O)."""
-    y = x.astype(np.float64) @ weight.T.astype(np.float64)
-    return y if bias is None else y + bias
+    y = host(x).astype(np.float64) @ host(weight).T.astype(np.float64)
+    return y if bias is None else y + host(bias)
 
 
 def mixture(x, ids, weights, up, down, function):
@@ -23,7 +28,7 @@ def mixture(x, ids, weights, up, down, function):
     -------
     (T, D) float64
     """
-    y = np.zeros(x.shape)
+    y, ids, weights = np.zeros(x.shape), host(ids), host(weights)
     for t, k in np.ndindex(ids.shape):
         e = ids[t, k]
         y[t] += weights[t, k] * linear(function(linear(x[t], up[e])), down[e])
@@ -47,8 +52,8 @@ def attention(q, k, v, q_tokens, k_tokens, scale, window=None):
     lse : (S, H) float64
     """
     per_kv = q.shape[1] // k.shape[1]
-    k, v = (np.repeat(x, per_kv, axis=1).astype(np.float64) for x in (k, v))
-    scores = scale * np.einsum("shk,lhk->shl", q.astype(np.float64), k)
+    k, v = (np.repeat(host(x), per_kv, axis=1).astype(np.float64) for x in (k, v))
+    scores = scale * np.einsum("shk,lhk->shl", host(q).astype(np.float64), k)
     seen = visible(q_tokens, k_tokens, window)[:, None]
     top = scores.max(axis=-1, where=seen, initial=-np.inf, keepdims=True)
     weights = np.where(seen, np.exp(scores - top), 0)
@@ -66,5 +71,5 @@ def visible(q_tokens, k_tokens, window=None):
 
 def log_softmax(logits):
     """Log-probabilities along the last axis: (R, V) -> (R, V)."""
-    x = logits.astype(np.float64)
+    x = host(logits).astype(np.float64)
     return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))

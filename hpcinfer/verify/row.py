@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hpcinfer import array
 from hpcinfer.collectives import ledger
 from hpcinfer.errors import one_line
 
@@ -23,7 +24,8 @@ class Row:
     ----------
     strategy : name
     cut : what is cut, and how
-    function : function (comm, rng) -> Trial; rng yields the same numbers on every rank
+    function : function (comm, rng, put) -> Trial; rng yields the same numbers on every rank, and
+        `put` brings a host array to the memory of the rank's device
     equal : whether the strategy equals one rank; if not, it must differ on more ranks than one
     least_ranks : ranks below which there is no such cut, and the row is not tried
     """
@@ -45,7 +47,8 @@ class Trial:
 
     Attributes
     ----------
-    got, want : this rank's results by the strategy and by the definition; tuples of arrays
+    got, want : this rank's results by the strategy and by the definition; tuples of arrays, host or
+        device
     formula_bytes : bytes that all ranks together send, by the strategy's formula
     """
 
@@ -140,22 +143,23 @@ HEADINGS = [
 ]  # fmt: skip
 
 
-def run(comm, rows, seed=0):
+def run(comm, rows, seed=0, put=np.asarray):
     """Try rows over the ranks of a communicator.
 
     Parameters
     ----------
     rows : list of Row
     seed : of the random data, 0 or more
+    put : as a row's function takes it
 
     Returns
     -------
     list of Outcome, equal on every rank
     """
-    return [run_row(comm, row, np.random.default_rng([seed, i])) for i, row in enumerate(rows)]
+    return [run_row(comm, row, np.random.default_rng([seed, i]), put) for i, row in enumerate(rows)]
 
 
-def run_row(comm, row, rng):
+def run_row(comm, row, rng, put=np.asarray):
     """Outcome of one row, on a communicator of its own: an error leaves no message to the next."""
     if comm.size < row.least_ranks:
         return Outcome(row, comm.size)
@@ -164,7 +168,7 @@ def run_row(comm, row, rng):
     ledger.clear()
     trial, error = None, None
     try:
-        trial = row.function(own, rng)
+        trial = row.function(own, rng, put)
     except Exception as raised:
         error = raised
     _meet(comm, error)
@@ -203,6 +207,7 @@ def _meet(comm, error):
 
 def _sizes(got, want):
     """(largest difference, largest value) of two arrays; (inf, 1) if they cannot be compared."""
+    got, want = array.host(got), array.host(want)
     if got.shape != want.shape:
         return math.inf, 1.0
     difference, value = (float(np.abs(x).max(initial=0)) for x in (got - want, want))
