@@ -10,6 +10,8 @@ from conftest import ROOT, clean_environment, run_job
 
 from hpcinfer import array
 from hpcinfer.engine.crowd import advice
+from hpcinfer.ops import cuda, fastest
+from hpcinfer.ops.cuda import blas
 
 pytestmark = pytest.mark.single
 
@@ -75,6 +77,41 @@ def test_trouble_is_told_in_the_words_of_who_has_it(monkeypatch, count, trouble)
     cupy.cuda.runtime.getDeviceCount = count
     monkeypatch.setattr(array, "_cupy", lambda: cupy)
     assert array.gpu_trouble() == trouble
+
+
+class FakeRocm:
+    """Of CuPy for ROCm what tells it from CuPy for CUDA, and its library of matrix products."""
+
+    def __init__(self, is_hip, products):
+        handle = SimpleNamespace(get_cublas_handle=lambda: 7)
+        library = SimpleNamespace(gemmEx=lambda *words: products.append(words))
+        runtime = SimpleNamespace(is_hip=is_hip)
+        self.ndarray = SimpleNamespace
+        self.cuda = SimpleNamespace(runtime=runtime, cublas=library, device=handle)
+
+    def use(self, monkeypatch):
+        """Let `import cupy` find it."""
+        monkeypatch.setitem(sys.modules, "cupy", self)
+        monkeypatch.setitem(sys.modules, "cupy.cuda", self.cuda)
+
+
+@pytest.mark.parametrize("is_hip", [False, True])
+def test_the_kernels_need_cuda(monkeypatch, is_hip):
+    """Array code runs with CuPy for ROCm, and nothing looks for libraries of CUDA."""
+    products = []
+    FakeRocm(is_hip, products).use(monkeypatch)
+    assert (fastest.backend("cupy") is None) == is_hip
+    assert (cuda.missing() or "").startswith("the kernels need CUDA") == is_hip
+    if is_hip:
+        monkeypatch.setattr(blas, "_library", lambda version: pytest.fail("looked for"))
+        blas._bound.__wrapped__(0, 0)(1, 2)
+        assert products == [(7, 1, 2)]
+
+
+def test_cupy_is_not_loaded_to_ask_for_it(monkeypatch):
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    cuda.missing()
+    assert "cupy" not in sys.modules
 
 
 class Node:

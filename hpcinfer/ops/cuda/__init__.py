@@ -5,6 +5,7 @@ include no header, and call no library.
 """
 
 import importlib.util
+import sys
 
 FILES = (
     "activation", "attention", "embed", "experts", "linear", "norm", "quantize", "rope", "route",
@@ -17,6 +18,9 @@ PARTS = {"decode": "attention", "prefill": "attention", "grouped": "experts"}
 
 def missing():
     """Why nothing here can run: a line that says what is needed; None if it can."""
-    if importlib.util.find_spec("cupy") is None:
+    cupy = sys.modules.get("cupy")
+    if cupy is None and importlib.util.find_spec("cupy") is None:
         return "CuPy is not installed; pip install hpcinfer[cuda12] or hpcinfer[cuda13]"
+    if cupy is not None and cupy.cuda.runtime.is_hip:
+        return "the kernels need CUDA, and CuPy is built for ROCm"
     return None

@@ -1,7 +1,8 @@
 """Large matrix products by cuBLAS, on the stream of this rank.
 
 The library is called by its own names, with a handle and a workspace of ours: CuPy's functions for
-it refuse to be captured (`graph`). Where the library cannot be found under its name, they serve.
+it refuse to be captured (`graph`). They serve where the library cannot be found under its name, and
+on GPUs that have another.
 """
 
 import ctypes
@@ -47,7 +48,9 @@ def _bound(ordinal, stream):
     import cupy
     from cupy.cuda import cublas, device
 
-    library = _library(cublas.getVersion(device.get_cublas_handle()) // 10000)
+    library = None
+    if not cupy.cuda.runtime.is_hip:
+        library = _library(cublas.getVersion(device.get_cublas_handle()) // 10000)
     if library is None:
         return lambda *args: cublas.gemmEx(device.get_cublas_handle(), *args)
     handle, workspace = ctypes.c_void_p(), cupy.cuda.alloc(_WORKSPACE)

@@ -12,6 +12,8 @@ streamCaptureModeGlobal = _streams.GLOBAL
 streamCaptureModeThreadLocal = _streams.THREAD_LOCAL
 streamCaptureModeRelaxed = _streams.RELAXED
 
+is_hip = False
+
 _current = [0]
 
 
