@@ -130,7 +130,8 @@ def use_window(comm, window):
 
     Parameters
     ----------
-    window : `parallel.window.Window`, or what has its `serves` and `sum`
+    window : `parallel.window.Window`, or what has its `serves` and `sum`, such as
+        `ops.cuda.nccl.StreamSum`
     """
     comm.Set_attr(_window, window)
 
@@ -160,18 +161,25 @@ def Allreduce(comm, x, op=MPI.SUM, purpose=""):
     """
     if x.dtype.kind not in "fiub" or array.is_half(x.dtype):
         raise TypeError(f"Allreduce: got {x.dtype}, need float32, float64 or integers")
+    # Find out whether the ranks of a node add it up in memory that they share.
     size = comm.size
     sent_bytes = 2 * x.nbytes * (size - 1) / size
     shared = window_of(comm) if op == MPI.SUM else None
     if shared is not None and not shared.serves(x):
         shared = None
+
+    # Have the call made again with each replay of a captured step.
     if capture.under_way is not None:
         if size == 1 or shared is not None:
             capture.under_way.sum(("Allreduce", axis_name(comm), purpose), sent_bytes, shared)
         else:
             capture.under_way.pause(partial(Allreduce, comm, x, op, purpose))
         if capture.under_way.defers:
+            if shared is not None:  # its stream notes it, as it does a kernel
+                shared.sum(x)
             return x
+
+    # Add up.
     call = ledger.begin("Allreduce", comm, purpose)
     if shared is not None:
         shared.sum(x)

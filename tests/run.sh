@@ -8,7 +8,7 @@
 #
 # HPCINFER_TEST_RANKS="1 2 3 4"        rank counts
 # HPCINFER_TEST_LIMIT=60               seconds that one test may take
-# HPCINFER_TEST_SESSION_LIMIT=720      seconds that the tests on one rank count may take
+# HPCINFER_TEST_SESSION_LIMIT=1080     seconds that the tests on one rank count may take
 # HPCINFER_TEST_DEVICE=all             all cases of tests/test_device_engine.py
 # jobs/environment.sh lists the settings of the environment.
 set -euo pipefail
@@ -48,7 +48,7 @@ on_rank='
 suite() {
     local ranks=$1 log status=0
     shift
-    timeout --foreground --kill-after=10 "${HPCINFER_TEST_SESSION_LIMIT:-720}" \
+    timeout --foreground --kill-after=10 "${HPCINFER_TEST_SESSION_LIMIT:-1080}" \
         bash jobs/site.sh "$ranks" sh -c "$on_rank" sh "$reports/ranks-$ranks" \
         --timeout="${HPCINFER_TEST_LIMIT:-60}" "$@" || status=$?
     if [ "$status" != 0 ] && [ "$status" != 5 ]; then

@@ -49,7 +49,7 @@ MOE = LLAMA | {
 def tiny(monkeypatch):
     """Limits of a size for tests; the choice of forms is put back."""
     monkeypatch.setattr(limits, "_READ_BYTES", 1 << 12)
-    monkeypatch.setattr(limits, "_PRODUCT", (4, 8, 16))
+    monkeypatch.setitem(limits._PRODUCT, "cpu", (4, 8, 16))
     monkeypatch.setattr(limits, "_RUNS", 1)
     monkeypatch.setattr(measure, "_CALLS_S", 1e-3)
     yield

@@ -214,3 +214,26 @@ def test_the_command_on_a_device(mpirun, standin, tmp_path):
         answers[device] = [json.loads(line)["response"] for line in output.open()]
     texts = [[r["body"]["choices"][0]["text"] for r in answers[device]] for device in answers]
     assert texts[0] == texts[1] and all(texts[0])
+
+
+def test_sums_by_nccl(mpirun, standin):
+    """Two GPUs, each a rank's own; answers of one rank, from graphs of whole steps."""
+    cases = ("llama-gqa/tp=2/bfloat16", "qwen2/tp=2/float32")
+    settings = {"STANDIN_DEVICES": "2", "HPCINFER_NCCL": "1"} | standin
+    done = mpirun(2, sys.executable, COMPARE, *cases, timeout_s=55, **settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for line in map(json.loads, done.stdout.splitlines()):
+        assert line["differences"] == [] and line["hazards"] == {} and line["graphs"] > 0, line
+
+
+def test_nccl_needs_a_gpu_for_each_rank(mpirun, standin, tmp_path):
+    """Said once, on all ranks, before any message."""
+    (tmp_path / "in.txt").write_text("Once\n")
+    done = mpirun(
+        2, *HPCINFER, "generate", ROOT / "data" / "model", "--input", tmp_path / "in.txt",
+        "--output", tmp_path / "out.jsonl", "--device", "cuda",
+        HPCINFER_NCCL="1", STANDIN_DEVICES="1", **standin,
+    )  # fmt: skip
+    assert done.returncode == 1
+    refusal = "NCCL: got ranks that have one GPU together, need a GPU for each rank; unset HPC"
+    assert done.stderr.count(refusal) == 1, done.stderr

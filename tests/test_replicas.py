@@ -317,7 +317,7 @@ main(sys.argv[1:])
 
 IN_A_STEP = {
     "imports": "from hpcinfer.model.cache import Cache",
-    "target": "Cache.write",
+    "target": "Cache.place_heads",
     "error": 'RuntimeError("model: got a failure, need none")',
 }
 IN_READING = {

@@ -42,7 +42,7 @@ def describe():
             "free for this process",
         ),
         ("huge pages", _huge_pages()),
-        ("GPUs", ", ".join(gpus) or "none that CuPy can use"),
+        ("GPUs", ", ".join(gpus) or f"none that CuPy can use: {array.gpu_trouble()}"),
         ("MPI", _mpi()),
         *_kernels("processor", cpu),
         *(_kernels("GPU", cuda) if gpus else []),

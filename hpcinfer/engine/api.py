@@ -15,7 +15,7 @@ import time
 from hpcinfer import array, collectives
 from hpcinfer.engine import finite
 from hpcinfer.engine.ahead import Ahead
-from hpcinfer.engine.crowd import take_device, take_threads
+from hpcinfer.engine.crowd import take_device, take_sums, take_threads
 from hpcinfer.engine.extract import Extract, activations_of, gathered
 from hpcinfer.engine.feed import Feed
 from hpcinfer.engine.formats import Limits as PromptLimits
@@ -37,7 +37,6 @@ from hpcinfer.model.ffn_side import FfnSide
 from hpcinfer.model.fit import refuse_unfit
 from hpcinfer.model.forward import Model
 from hpcinfer.model.weights import check
-from hpcinfer.parallel.window import open_windows
 
 # Share of the free memory that the cache takes where --kv-memory does not say.
 _KV_SHARE = 0.5
@@ -96,8 +95,7 @@ def load(
         finite.check_weights(comm, path, None if dtype is None else array.parse_dtype(dtype))
     take_threads(grid.node)
     device = take_device(grid.comm, grid.node, device)
-    if device.name == "cpu":
-        open_windows((grid.tp, grid.tp_cp), grid.node)
+    take_sums(grid, device)
     return agree_all(
         comm, lambda: Engine(path, grid, dtype, device, kv_memory, limits, context, seed)
     ).ready()

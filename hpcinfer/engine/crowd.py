@@ -2,6 +2,7 @@
 
 from hpcinfer import array, collectives
 from hpcinfer.grid import agree_all
+from hpcinfer.parallel.window import open_stream_sums, open_windows
 from hpcinfer.where import waiting
 
 
@@ -48,6 +49,26 @@ def take_device(comm, node, choice):
     with waiting("allreduce", comm, "device"):
         collectives.use_device_memory(comm, device.xp, said)
     return device
+
+
+def take_sums(grid, device):
+    """Let sums over the ranks of a node go through common memory, those of GPUs by NCCL if asked.
+
+    Collective over the grid's communicators.
+
+    Raises
+    ------
+    ValueError, RuntimeError
+        On every rank, if NCCL is asked for and cannot be used.
+    """
+    comms = grid.tp, grid.tp_cp
+    if device.name == "cpu":
+        return open_windows(comms, grid.node)
+    with waiting("allreduce", grid.comm, "nccl"):
+        wanted = grid.comm.allreduce(array.nccl_is_wanted())
+    if wanted:
+        open_stream_sums(grid.comm, comms, array.node_name(), device)
+    return None
 
 
 def advice(node, device):

@@ -28,7 +28,7 @@ class Generate:
             sequence.stream = self.engine.text.stream(
                 sampling.stop, after_text=request.kind != "chat"
             )
-            sequence.siblings = samples
+            sequence.siblings, sequence.stops = samples, self.engine.stops(sampling)
             if _has_penalties(sampling):
                 sequence.history = History(request.token_ids)
             samples.append(sequence)
@@ -53,7 +53,7 @@ class Generate:
         logits = model.logits(hidden)
         if not self._settings.serves(ready):
             self._settings = Settings(tuple(ready), _rows(self.engine, ready))
-        rows = self._settings.at(self.engine)
+        rows = self._settings.at_hand()
         start, V = model.head_range[0], model.arch.V
         ahead = self.engine.ahead
         between = ahead.prepare if ahead.serves else None
@@ -90,12 +90,10 @@ class Settings:
         """True if these are the very sequences."""
         return len(ready) == len(self.sequences) and all(map(is_, ready, self.sequences))
 
-    def at(self, engine):
+    def at_hand(self):
         """The rows for the tokens that the sequences have now."""
         banned = [
-            tuple(engine.stops(s.request.sampling))
-            if s.n_new < s.request.sampling.min_tokens
-            else ()
+            tuple(s.stops) if s.n_new < s.request.sampling.min_tokens else ()
             for s in self.sequences
         ]
         return self.rows.at([len(s.tokens) for s in self.sequences], banned)
@@ -161,7 +159,7 @@ def _append(engine, sequence, token_id, logprob=None, top=None):
 
     # A token that ends the sequence is no part of its text.
     may_stop = sequence.n_new >= sampling.min_tokens
-    if may_stop and token_id in engine.stops(sampling):
+    if may_stop and token_id in sequence.stops:
         sequence.finish_reason = "stop"
     elif sequence.stream.push(token_id, may_stop):
         sequence.finish_reason = "stop"

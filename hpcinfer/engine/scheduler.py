@@ -47,6 +47,7 @@ class Sequence:
     digests : hashes of the full pages of the text, as far as they were needed
     siblings : all samples of the request
     stream : text of the generated tokens, watched for stop strings
+    stops : token ids that end it
     history : tokens seen so far, kept where penalties need them
     logprobs, top_logprobs : of the generated (or scored) tokens
     known : with `all_rows`, leading tokens whose hidden states are not wanted again
@@ -66,6 +67,7 @@ class Sequence:
     digests: list = field(default_factory=list)
     siblings: list = field(default_factory=list)
     stream: object = None
+    stops: frozenset = frozenset()
     history: object = None
     logprobs: list = field(default_factory=list)
     top_logprobs: list = field(default_factory=list)
@@ -154,7 +156,8 @@ class Scheduler:
             if n == 0:  # its next token is under way
                 position += 1
                 continue
-            if not self.pages.fit(self._owners(sequence, sequence.computed + n)):
+            owners = self._owners(sequence, sequence.computed + n)
+            if owners and not self.pages.fit(owners):
                 if self.running[-1].under_way:
                     return self._in_order(plan)
                 self._preempt(self.running.pop())
@@ -226,8 +229,11 @@ class Scheduler:
     def _plan(self, plan, sequence, n):
         """Enter n tokens of a sequence in the step, with the pages that they need."""
         end = sequence.computed + n
-        sequence.pages += self.pages.take(self._owners(sequence, end))
+        if owners := self._owners(sequence, end):
+            sequence.pages += self.pages.take(owners)
         plan.append((sequence, n))
+        if end // PAGE == sequence.computed // PAGE:
+            return
 
         # The step writes its keys before any is read, so its full pages can be shared at once.
         known = self._digests(sequence, end)
@@ -240,6 +246,8 @@ class Scheduler:
         Pages are dealt in turn, from the rank of the first page on.
         """
         have, ranks = len(sequence.pages), self.pages.ranks
+        if pages_for(end) <= have:
+            return []
         first = self.pages.owner(sequence.pages[0]) if have else self.pages.emptiest
         return [(first + page) % ranks for page in range(have, pages_for(end))]
 

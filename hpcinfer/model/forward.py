@@ -137,8 +137,8 @@ class Model:
 
         Returns
         -------
-        list of (R, D) float32, equal on every rank of the tensor and context axes; None on a stage
-        that is not the pipeline's last
+        list of (R, D) float32, or rounded where nothing but the head follows, equal on every rank
+        of the tensor and context axes; None on a stage that is not the pipeline's last
         """
         self.weights.release()
         if self.grid.side == "attention":
@@ -193,14 +193,18 @@ class Model:
             x, y = self._begin(step, cut) if x is None else x, None
             for n in self.layers:
                 x, y = layer(self, n, x, y, step, cut, rotation)
+            if ends_there:
+                return self._hidden(x, y)
             return x if y is None else add_into(y, x)
 
         def compute(x):
             x = self.graphs.layers(step, cut, x, rotation, layers)
-            return self._normed(x, step) if self.pipeline.is_last else x
+            return x if ends_there or not self.pipeline.is_last else self._normed(x, step)
 
-        # What begins with tokens begins in the graph, on a device that has one.
-        begins_there = self.pipeline.is_first and self.device.name != "cpu"
+        # On a GPU what begins with tokens and ends with all hidden states does so in the graph.
+        has_graph = self.device.name != "cpu" and self.tap is None and self.grid.cp.size == 1
+        begins_there = has_graph and self.pipeline.is_first
+        ends_there = has_graph and self.pipeline.is_last and cut.counts is None and step.all_wanted
         return self.pipeline.forward(None if begins_there else self._begin(step, cut), compute)
 
     def _beside_ffn(self, steps):
@@ -263,6 +267,12 @@ class Model:
         classes = None if step.length_classes is None else step.length_classes[step.mine]
         return angles(self.arch.rope, step.positions[step.mine], classes)
 
+    def _hidden(self, x, y):
+        """Final norm of x + y, all tokens, in the type of operands: (T, D), (T, D) or None."""
+        w = self.weights
+        w.output()
+        return add_norm(self, x, y, w.final_norm, w.final_norm_bias, self.operand_type)[1]
+
     def _normed(self, x, step):
         """Final norm of the wanted tokens: (T/P, D) -> (R, D) on every rank."""
         w = self.weights
@@ -278,7 +288,7 @@ class Model:
         xp = array.namespace(x)
         comm, held, owner = holders(step, "home", self.grid)
         if comm is None or comm.size == 1:
-            return x if len(step.rows) == len(x) else x[xp.asarray(step.rows)]
+            return x if step.all_wanted else x[xp.asarray(step.rows)]
         owner = owner[step.rows]
         own = np.searchsorted(held, step.rows[owner == comm.rank])
         counts = np.bincount(owner, minlength=comm.size).tolist()

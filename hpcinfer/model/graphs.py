@@ -286,7 +286,8 @@ class Graphs:
         most_tokens, T = _MOST_TOKENS[self._model.device.name], step.n_tokens
         if self.refusals.keys() & {None, T} or not 0 < T <= most_tokens:
             return False
-        alone = step.n_single == step.n_tokens and not step.columns and cut.counts is None
+        alone = step.n_single == T and not step.columns and cut.counts is None
+        alone &= step.all_wanted or self._model.device.name == "cpu"
         watched = self._model.tap is not None or collectives.ledger.tracing
         return alone and not watched
 

@@ -211,6 +211,11 @@ class Step:
         return len(self.lengths)
 
     @property
+    def all_wanted(self):
+        """True if the hidden state of every token is wanted."""
+        return len(self.rows) == self.n_tokens
+
+    @property
     def positions(self):
         """(T,) place of every token in its sequence."""
         return self.tokens[:, 1]

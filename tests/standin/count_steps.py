@@ -1,6 +1,6 @@
 """What one step of decoding tells the device, on the stand-in: a line of JSON for every batch.
 
-    python tests/standin/count_steps.py BATCH...
+    python tests/standin/count_steps.py BATCH...         also under mpirun: tp over all ranks
 
 The model has 24 layers of the Llama family with random weights in bfloat16, as narrow as the
 kernels serve. Two runs of different length differ by steps of decoding alone; before them come some
@@ -19,6 +19,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 from cupy import _notes
+from mpi4py import MPI
 from safetensors.numpy import save_file
 
 TESTS = Path(__file__).resolve().parent.parent
@@ -76,9 +77,12 @@ def counts_of(engine, batch, n):
 
 def main(batches):
     """Print the counts of a step for every batch."""
+    comm = MPI.COMM_WORLD
     with tempfile.TemporaryDirectory(prefix="standin-") as folder:
         write_model(Path(folder))
+        folder = comm.bcast(folder)
         engine = hpcinfer.load(folder, dtype="bfloat16", device="cuda", kv_memory=1 << 24)
+        comm.Barrier()
     for batch in batches:
         runs = [counts_of(engine, batch, n) for n in (LONG, LONG, LONG, SHORT)]
         (long, of_long), (short, of_short) = runs[-2:]
@@ -87,7 +91,9 @@ def main(batches):
         del long["cudaMalloc"]  # comes and goes with the pieces that a pool is in
         counts = {kind: n / steps for kind, n in sorted(long.items()) if n}
         places = [[*at, n / steps] for at, n in of_long.most_common() if n]
-        print(json.dumps({"batch": batch, "counts": counts, "places": places}), flush=True)
+        if comm.rank == 0:
+            line = {"batch": batch, "counts": counts, "places": places}
+            print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import numpy as np
 
 from hpcinfer import array
 from hpcinfer.capture import Refused
+from hpcinfer.ops.cuda.launch import counters
 from hpcinfer.where import here
 
 _ALIGN = 256  # bytes at which each part of the block begins
@@ -31,6 +32,9 @@ class Memory:
     def __init__(self):
         self.pool = cupy.cuda.MemoryPool()
         self.block = cupy.empty(_ROOM, np.uint8)
+
+        # Set counters to zero now: a capture would do so only once its graph is launched.
+        counters(cupy, 1)
 
         # Two of the host take turns: the device may still read one while the next is written.
         self._staging = [array.page_locked((_ROOM,), np.uint8) for _ in range(2)]

@@ -44,9 +44,11 @@ def start(kernel, grid, threads, arguments):
         return False
     import cupy
 
+    # Lay the arguments out as C has them, a pointer to each.
     words = [x if isinstance(x, np.generic) else np.uint64(x.data.ptr) for x in arguments]
     places = [np.array([x]) for x in words]
     pointers = (ctypes.c_void_p * len(words))(*(x.ctypes.data for x in places))
+    # Let the kernel begin when all blocks of the one before have.
     attribute = _Attribute(name=_SERIALIZATION)
     attribute.value[0] = 1
     config = _Config(

@@ -14,7 +14,7 @@ from cupy._pools import (
 )
 from cupy._streams import Event, Stream
 from cupy._streams import current as _current
-from cupy.cuda import cublas, device, memory, runtime
+from cupy.cuda import cublas, device, memory, nccl, runtime
 from cupy.cuda.device import Device, get_cublas_handle, get_device_id
 
 __getattr__ = unwritten("cupy.cuda")
@@ -47,6 +47,7 @@ __all__ = [
     "get_cublas_handle",
     "get_device_id",
     "memory",
+    "nccl",
     "runtime",
     "set_allocator",
     "using_allocator",
