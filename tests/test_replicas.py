@@ -179,7 +179,7 @@ def test_a_replica_without_requests_takes_steps_with_the_others(comm, shared_pat
 def test_a_slow_replica_answers_fewer(comm, shared_path, monkeypatch, layout):
     """Who is done takes the next: no share is fixed beforehand."""
     engine = load(comm, shared_path, CASE, layout, sequences=2)
-    forward, pause_s = engine.model.forward, 0.05 if engine.grid.dp.rank == 1 else 0
+    forward, pause_s = engine.model.forward, 0.25 if engine.grid.dp.rank == 1 else 0
 
     def delayed(steps):
         time.sleep(pause_s)
@@ -188,8 +188,7 @@ def test_a_slow_replica_answers_fewer(comm, shared_path, monkeypatch, layout):
     monkeypatch.setattr(engine.model, "forward", delayed)
     found = engine.generate(prompts_of(40), max_tokens=4, temperature=0, ignore_eos=True)
     assert [r.request.index for r in found] == list(range(40))
-    counts = answered(engine)
-    assert counts[1] == min(counts) and counts[1] < 0.75 * 40 / len(counts)
+    assert answered(engine)[1] < 0.75 * 40 / engine.grid.dp.size
 
 
 # --- The command ---------------------------------------------------------------------------------
