@@ -452,11 +452,6 @@ def mpi_reads_device_memory():
     return any(os.environ.get(name, "").lower() in ("1", "true") for name in _GPU_MPI)
 
 
-def node_name():
-    """Name of this node."""
-    return os.uname().nodename
-
-
 def nccl_is_wanted():
     """True if the user has said that sums over GPUs go by NCCL."""
     return os.environ.get("HPCINFER_NCCL") == "1"

@@ -121,8 +121,7 @@ def _row(shape, device, tokens, strategy, ranks, time_s, flop_per_s):
     limit_s = 2 * shape.H * shape.K * tokens * (tokens + 1) / flop_per_s
     return {
         "bench": "attention",
-        **shape.facts(),
-        "device": device.name,
+        **shape.facts(device),
         "strategy": strategy,
         "cut": None,
         "batch": 1,

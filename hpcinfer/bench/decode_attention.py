@@ -139,8 +139,7 @@ def _row(cache, strategy, ranks, time_s, byte_per_s):
     limit_s = cache.L * cache.shape.key_bytes / byte_per_s
     return {
         "bench": "decode-attention",
-        **cache.shape.facts(),
-        "device": cache.device.name,
+        **cache.shape.facts(cache.device),
         "strategy": strategy,
         "batch": cache.T,
         "context": cache.L // cache.T,

@@ -182,11 +182,7 @@ def _row(comm, sides, works, layers, m, repeat):
     ]
     return measure.row(
         "disagg",
-        {
-            "model": f"{sides.ffn}, {sides.shape.H} heads",
-            "dtype": "float32",
-            "device": sides.device.name,
-        },
+        sides.ffn.facts(sides.device) | {"model": f"{sides.ffn}, {sides.shape.H} heads"},
         f"disagg, {sides.work}",
         comm.size,
         m,

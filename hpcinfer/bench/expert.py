@@ -46,8 +46,7 @@ def run(comm, device, ffn, tokens, n_experts, top, skews, repeat):
     def compute(x, ids, weights):
         return experts_ffn(x, ids, weights, up, down, own.experts[0], relu)
 
-    facts = ffn.facts() | {"device": device.name}
-    facts["model"] = f"{n_experts} experts, {ffn}, top {top}"
+    facts = ffn.facts(device) | {"model": f"{n_experts} experts, {ffn}, top {top}"}
     for skew in skews:
         ids = choices(comm.rank, tokens, n_experts, top, skew)
         weights, on_device = device.xp.full(ids.shape, 1 / top, np.float32), device.put(ids)

@@ -11,6 +11,7 @@ import mmap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import median
 
 import numpy as np
@@ -88,11 +89,9 @@ def read_rate(comm, device):
     nbytes = max(64, _READ_BYTES // comm.size // 64 * 64)
     if device.name == "cuda":
         x, calls = device.xp.ones(nbytes // 4, np.float32), _CALLS["cuda"]
-
-        def read():
-            array.synchronize([x.sum() for _ in range(calls)][-1])
-
-        return calls * comm.size * x.nbytes / _best_s(comm, read)
+        reads = measure.repeated(x.sum, calls)
+        best_s = _best_s(comm, lambda: array.synchronize(reads()))
+        return calls * comm.size * x.nbytes / best_s
     x, threads = _memory(nbytes), _threads(comm)
     with ThreadPoolExecutor(threads) as pool:
         parts = np.array_split(x, threads)
@@ -105,13 +104,8 @@ def matrix_rate(comm, device, dtype):
     for of_type in dict.fromkeys((np.dtype(dtype), np.dtype(np.float32))):  # in order on all ranks
         weight = device.put(numbers((outputs, inputs), of_type))
         x = device.put(numbers((T, inputs), of_type if device.name == "cuda" else np.float32))
-
-        def multiply(x=x, weight=weight):
-            for _ in range(calls):
-                y = linear(x, weight)
-            array.synchronize(y)
-
-        best_s = _own_best_s(comm, multiply)
+        products = measure.repeated(partial(linear, x, weight), calls)
+        best_s = _own_best_s(comm, lambda products=products: array.synchronize(products()))
         rates.append(sum(comm.allgather(calls * 2 * T * inputs * outputs / best_s)))
     return max(rates)
 
@@ -155,12 +149,7 @@ def reduce_s(comm, width):
 def _rates(comm, device, function, amount):
     """Amount per second of rank 0 alone, and of all ranks with one `amount` each."""
     calls = _CALLS[device.name]
-
-    def run():
-        for _ in range(calls):
-            result = function()
-        return result
-
+    run = measure.repeated(function, calls)
     measure.await_arrays(run())
     one_s, all_s = (
         median(clock(comm, run) for _ in range(_TURNS))

@@ -23,6 +23,17 @@ def await_arrays(result):
         array.synchronize(x)
 
 
+def repeated(function, n):
+    """Function that calls another one n times, and returns what it has returned last."""
+
+    def calls():
+        for _ in range(n):
+            result = function()
+        return result
+
+    return calls
+
+
 def alone_s(comm, function):
     """Seconds that rank 0 takes for `function()` while the others sleep; known to every rank."""
     comm.Barrier()
@@ -56,12 +67,7 @@ def call_s(clock, function, repeat, most=100):
     clock : function (function) -> seconds, equal on every rank, such as `together_s` of a comm
     """
     n = max(1, min(most, int(_CALLS_S / clock(function))))
-
-    def calls():
-        for _ in range(n):
-            result = function()
-        return result
-
+    calls = repeated(function, n)
     return median(clock(calls) for _ in range(repeat)) / n
 
 

@@ -58,8 +58,8 @@ def run(comm, device, ffn, tokens, layers, micro, work, repeat):
         time_s = median(time_s for time_s, _ in measured)
         rows.append(
             measure.row(
-                "pipeline", ffn.facts() | {"device": device.name}, f"pipeline, {work}", P, m,
-                m * tokens, time_s, m * limit_s,
+                "pipeline", ffn.facts(device), f"pipeline, {work}", P, m, m * tokens,
+                time_s, m * limit_s,
                 layers=layers * P,
                 stage_s=one_s,
                 speedup=m * P * one_s / time_s,

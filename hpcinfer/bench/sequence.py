@@ -44,7 +44,7 @@ def run(comm, device, ffn, tokens, layers, repeat):
             between[way].append(max(comm.allgather(way.between_s)) / layers)
 
     rows, one_s = [], median(times[ways[0]])
-    facts = ffn.facts() | {"device": device.name}
+    facts = ffn.facts(device)
     for way in ways:
         peak, _ = measure.held_bytes(device, partial(way.through, layers))
         exchange_s = median(way.clock(comm, way.exchange) for _ in range(repeat))

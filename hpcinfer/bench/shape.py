@@ -54,9 +54,9 @@ class Shape:
         dtype = array.parse_dtype(self.dtype)
         return tuple(numbers((copies, n, self.G, self.K), dtype) for _ in "kv")
 
-    def facts(self):
-        """The shape as fields of a row."""
-        return {"model": str(self), "dtype": self.dtype}
+    def facts(self, device):
+        """The shape, and what it is measured on, as fields of a row."""
+        return {"model": str(self), "dtype": self.dtype, "device": device.name}
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,9 @@ class Ffn:
         """Floating-point operations of the products for some tokens."""
         return 4 * tokens * self.D * self.F
 
-    def facts(self):
-        """The shape as fields of a row."""
-        return {"model": str(self), "dtype": "float32"}
+    def facts(self, device):
+        """The shape, and what it is measured on, as fields of a row."""
+        return {"model": str(self), "dtype": "float32", "device": device.name}
 
 
 def sleep(seconds, x):

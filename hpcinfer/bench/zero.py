@@ -65,8 +65,8 @@ def run(comm, device, ffn, tokens, layers, repeat):
         kept_s, alone_s = kept_s or time_s, sum(by_itself)
         rows.append(
             measure.row(
-                "zero", ffn.facts() | {"device": device.name}, name, comm.size, comm.size,
-                tokens * comm.size, time_s / layers, limit_s,
+                "zero", ffn.facts(device), name, comm.size, comm.size, tokens * comm.size,
+                time_s / layers, limit_s,
                 layers=layers,
                 speedup=kept_s / time_s,
                 exchange_s=alone_s / layers,

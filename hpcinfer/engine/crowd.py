@@ -1,8 +1,11 @@
 """Cores for the ranks of a node, and advice where there are too few: they run, but slowly."""
 
+import socket
+
 from hpcinfer import array, collectives
 from hpcinfer.grid import agree_all
-from hpcinfer.parallel.window import open_stream_sums, open_windows
+from hpcinfer.parallel.stream_sums import open_stream_sums
+from hpcinfer.parallel.window import open_windows
 from hpcinfer.where import waiting
 
 
@@ -67,7 +70,7 @@ def take_sums(grid, device):
     with waiting("allreduce", grid.comm, "nccl"):
         wanted = grid.comm.allreduce(array.nccl_is_wanted())
     if wanted:
-        open_stream_sums(grid.comm, comms, array.node_name(), device)
+        open_stream_sums(grid.comm, comms, socket.gethostname(), device)
     return None
 
 

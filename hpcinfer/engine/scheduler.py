@@ -156,8 +156,7 @@ class Scheduler:
             if n == 0:  # its next token is under way
                 position += 1
                 continue
-            owners = self._owners(sequence, sequence.computed + n)
-            if owners and not self.pages.fit(owners):
+            if not self.pages.fit(self._owners(sequence, sequence.computed + n)):
                 if self.running[-1].under_way:
                     return self._in_order(plan)
                 self._preempt(self.running.pop())
@@ -229,8 +228,7 @@ class Scheduler:
     def _plan(self, plan, sequence, n):
         """Enter n tokens of a sequence in the step, with the pages that they need."""
         end = sequence.computed + n
-        if owners := self._owners(sequence, end):
-            sequence.pages += self.pages.take(owners)
+        sequence.pages += self.pages.take(self._owners(sequence, end))
         plan.append((sequence, n))
         if end // PAGE == sequence.computed // PAGE:
             return

@@ -98,10 +98,6 @@ class Frame:
         self.rotation = None if rotation is None else tuple(map(np.empty_like, rotation))
         self.stored, self.slots = np.empty_like(step.stored), np.empty_like(step.slots)
 
-    def arrays(self):
-        """All arrays of the frame."""
-        yield from (self.x, *(self.rotation or ()), self.stored, self.slots)
-
     def fill(self, step, x, rotation):
         """Write what a step has into the frame."""
         if x is not None:
@@ -128,7 +124,7 @@ class HostFrame(Frame):
 
     def arrays(self):
         """All arrays of the frame."""
-        yield from super().arrays()
+        yield from (self.x, *(self.rotation or ()), self.stored, self.slots)
         for table in self.tables.values():
             yield from (table.positions, *table.pages)
 

@@ -5,6 +5,8 @@ float32, so that results over different keys can be merged exactly. Masks come f
 that any subset of the keys, in any order, may be at hand.
 """
 
+from itertools import pairwise
+
 import numpy as np
 
 from hpcinfer import array
@@ -305,11 +307,13 @@ def sequences(tokens):
     b : number of the sequence
     rows : slice of its tokens
     """
-    if len(tokens):
-        starts = np.flatnonzero(np.diff(tokens[:, 0], prepend=-1))
-        stops = np.append(starts[1:], len(tokens))
-        for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
-            yield int(tokens[start, 0]), slice(start, stop)
+    for start, stop in pairwise([*starts(tokens).tolist(), len(tokens)]):
+        yield int(tokens[start, 0]), slice(start, stop)
+
+
+def starts(tokens):
+    """First token of every sequence of some tokens laid end to end."""
+    return np.flatnonzero(np.diff(tokens[:, 0], prepend=-1))
 
 
 def _in_order(tokens):

@@ -17,14 +17,11 @@ import numpy as np
 from mpi4py import MPI
 
 from hpcinfer import array, collectives
-from hpcinfer.errors import agreed
 from hpcinfer.ops import fastest
 from hpcinfer.where import waiting
 
 # Bytes of a part at most, and of the parts of all ranks together, which each rank reads.
 _PART_BYTES, _ALL_BYTES = 64 << 10, 256 << 10
-
-_REMEDY = "unset HPCINFER_NCCL, and messages go by MPI"
 
 # Turns of waiting between two calls of MPI: some tenths of a millisecond; few where ranks have no
 # core of their own.
@@ -138,54 +135,3 @@ def _opened(comm, patience):
     if comm.rank == 0:
         array.close_common(handle)
     return Window(comm, memory, patience) if mapped else None
-
-
-def open_stream_sums(everyone, comms, host, device):
-    """Let communicators of ranks that have a GPU each sum by NCCL; every rank calls this.
-
-    Parameters
-    ----------
-    everyone : communicator of all ranks
-    comms : communicators of this rank
-    host : name of the node
-    device : Device of this rank
-
-    Raises
-    ------
-    ValueError, RuntimeError
-        On every rank, where NCCL cannot be used, or sums wrongly.
-    """
-    from hpcinfer.ops.cuda import nccl
-
-    # Refuse before the first message, on facts that every rank knows.
-    with waiting("allgather", everyone, "nccl"):
-        of_ranks = everyone.allgather((nccl.missing(), (host, device.identity)))
-    reasons = [reason for reason, _ in of_ranks if reason is not None]
-    if len({place for _, place in of_ranks}) < everyone.size:
-        reasons.append("ranks that have one GPU together")
-    if reasons:
-        raise agreed(ValueError(f"NCCL: got {reasons[0]}, need a GPU for each rank; {_REMEDY}"))
-
-    # What is to be trusted has summed rightly once.
-    right = True
-    for comm in (comm for comm in comms if comm.size > 1):
-        with waiting("bcast", comm, "nccl"):
-            known = comm.bcast(nccl.unique_id() if comm.rank == 0 else None)
-        sums = nccl.StreamSum(comm.size, comm.rank, known)
-        right &= _sums_rightly(sums, comm, device)
-        collectives.use_window(comm, sums)
-    with waiting("allreduce", everyone, "nccl"):
-        right = everyone.allreduce(right, MPI.MIN)
-    if not right:
-        raise agreed(RuntimeError(f"NCCL: got wrong sums, need right ones; {_REMEDY}"))
-
-
-def _sums_rightly(sums, comm, device):
-    """True if arrays of two sizes are summed as they must be."""
-    right = True
-    for n in (3, 1 << 18):
-        x = device.put(np.arange(n, dtype=np.float32) + np.float32(comm.rank))
-        sums.sum(x)
-        wanted = np.arange(n, dtype=np.float32) * comm.size + sum(range(comm.size))
-        right &= bool(np.allclose(array.host(x), wanted))
-    return right

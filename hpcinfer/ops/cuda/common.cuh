@@ -121,6 +121,17 @@ struct bf16 {
     unsigned short bits;
 };
 
+#if !defined(__CUDACC__) || __CUDA_ARCH__ >= 800
+// A product of matrix units (above) of values of the type of the last argument.
+__device__ inline void matrix_product(float* d, const unsigned* a, const unsigned* b, f16) {
+    mma_f16(d, a, b);
+}
+
+__device__ inline void matrix_product(float* d, const unsigned* a, const unsigned* b, bf16) {
+    mma_bf16(d, a, b);
+}
+#endif
+
 constexpr unsigned ALL_LANES = 0xffffffffu;
 
 __device__ inline float minus_infinity() { return __uint_as_float(0xff800000u); }

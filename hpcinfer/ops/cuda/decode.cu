@@ -43,14 +43,6 @@ struct alignas(8) Range {
     int first, last;
 };
 
-__device__ inline void product(float* d, const unsigned* a, const unsigned* b, f16) {
-    mma_f16(d, a, b);
-}
-
-__device__ inline void product(float* d, const unsigned* a, const unsigned* b, bf16) {
-    mma_bf16(d, a, b);
-}
-
 // A row of the block. Of a token's rows a key/value head with fewer query heads leaves some.
 struct Row {
     int token, head;
@@ -167,7 +159,8 @@ __device__ inline void score(const uint4 (*q)[32], const unsigned (&k)[KEYS / 8]
             unsigned a[4];
             load_matrices(a, q[set * 2 * K_RUNS + i] + threadIdx.x % 32);
 #pragma unroll
-            for (int n = 0; n < KEYS / 8; n++) product(d[set][n], a, k[n][i / 2] + i % 2 * 2, HELD());
+            for (int n = 0; n < KEYS / 8; n++)
+                matrix_product(d[set][n], a, k[n][i / 2] + i % 2 * 2, HELD());
         }
 #pragma unroll
     for (int set = 0; set < SETS; set++)
@@ -245,8 +238,8 @@ __device__ inline void add(const float (&s)[SETS][KEYS / 8][2],
             }
 #pragma unroll
             for (int set = 0; set < SETS; set++) {
-                product(o[set][c], a, b[set], HELD());
-                product(o[set][c], a, rest[set], HELD());
+                matrix_product(o[set][c], a, b[set], HELD());
+                matrix_product(o[set][c], a, rest[set], HELD());
             }
         }
     }

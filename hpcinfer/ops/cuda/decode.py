@@ -128,7 +128,7 @@ def _table(q_tokens, books, groups, window, k_pages):
 def _build(q_tokens, books, groups, window, K, like):
     G, heads = len(groups), max(stop - start for start, stop in groups)
     shapes = next(shapes for width, shapes in _SHAPES.items() if K <= width)
-    most, (_, _, queries) = max(1, _MOST_BLOCKS * shapes[-1].rows // heads), _runs(q_tokens)
+    most, (_, queries) = max(1, _MOST_BLOCKS * shapes[-1].rows // heads), _runs(q_tokens)
     few = queries[queries <= most]
 
     # The smallest shape that has all rows of a sequence in one block, or the largest.
@@ -151,17 +151,17 @@ def _build(q_tokens, books, groups, window, K, like):
 
 
 def _runs(q_tokens):
-    """(sequences, first tokens, numbers of tokens) of the sequences of some tokens."""
-    starts = np.flatnonzero(np.diff(q_tokens[:, 0], prepend=-1))
-    return q_tokens[starts, 0], starts, np.diff(starts, append=len(q_tokens))
+    """(first tokens, numbers of tokens) of the sequences of some tokens."""
+    starts = plain.starts(q_tokens)
+    return starts, np.diff(starts, append=len(q_tokens))
 
 
 def _pages(q_tokens, books, window, most):
     """(places, numbers) of the pages of every sequence with at most so many queries."""
     return [
-        books.pages(b, plain.reach(q_tokens[start : start + n, 1], window))
-        for b, start, n in zip(*(x.tolist() for x in _runs(q_tokens)), strict=True)
-        if n <= most
+        books.pages(b, plain.reach(q_tokens[rows, 1], window))
+        for b, rows in plain.sequences(q_tokens)
+        if rows.stop - rows.start <= most
     ]
 
 
@@ -199,7 +199,7 @@ def _items(q_tokens, last, n_pages, most, heads, shape):
     n_pages : pages of every sequence with at most `most` queries
     heads : (first query head, how many) of every key/value head
     """
-    _, token, queries = _runs(q_tokens)
+    token, queries = _runs(q_tokens)
     last, few = np.maximum.reduceat(last, token), queries <= most
     n_rows, n_pages = queries[few] * max(n for _, n in heads), np.array(n_pages)
     pages_at = np.cumsum(n_pages) - n_pages

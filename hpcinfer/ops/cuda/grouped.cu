@@ -89,14 +89,6 @@ struct Stage {
 
 __device__ inline int place(int row, int eight) { return eight ^ (row >> 1 & 3); }
 
-__device__ inline void matrix_product(float* d, const unsigned* a, const unsigned* b, f16) {
-    mma_f16(d, a, b);
-}
-
-__device__ inline void matrix_product(float* d, const unsigned* a, const unsigned* b, bf16) {
-    mma_bf16(d, a, b);
-}
-
 // Where the rows begin of which a thread copies a part: two of the choices' inputs, below 0 for one
 // that is not there, and two of the matrix.
 struct Sources {
@@ -185,6 +177,19 @@ __device__ inline int column_of(int n) {
     return warp / 4 * 32 + n * 8 + lane % 4 * 2;
 }
 
+// Call `write(choice, m, i)` for each choice of which this thread has sums, which are [..][m][..] from
+// i on.
+template <class F>
+__device__ inline void for_choices(const int* choices, int n_choices, F write) {
+#pragma unroll
+    for (int m = 0; m < 2; m++)
+#pragma unroll
+        for (int i = 0; i < 4; i += 2) {
+            int nth = choice_of(m, i);
+            if (nth < n_choices) write(choices[nth], m, i);
+        }
+}
+
 // h = function(x · gateᵀ) · (x · upᵀ) of the items' choices, ROWS columns to a block, rounded.
 template <float (*FUNCTION)(float)>
 __device__ void tile_gated(const WEIGHT* up, const WEIGHT* x, const int* order, const int* items,
@@ -196,22 +201,17 @@ __device__ void tile_gated(const WEIGHT* up, const WEIGHT* x, const int* order, 
     float sums[2][2][4][4];
     tile_product(up + (long long)item[0] * 2 * F * D, x, choices, n_choices, k, D, first, F + first,
                  F - 1, 2 * F - 1, sums);
+    for_choices(choices, n_choices, [&](int choice, int m, int i) {
+        WEIGHT* to = h + (long long)choice * F + first;
 #pragma unroll
-    for (int m = 0; m < 2; m++)
-#pragma unroll
-        for (int i = 0; i < 4; i += 2) {
-            int nth = choice_of(m, i);
-            if (nth >= n_choices) continue;
-            WEIGHT* to = h + (long long)choices[nth] * F + first;
-#pragma unroll
-            for (int n = 0; n < 4; n++) {
-                int column = column_of(n);
-                const float *gate = sums[0][m][n] + i, *more = sums[1][m][n] + i;
-                if (first + column < F)
-                    *reinterpret_cast<unsigned*>(to + column) = pack2<WEIGHT>(
-                        FUNCTION(gate[0]) * more[0], FUNCTION(gate[1]) * more[1]);
-            }
+        for (int n = 0; n < 4; n++) {
+            int column = column_of(n);
+            const float *gate = sums[0][m][n] + i, *more = sums[1][m][n] + i;
+            if (first + column < F)
+                *reinterpret_cast<unsigned*>(to + column) =
+                    pack2<WEIGHT>(FUNCTION(gate[0]) * more[0], FUNCTION(gate[1]) * more[1]);
         }
+    });
 }
 
 #define TILE_GATED(FUNCTION)                                                                    \
@@ -235,22 +235,17 @@ extern "C" __global__ void __launch_bounds__(256, 2)
     float sums[2][2][4][4];
     tile_product(down + (long long)item[0] * D * F, h, choices, n_choices, 1, F, first,
                  first + ROWS, D - 1, D - 1, sums);
+    for_choices(choices, n_choices, [&](int choice, int m, int i) {
+        float* to = z + (long long)choice * D + first;
 #pragma unroll
-    for (int m = 0; m < 2; m++)
-#pragma unroll
-        for (int i = 0; i < 4; i += 2) {
-            int nth = choice_of(m, i);
-            if (nth >= n_choices) continue;
-            float* to = z + (long long)choices[nth] * D + first;
-#pragma unroll
-            for (int j = 0; j < 8; j++) {
-                int column = j / 4 * ROWS + column_of(j % 4);
-                const float* found = sums[j / 4][m][j % 4] + i;
-                if (first + column < D)
-                    *reinterpret_cast<uint2*>(to + column) =
-                        make_uint2(__float_as_uint(found[0]), __float_as_uint(found[1]));
-            }
+        for (int j = 0; j < 8; j++) {
+            int column = j / 4 * ROWS + column_of(j % 4);
+            const float* found = sums[j / 4][m][j % 4] + i;
+            if (first + column < D)
+                *reinterpret_cast<uint2*>(to + column) =
+                    make_uint2(__float_as_uint(found[0]), __float_as_uint(found[1]));
         }
+    });
 }
 
 #endif

@@ -132,6 +132,11 @@ def on_device(like, objects, build, late=False):
     return kept(objects, ("on device",), send)
 
 
+def copied(like, *arrays):
+    """Host arrays on the device, None for None; every layer of a step asks again for the same."""
+    return [x if x is None else on_device(like, (x,), lambda x=x: x) for x in arrays]
+
+
 def counters(xp, n):
     """At least (n,) int32 of blocks that have come: zero before and after every launch.
 

@@ -40,12 +40,20 @@ def linear(x, weight, bias=None):
         return NotImplemented
     x = array.namespace(x).ascontiguousarray(x)
     if _is_served_by_rows(x, weight, 1):
-        return _one_token(x, weight, bias)
-    if _is_served_by_tiles(x, weight):
-        return _by_tiles(x, weight, bias)
-    if _is_served_by_rows(x, weight, _TOKENS[-1]) and not has_matrix_units(x):
-        return _by_rows(x, weight, bias)
-    return _by_blocks(x, weight, bias)
+        product = _one_token
+    elif _is_served_by_tiles(x, weight):
+        product = _by_tiles
+    elif _is_served_by_rows(x, weight, _TOKENS[-1]) and not has_matrix_units(x):
+        product = _by_rows
+    else:
+        return _by_blocks(x, weight, bias)
+
+    # A bias that the kernels cannot read is added behind them.
+    if bias is None or _is_fused(bias):
+        return product(x, weight, bias)
+    y = product(x, weight, None)
+    y += bias
+    return y
 
 
 def linear_pair(x, first, middle, second, bias=None):
@@ -102,16 +110,13 @@ def _is_served(x, weight):
 def _one_token(x, weight, bias):
     """The product of one token: a warp for an output, or for a part of it."""
     n_out, n_in = weight.shape
-    y = array.namespace(x).empty((1, n_out), np.float32)
-    fused, parts = bias is None or _is_fused(bias), _parts(n_out, n_in)
+    y, parts = array.namespace(x).empty((1, n_out), np.float32), _parts(n_out, n_in)
     of = "float" if x.dtype == np.float32 else "held"
     launch(
         "linear", f"one_{of}", (-(-n_out * parts // _BLOCK_WARPS),), 32 * _BLOCK_WARPS,
-        x, weight, bias if fused else None, y, n_in, n_out, parts,
+        x, weight, bias, y, n_in, n_out, parts,
         options=(f"-DWEIGHT={NAMES[weight.dtype.name]}",), early=True,
     )  # fmt: skip
-    if not fused:
-        y += bias
     return y
 
 
@@ -119,16 +124,13 @@ def _by_tiles(x, weight, bias):
     """The product of few tokens by matrix units: a block for 16 outputs."""
     T, n_out = len(x), len(weight)
     y = array.namespace(x).empty((T, n_out), np.float32)
-    fused = bias is None or _is_fused(bias)
     of = "float" if x.dtype == np.float32 else "held"
     x, operands, options = _operands(x, weight)
     launch(
         "quantize", f"product_{of}_{_tiles(T)}", _grid(T, n_out), 32 * _BLOCK_WARPS,
-        x, *operands, bias if fused else None, y, T, x.shape[1], n_out,
+        x, *operands, bias, y, T, x.shape[1], n_out,
         options=options, early=True,
     )  # fmt: skip
-    if not fused:
-        y += bias
     return y
 
 
@@ -207,7 +209,6 @@ def _by_rows(x, weight, bias):
     """Products of few tokens without matrix units: a warp for one or more outputs."""
     (T, n_in), n_out, x = x.shape, len(weight), array.widen(x)
     y = array.namespace(x).empty((T, n_out), np.float32)
-    fused = bias is None or _is_fused(bias)
 
     # More outputs to a warp read x less often, as long as there are enough warps.
     tokens = next(n for n in _TOKENS if n >= T)
@@ -216,11 +217,9 @@ def _by_rows(x, weight, bias):
     launch(
         "linear", f"matvec_{tokens}_{rows}",
         (-(-n_out // (rows * _BLOCK_WARPS)),), 32 * _BLOCK_WARPS,
-        x, weight, bias if fused else None, y, T, n_in, n_out,
+        x, weight, bias, y, T, n_in, n_out,
         options=(f"-DWEIGHT={NAMES[weight.dtype.name]}",),
     )  # fmt: skip
-    if not fused:
-        y += bias
     return y
 
 

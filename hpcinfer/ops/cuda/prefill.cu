@@ -34,14 +34,6 @@ struct alignas(8) Two {
     float x, y;
 };
 
-__device__ inline void product(float* d, const unsigned* a, const unsigned* b, f16) {
-    mma_f16(d, a, b);
-}
-
-__device__ inline void product(float* d, const unsigned* a, const unsigned* b, bf16) {
-    mma_bf16(d, a, b);
-}
-
 // Row of the block that a thread has as its `i`-th of two in tile t of its warp.
 __device__ inline int own_row(int t, int i) {
     int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
@@ -137,8 +129,8 @@ __device__ inline void score(const HELD* q, const HELD* k, float (&s)[TILES][KEY
             load_matrices(b, k + n * 8 * STRIDE + column);
 #pragma unroll
             for (int t = 0; t < TILES; t++) {
-                product(s[t][n], a[t], b, HELD());
-                product(s[t][n + 1], a[t], b + 2, HELD());
+                matrix_product(s[t][n], a[t], b, HELD());
+                matrix_product(s[t][n + 1], a[t], b + 2, HELD());
             }
         }
     }
@@ -224,8 +216,8 @@ __device__ inline void add(const float (&s)[TILES][KEYS / 8][4], const HELD* v,
             load_transposed(b, v + n * 8 * STRIDE + c * 8);
 #pragma unroll
             for (int t = 0; t < TILES; t++) {
-                product(o[t][c], a[t], b, HELD());
-                product(o[t][c + 1], a[t], b + 2, HELD());
+                matrix_product(o[t][c], a[t], b, HELD());
+                matrix_product(o[t][c + 1], a[t], b + 2, HELD());
             }
         }
     }

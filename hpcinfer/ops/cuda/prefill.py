@@ -12,7 +12,7 @@ import numpy as np
 from hpcinfer import array
 from hpcinfer.ops import attention as plain
 from hpcinfer.ops.cuda.launch import NAMES, kept, launch
-from hpcinfer.ops.cuda.tiles import PAGE, are_served, device
+from hpcinfer.ops.cuda.tiles import PAGE, are_served, shared_memory
 
 # Blocks that keep a large device busy, fewer than the splits that can be merged; tiles below which
 # a split costs more than it brings.
@@ -119,7 +119,7 @@ def paged_attention(
 
 def _shape(k):
     """The first of the shapes that a multiprocessor has room for, or the smallest."""
-    K, (_, of_block, of_all) = k.shape[-1], device(array.namespace(k))
+    K, (of_block, of_all) = k.shape[-1], shared_memory(array.namespace(k))
     shapes = next(shapes for width, shapes in _SHAPES.items() if K <= width)
     for shape in shapes:
         needed = shape.shared(K) + _OTHER_SHARED

@@ -14,14 +14,6 @@ typedef WEIGHT held;
 // STAGES of them at a time.
 constexpr int WARPS = 8, STAGES = 4;
 
-__device__ inline void matrix_product(float* d, const unsigned* a, const unsigned* b, f16) {
-    mma_f16(d, a, b);
-}
-
-__device__ inline void matrix_product(float* d, const unsigned* a, const unsigned* b, bf16) {
-    mma_bf16(d, a, b);
-}
-
 // Eight inputs of a token as the units take them, in words of two.
 __device__ inline void take_up(const WEIGHT* from, unsigned* words) {
     uint4 x = load8(from).words[0];

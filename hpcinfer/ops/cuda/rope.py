@@ -3,7 +3,7 @@
 import numpy as np
 
 from hpcinfer import array
-from hpcinfer.ops.cuda.launch import launch, on_device, rows_of
+from hpcinfer.ops.cuda.launch import copied, launch, rows_of
 
 OPTIONS = ((),)
 KERNELS = ("rotate",)
@@ -17,7 +17,7 @@ def rotate(x, cos, sin):
     if placed is None or not all(_is_table(table, len(x)) for table in (cos, sin)):
         return NotImplemented
     (_, H, K), half = x.shape, cos.shape[1]
-    cos, sin = (on_device(x, (table,), lambda table=table: table) for table in (cos, sin))
+    cos, sin = copied(x, cos, sin)
     y = array.namespace(x).empty(x.shape, np.float32)
     items = x.size // K * (K - half)
     _, *strides = placed

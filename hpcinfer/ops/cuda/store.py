@@ -3,7 +3,7 @@
 import numpy as np
 
 from hpcinfer import array
-from hpcinfer.ops.cuda.launch import NAMES, launch, on_device, rows_of
+from hpcinfer.ops.cuda.launch import NAMES, copied, launch, on_device, rows_of
 
 OPTIONS = tuple((f"-DHELD={held}",) for held in NAMES.values())
 KERNELS = ("store_rows", "place_heads")
@@ -41,8 +41,7 @@ def place_heads(qkv, norms, eps, rotation, rows, k_pages, v_pages, slots):
     if qkv.dtype != np.float32 or not qkv.flags.c_contiguous or k_pages.shape != v_pages.shape:
         return NotImplemented
     xp, H = array.namespace(qkv), heads - 2 * G
-    if cos is not None:
-        cos, sin = (on_device(qkv, (x,), lambda x=x: x) for x in (cos, sin))
+    cos, sin = copied(qkv, cos, sin)
     y = xp.empty((T, H + G, K), np.float32)
     launch(
         "store", "place_heads", (-(-T * heads // _WARPS),), 32 * _WARPS,

@@ -5,20 +5,20 @@ import functools
 import numpy as np
 
 from hpcinfer import array
-from hpcinfer.ops.cuda.launch import NAMES, aligned
+from hpcinfer.ops.cuda.launch import NAMES, aligned, has_matrix_units
 
 PAGE = 32  # keys of a page
 MOST_COLUMNS = 256  # of a head
 
 
 @functools.cache
-def device(xp):
-    """(capability, bytes of shared memory of a block, of a multiprocessor) of the device."""
+def shared_memory(xp):
+    """Bytes of shared memory of a block, and of a multiprocessor, of the device."""
     if xp is np:
-        return 90, 227 << 10, 228 << 10
-    device = xp.cuda.Device()
+        return 227 << 10, 228 << 10
+    attributes = xp.cuda.Device().attributes
     names = "MaxSharedMemoryPerBlockOptin", "MaxSharedMemoryPerMultiprocessor"
-    return int(device.compute_capability), *(device.attributes[name] for name in names)
+    return tuple(attributes[name] for name in names)
 
 
 def are_served(q, k, v, groups):
@@ -43,5 +43,5 @@ def are_served(q, k, v, groups):
         and k.flags.c_contiguous
         and v.flags.c_contiguous
         and aligned(q, k, v)
-        and device(array.namespace(k))[0] >= 80
+        and has_matrix_units(k)
     )
