@@ -1,10 +1,10 @@
 """The capture under way in this process, if there is one: calls that are kept to be made again.
 
 What computes on the CPU hands its compiled functions, and the memory of their results, to the
-capture (`ops.cpu.parts`); on a GPU the driver notes what is launched, and `ops.cuda.launch` hands
-over what host arrays a step's kernels read. `collectives` hands it sums over ranks. All else that a
-step does must have no effect, or be the same in every step that the capture is made for: what must
-not be captured says so by `refuse`.
+capture (`ops.cpu.runtime.launch`); on a GPU the driver notes what is launched, and
+`ops.cuda.runtime.launch` hands over what host arrays a step's kernels read. `collectives` hands it
+sums over ranks. All else that a step does must have no effect, or be the same in every step that
+the capture is made for: what must not be captured says so by `refuse`.
 """
 
 from contextlib import contextmanager

@@ -16,129 +16,32 @@ Calls whose names begin with I are started only, and return a `Transfer`.
 
 import atexit
 import time
-from collections import defaultdict
-from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 from mpi4py import MPI
 
 from hpcinfer import array, capture
-from hpcinfer.where import here
+from hpcinfer.heartbeat import here
+from hpcinfer.ledger import axis_name, ledger
+
+_reducer = MPI.Comm.Create_keyval()
 
 
-@dataclass
-class Entry:
-    """Sum over the calls of one verb on one axis for one purpose.
-
-    Attributes
-    ----------
-    calls : number of calls
-    sent_bytes : bytes sent by this rank
-    time_s : time that this rank spent starting calls and waiting in them: exposed, nothing hides it
-    test_s : time in tests of calls under way; what MPI must copy itself it copies there
-    flight_s : time from the start of a call under way until its end was noticed, the computation in
-        between included; 0, as `test_s`, for blocking calls
-    """
-
-    calls: int = 0
-    sent_bytes: float = 0.0
-    time_s: float = 0.0
-    test_s: float = 0.0
-    flight_s: float = 0.0
-
-
-@dataclass
-class Ledger:
-    """What this rank has sent: totals per (verb, axis, purpose), and on request every call.
-
-    Attributes
-    ----------
-    entries : dict (verb, axis, purpose) -> Entry
-    events : list of (verb, axis, purpose, start_s, time_s, sent_bytes), filled only if `tracing`
-    """
-
-    tracing: bool = False
-    entries: dict = field(default_factory=lambda: defaultdict(Entry))
-    events: list = field(default_factory=list)
-
-    def begin(self, verb, comm, purpose):
-        """Note that this rank enters a call; returns what `enter` takes when it has ended."""
-        if verb != "Allreduce":
-            capture.refuse(verb)
-        call = here.call = verb, axis_name(comm), purpose, time.perf_counter()
-        return call
-
-    def enter(self, call, sent_bytes, time_s=None, test_s=0.0, flight_s=0.0):
-        """Record a call that has just ended.
-
-        The times are as in `Entry`; a blocking call gives none.
-        """
-        here.call, here.calls = None, here.calls + 1
-        verb, axis, purpose, start_s = call
-        if time_s is None:
-            time_s = time.perf_counter() - start_s
-        entry = self.entries[verb, axis, purpose]
-        entry.calls += 1
-        entry.sent_bytes += sent_bytes
-        entry.time_s += time_s
-        entry.test_s += test_s
-        entry.flight_s += flight_s
-        if self.tracing:
-            self.events.append((verb, axis, purpose, start_s, time_s, sent_bytes))
-
-    def enter_many(self, key, calls, sent_bytes, time_s):
-        """Record calls of one (verb, axis, purpose) that were made without Python."""
-        here.calls += calls
-        entry = self.entries[key]
-        entry.calls += calls
-        entry.sent_bytes += sent_bytes
-        entry.time_s += time_s
-
-    def sent_bytes(self, verb=None, axis=None, purpose=None):
-        """Bytes sent by this rank in the calls that match every argument that is given."""
-        return sum(e.sent_bytes for e in self._select(verb, axis, purpose))
-
-    def calls(self, verb=None, axis=None, purpose=None):
-        """Number of the calls that match every argument that is given."""
-        return sum(e.calls for e in self._select(verb, axis, purpose))
-
-    def clear(self):
-        """Forget everything recorded so far."""
-        self.entries.clear()
-        self.events.clear()
-
-    def _select(self, *wanted):
-        for key, entry in self.entries.items():
-            if all(w is None or w == k for w, k in zip(wanted, key, strict=True)):
-                yield entry
-
-
-ledger = Ledger()
-
-
-def axis_name(comm):
-    """Name of the grid axis that `comm` runs along (its MPI name)."""
-    return comm.Get_name() or "comm"
-
-
-_window = MPI.Comm.Create_keyval()
-
-
-def use_window(comm, window):
+def use_reducer(comm, reducer):
     """Let small sums over a communicator go through memory that its ranks share.
 
     Parameters
     ----------
-    window : `parallel.window.Window`, or what has its `serves` and `sum`, such as
-        `ops.cuda.nccl.StreamSum`
+    reducer : `node_sum.NodeSum`, or what has its `serves` and `sum`, such as
+        `ops.cuda.runtime.nccl.StreamSum`
     """
-    comm.Set_attr(_window, window)
+    comm.Set_attr(_reducer, reducer)
 
 
-def window_of(comm):
-    """What `use_window` gave a communicator, or None."""
-    return comm.Get_attr(_window)
+def reducer_of(comm):
+    """What `use_reducer` gave a communicator, or None."""
+    return comm.Get_attr(_reducer)
 
 
 def Allreduce(comm, x, op=MPI.SUM, purpose=""):
@@ -164,7 +67,7 @@ def Allreduce(comm, x, op=MPI.SUM, purpose=""):
     # Find out whether the ranks of a node add it up in memory that they share.
     size = comm.size
     sent_bytes = 2 * x.nbytes * (size - 1) / size
-    shared = window_of(comm) if op == MPI.SUM else None
+    shared = reducer_of(comm) if op == MPI.SUM else None
     if shared is not None and not shared.serves(x):
         shared = None
 

@@ -4,6 +4,13 @@ Input and arguments raise ValueError, the machine raises RuntimeError; both carr
 form ``<room>: got X, need Y; remedy``. `UsageError` is a ValueError about the command line itself.
 """
 
+from __future__ import annotations
+
+import operator
+import reprlib
+
+import numpy as np
+
 DONE, FAILED, USAGE, REQUEUE = 0, 1, 2, 75
 
 
@@ -52,3 +59,24 @@ def one_line(error):
     if isinstance(error, OSError) and error.filename:
         return f"file: {error.strerror or text}: {error.filename}"
     return f"{type(error).__name__}: {text}"
+
+
+def integer(value) -> int | None:
+    """Value as a plain int, or None if its type is no whole number (bool and float are none)."""
+    if isinstance(value, bool | np.bool_):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def shown(value, width: int = 60) -> str:
+    """Value as it is quoted in an error: its repr on one line, cut to `width` characters."""
+    brief = reprlib.Repr()
+    brief.maxstring = brief.maxother = brief.maxlong = width
+    brief.maxlevel = 2
+    try:
+        return brief.repr(value)[: 2 * width]
+    except ValueError:
+        return f"a {type(value).__name__} with a very long number"

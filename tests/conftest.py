@@ -275,8 +275,8 @@ def standin(tmp_path_factory):
 @pytest.fixture
 def plain_forms():
     """Run the plain forms of all functions, which round no operand: the oracle of the fast ones."""
-    from hpcinfer.ops import fastest
+    from hpcinfer.ops import dispatch
 
-    fastest.use("plain")
+    dispatch.use("plain")
     yield
-    fastest.use("auto")
+    dispatch.use("auto")

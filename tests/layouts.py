@@ -7,9 +7,9 @@ import random
 from reference import models
 
 from hpcinfer.errors import UsageError
-from hpcinfer.grid import AXES, parse_layout
+from hpcinfer.layout import AXES, parse_layout
 from hpcinfer.model.families import read_architecture
-from hpcinfer.model.fit import refuse_unfit
+from hpcinfer.model.layout_check import refuse_unfit
 
 STRATEGIES = {
     "prefill": ("ring", "ulysses", "split-q"),

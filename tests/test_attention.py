@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from hpcinfer import partition
+from hpcinfer.model.block_table import Books
 from hpcinfer.model.cache import PAGE, Cache, page_bytes
-from hpcinfer.model.step import Books
 from hpcinfer.ops.attention import attention, merge, paged_attention
-from hpcinfer.ops.store import store
+from hpcinfer.ops.cache import store
 
 pytestmark = [pytest.mark.single, pytest.mark.usefixtures("plain_forms")]
 

@@ -9,24 +9,14 @@ import numpy as np
 import pytest
 from pytest import approx
 
-from hpcinfer import array
-from hpcinfer.bench import (
-    collectives,
-    decode,
-    drive,
-    limits,
-    load,
-    machine,
-    measure,
-    prefill,
-    scaling,
-    work,
-)
+from hpcinfer import array, node
+from hpcinfer.bench import collectives, decode, drive, limits, load, measure, prefill, scaling, work
 from hpcinfer.bench.random_checkpoint import RandomCheckpoint, has_weights
 from hpcinfer.cli import main
-from hpcinfer.io.checkpoint import open_checkpoint
+from hpcinfer.io.models import open_checkpoint
+from hpcinfer.job import machine
 from hpcinfer.model.families import read_architecture
-from hpcinfer.ops import fastest
+from hpcinfer.ops import dispatch
 
 SHIPPED = Path(__file__).resolve().parent.parent / "data" / "model"
 HPCINFER = (sys.executable, "-m", "hpcinfer")
@@ -53,7 +43,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(limits, "_RUNS", 1)
     monkeypatch.setattr(measure, "_CALLS_S", 1e-3)
     yield
-    fastest.use("auto")
+    dispatch.use("auto")
 
 
 @pytest.fixture
@@ -249,7 +239,7 @@ def test_inspect_shows_the_machine(capsys, monkeypatch, shared_path):
     text = capsys.readouterr().out
     assert "A Chip" in text and "avx2 yes, avx512f no" in text and "amx_bf16 yes" in text
     assert "plain only: numba is not installed" in text
-    assert f"mpirun -n {len(array.cores())}" in text or array.core_quota()
+    assert f"mpirun -n {len(node.cores())}" in text or node.core_quota()
     assert "MPI" in text and "GiB" in text
 
 

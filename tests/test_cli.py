@@ -17,9 +17,9 @@ from conftest import clean_environment, kill_tree, run_job
 from pytest import approx
 
 from hpcinfer import partition
-from hpcinfer.io.checkpoint import open_checkpoint
-from hpcinfer.model import weights
+from hpcinfer.io.models import open_checkpoint
 from hpcinfer.model.families import read_architecture
+from hpcinfer.model.weights.table import table
 
 pytestmark = pytest.mark.single
 
@@ -243,7 +243,7 @@ def test_the_report_says_what_each_rank_read(runs, ranks):
     with open_checkpoint(SHIPPED) as checkpoint:
         arch = read_architecture(checkpoint.config)
         file_bytes = checkpoint.file_bytes
-    rows, width = weights.table(arch), 2
+    rows, width = table(arch), 2
     whole = sum(width * int(np.prod(row.shape)) for row in rows if row.cut is None)
     copies = sum(heads.n_kv for heads in partition.heads(arch.H, arch.G, ranks)) / arch.G - 1
     kv = sum(width * int(np.prod(row.shape)) for row in rows if row.cut == "kv")

@@ -10,7 +10,7 @@ from mpi4py import MPI
 from pytest import approx
 
 from hpcinfer import collectives
-from hpcinfer.collectives import ledger
+from hpcinfer.ledger import ledger
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 HALVES = [BF16, np.dtype(np.float16)]

@@ -7,26 +7,30 @@ import numpy as np
 import pytest
 from conftest import run_job
 
+from hpcinfer import node
+from hpcinfer.ops.cpu import attention_prefill
+
 pytest.importorskip("numba")
 
 from hpcinfer import array
-from hpcinfer.model.step import Books
+from hpcinfer.model.block_table import Books
 from hpcinfer.ops import (
     activation,
     attention,
+    cache,
+    dispatch,
     experts,
-    fastest,
     linear,
     norm,
     quantize,
     rope,
     route,
-    store,
 )
-from hpcinfer.ops.cpu import attention as cpu_attention
-from hpcinfer.ops.cpu import codes, machine, onednn, parts, rounding
 from hpcinfer.ops.cpu import experts as cpu_experts
 from hpcinfer.ops.cpu import linear as cpu_linear
+from hpcinfer.ops.cpu.products import onednn, quantized
+from hpcinfer.ops.cpu.runtime import features, launch
+from hpcinfer.ops.cpu.simd import rounding
 
 pytestmark = pytest.mark.single
 
@@ -39,10 +43,10 @@ ROUNDED = {BF16: 8e-3, np.dtype(np.float16): 1e-3, np.dtype(np.float32): 2e-6}
 
 @pytest.fixture(autouse=True)
 def threads():
-    before = array.threads()
+    before = node.threads()
     yield
-    array.use_threads(before)
-    fastest.use("auto")
+    node.use_threads(before)
+    dispatch.use("auto")
 
 
 def normal(shape, seed=0, dtype=np.float32):
@@ -106,7 +110,7 @@ def coded(n_out, n_in, bits, group, dtype, seed=3):
 
 def agree_by_sizes(w, x, bias=None):
     """The product of x with codes is that of the plain form, beside the sizes of what is summed."""
-    few = len(x) <= (codes.FEW_PAIRS if machine.has("avx512_bf16") else codes.FEW)
+    few = len(x) <= (quantized.FEW_PAIRS if features.has("avx512_bf16") else quantized.FEW)
     tolerance = 1e-6 if few or w.dtype != BF16 else ROUNDED[BF16] / 2
     sizes = np.abs(array.widen(x)) @ np.abs(quantize.dequantize(w)).T + 1
     got, expected = linear.linear(x, w, bias), linear.linear.plain(x, w, bias)
@@ -163,7 +167,7 @@ def test_products_with_codes_of_what_is_rounded_or_not_finite(bits):
 def test_threads_share_the_rows_of_codes(bits):
     x, w = normal((9, 2048)), coded(1157, 2048, bits, 32, BF16)
     one = linear.linear(x, w)
-    array.use_threads(3)
+    node.use_threads(3)
     assert (linear.linear(x, w) == one).all()
 
 
@@ -206,14 +210,14 @@ def test_storing_keys_and_values(dtype):
     for width in (16, 0):
         k, v = normal((6, 2, 16)), normal((6, 2, width), 1)
         pages = [np.zeros((3, 2, 32, n), dtype) for n in (16, width, 16, width)]
-        store.store(k, v, rows, pages[0], pages[1], slots)
-        store.store.plain(k, v, rows, pages[2], pages[3], slots)
+        cache.store(k, v, rows, pages[0], pages[1], slots)
+        cache.store.plain(k, v, rows, pages[2], pages[3], slots)
         assert (pages[0] == pages[2]).all() and (pages[1] == pages[3]).all()
 
 
 def test_a_rank_without_heads_stores_nothing():
     k, pages = normal((3, 1, 16)), np.zeros((2, 0, 32, 16), np.float32)
-    store.store(k, k[..., :0], np.arange(3), pages, pages[..., :0], np.array([0, 1, 40]))
+    cache.store(k, k[..., :0], np.arange(3), pages, pages[..., :0], np.array([0, 1, 40]))
 
 
 # ---- attention ----
@@ -254,9 +258,9 @@ def test_decoding_over_pages(heads, dtype):
             options = {"scale": K**-0.5, "groups": groups, "window": window}
             options["v_columns"] = None if width else 64
             got = attention.paged_attention(q, tokens, k, v, books, **options)
-            fastest.use("plain")
+            dispatch.use("plain")
             expected = attention.paged_attention(q, tokens, k, v, books, **options)
-            fastest.use("auto")
+            dispatch.use("auto")
             for a, b in zip(got, expected, strict=True):
                 agree(a, b, ROUNDED[dtype])
 
@@ -275,7 +279,7 @@ def test_decoding_with_several_queries_and_pools():
     assert np.isneginf(parts_of[1][1][3]).all() and not parts_of[1][0][3].any()
 
 
-@pytest.mark.skipif(not machine.has("avx512_bf16"), reason="needs bfloat16 instructions")
+@pytest.mark.skipif(not features.has("avx512_bf16"), reason="needs bfloat16 instructions")
 @pytest.mark.parametrize(
     "heads", [(14, 2, 64, 64), (3, 1, 80, 96), (8, 1, 192, 0), (2, 2, 128, 128)]
 )
@@ -299,10 +303,10 @@ def test_many_queries_over_pages(window, heads):
 @pytest.fixture(params=["packed", "oneDNN"])
 def products(request, monkeypatch):
     """Both ways of computing the products of many queries, as far as this processor has them."""
-    served = {"packed": machine.has("avx512_bf16"), "oneDNN": onednn.serves(BF16)}
+    served = {"packed": features.has("avx512_bf16"), "oneDNN": onednn.serves(BF16)}
     if not served[request.param]:
         pytest.skip(f"{request.param} products need more than this processor has")
-    monkeypatch.setattr(cpu_attention, "_packs", lambda dtype: request.param == "packed")
+    monkeypatch.setattr(attention_prefill, "_packs", lambda dtype: request.param == "packed")
 
 
 @pytest.mark.parametrize("softcap", [None, 20.0])
@@ -343,7 +347,7 @@ def test_threads_share_the_queries(products):
     options = {"scale": 0.125, "groups": [(0, 7)]}
     arguments = q, k, k, np.arange(1700, 2000), np.arange(2000)
     one = attention.attention(*arguments, **options)
-    array.use_threads(3)
+    node.use_threads(3)
     for a, b in zip(attention.attention(*arguments, **options), one, strict=True):
         agree(a, b, 1e-6)
 
@@ -353,16 +357,16 @@ def test_threads_share_the_queries(products):
 
 def test_plain_forms_on_request():
     x, w = normal((2, 64)), normal((4, 64), 1, BF16)
-    fastest.use("plain")
+    dispatch.use("plain")
     assert (linear.linear(x, w) == linear.linear.plain(x, w)).all()
     with pytest.raises(ValueError, match="kernels: got 'quick', need one of auto, plain"):
-        fastest.use("quick")
+        dispatch.use("quick")
 
 
 def test_threads_share_the_rows():
     x, w = normal((2, 512)), normal((2049, 512), 1, BF16)
     one = linear.linear(x, w)
-    array.use_threads(3)
+    node.use_threads(3)
     assert (linear.linear(x, w) == one).all()
 
 
@@ -371,12 +375,12 @@ def test_an_error_in_a_thread_is_raised():
         if start:
             raise ValueError("row")
 
-    array.use_threads(2)
+    node.use_threads(2)
     with pytest.raises(ValueError, match="row"):
-        parts.over_rows(fails, 10, work_bytes=1 << 30)
+        launch.over_rows(fails, 10, work_bytes=1 << 30)
 
 
-@pytest.mark.skipif(not machine.has("avx2"), reason="emulates a smaller processor of this family")
+@pytest.mark.skipif(not features.has("avx2"), reason="emulates a smaller processor of this family")
 def test_a_processor_without_avx512(tmp_path):
     """The same file on what LLVM and the library see as a processor with AVX2 and no more."""
     program = (
@@ -403,7 +407,7 @@ def test_threads_share_the_groups_of_a_query(threads):
     tokens, q = np.array([(0, 899), (1, 1499)], np.int32), normal((2, 15, 64), 3)
     options = {"scale": 0.125, "groups": [(3 * g, 3 * g + 3) for g in range(5)]}
     one = attention.paged_attention(q, tokens, k, v, books, **options)
-    array.use_threads(threads)
+    node.use_threads(threads)
     for a, b in zip(attention.paged_attention(q, tokens, k, v, books, **options), one, strict=True):
         assert (a == b).all()
 
@@ -413,7 +417,7 @@ def test_threads_share_the_groups_of_a_query(threads):
 @pytest.mark.parametrize("T", [1, 3, 8, 20])
 def test_experts_of_few_tokens(T, function, dtype):
     """One of the choices is no expert, some are on another rank."""
-    array.use_threads(1)
+    node.use_threads(1)
     E, D, F, first = 5, 40, 24, 2
     up, down = normal((E, 2 * F, D), 1, dtype), normal((E, D, F), 2, dtype)
     rng = np.random.default_rng(3)

@@ -19,14 +19,15 @@ from mpi4py import MPI
 from test_vocabulary import mixture
 
 from hpcinfer import array, partition
-from hpcinfer.model.step import Books
+from hpcinfer.model.block_table import Books
 from hpcinfer.ops import (
     activation,
     attention,
+    cache,
     cuda,
+    dispatch,
     embed,
     experts,
-    fastest,
     linear,
     norm,
     quantize,
@@ -34,9 +35,8 @@ from hpcinfer.ops import (
     route,
     sample,
     softmax,
-    store,
 )
-from hpcinfer.ops.cuda import launch
+from hpcinfer.ops.cuda.runtime import launch
 from hpcinfer.parallel import vocabulary
 
 pytestmark = pytest.mark.single
@@ -191,8 +191,8 @@ def library_folder(tmp_path_factory):
 def put(request, monkeypatch):
     """Function that brings an array to where the kernels run."""
     launch._recent.clear()
-    fastest.use("plain")
-    request.addfinalizer(lambda: fastest.use("auto"))
+    dispatch.use("plain")
+    request.addfinalizer(lambda: dispatch.use("auto"))
     if request.param == "device":
         if array.gpu_trouble():
             pytest.skip("no GPU")
@@ -300,7 +300,7 @@ def test_store(put, rng, dtype, width):
     shapes, there = ((3, 2, 32, 12), (3, 2, 32, width)), put(x)
     pages = [normal(rng, *shape).astype(array.DTYPES[dtype]) for shape in shapes]
     got = [put(p.copy()) for p in pages]
-    fast_store, plain_store = fast("store").store, plain(store.store)
+    fast_store, plain_store = fast("cache").store, plain(cache.store)
     plain_store(x[:, 2:4], x[:, 4:, :width], rows, *pages, slots)
     assert fast_store(there[:, 2:4], there[:, 4:, :width], rows, *got, slots) is None
     for result, expected in zip(got, pages, strict=True):
@@ -318,8 +318,8 @@ def test_place_heads(put, rng, dtype, K, half, with_norms):
     pages = [normal(rng, 3, 2, 32, K).astype(array.DTYPES[dtype]) for _ in range(2)]
     got = [put(p.copy()) for p in pages]
     there = [None if w is None else put(w) for w in norms]
-    result = fast("store").place_heads(put(qkv), there, 1e-5, rotation, rows, *got, slots)
-    expected = plain(store.place_heads)(qkv, norms, 1e-5, rotation, rows, *pages, slots)
+    result = fast("cache").place_heads(put(qkv), there, 1e-5, rotation, rows, *got, slots)
+    expected = plain(cache.place_heads)(qkv, norms, 1e-5, rotation, rows, *pages, slots)
     agree(result, expected, 1e-5)
     for result, expected in zip(got, pages, strict=True):
         result, expected = array.host(array.widen(result)), array.widen(expected)
@@ -329,7 +329,7 @@ def test_place_heads(put, rng, dtype, K, half, with_norms):
 
 def test_store_of_nothing(put, rng):
     k, pages, none = put(normal(rng, 2, 1, 8)), put(normal(rng, 1, 1, 32, 8)), np.empty(0, np.int64)
-    assert fast("store").store(k, k, none, pages, pages, none) is None
+    assert fast("cache").store(k, k, none, pages, pages, none) is None
 
 
 # Products

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from hpcinfer import collectives
-from hpcinfer.collectives import ledger
+from hpcinfer.ledger import ledger
 from hpcinfer.parallel.data import Queue
 
 

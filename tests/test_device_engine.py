@@ -19,7 +19,7 @@ from layouts import STRATEGIES
 from reference import models
 
 from hpcinfer.array import DTYPES
-from hpcinfer.grid import AXES
+from hpcinfer.layout import AXES
 from hpcinfer.model.families import FAMILIES
 
 pytestmark = pytest.mark.single

@@ -8,7 +8,7 @@ from mixture import mixture
 
 from hpcinfer import partition
 from hpcinfer.array import BFLOAT16, narrow, widen
-from hpcinfer.collectives import ledger
+from hpcinfer.ledger import ledger
 from hpcinfer.parallel import disagg
 
 D = 6

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hpcinfer.cli import main
-from hpcinfer.grid import parse_layout
+from hpcinfer.layout import parse_layout
 from hpcinfer.model.families import FAMILIES
 
 pytestmark = pytest.mark.single

@@ -15,15 +15,15 @@ from reference.parity import on_root
 
 import hpcinfer
 from hpcinfer import partition
-from hpcinfer.collectives import ledger
 from hpcinfer.engine import score as score_room
 from hpcinfer.engine.feed import Feed
 from hpcinfer.engine.generate import Generate
 from hpcinfer.engine.loop import run
-from hpcinfer.engine.request import BadRequest
 from hpcinfer.errors import UsageError, is_agreed
+from hpcinfer.ledger import ledger
 from hpcinfer.model.cache import page_bytes
 from hpcinfer.model.families import read_architecture
+from hpcinfer.requests.request import BadRequest
 
 SHIPPED = Path(__file__).resolve().parent.parent / "data" / "model"
 SEED = 11

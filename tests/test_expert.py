@@ -6,7 +6,7 @@ from mixture import mixture
 
 from hpcinfer import partition
 from hpcinfer.array import BFLOAT16, narrow, widen
-from hpcinfer.collectives import ledger
+from hpcinfer.ledger import ledger
 from hpcinfer.parallel import expert
 
 K = 2  # choices of a token

@@ -20,15 +20,15 @@ from reference import models
 from reference.parity import on_root
 
 import hpcinfer
-from hpcinfer.engine import tap
-from hpcinfer.engine.extract import Extract, check
-from hpcinfer.engine.formats import extract_record
-from hpcinfer.engine.request import BadRequest
-from hpcinfer.engine.selection import POINTS, Selection
-from hpcinfer.engine.tap import spreads_of
+from hpcinfer.engine.activations import tap
+from hpcinfer.engine.activations.extract import Extract, check
+from hpcinfer.engine.activations.selection import POINTS, Selection
+from hpcinfer.engine.activations.tap import spreads_of
 from hpcinfer.errors import UsageError, is_agreed
 from hpcinfer.io.activations import joined_datasets, open_activations
 from hpcinfer.model.families import read_architecture
+from hpcinfer.requests.request import BadRequest
+from hpcinfer.requests.results import extract_record
 
 SHIPPED = ROOT / "data" / "model"
 SEED = 5

@@ -10,22 +10,20 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from hpcinfer.engine.formats import (
+from hpcinfer.requests.reader import (
     Limits,
     RequestReader,
-    completion_line,
     defaults_from,
-    generate_record,
     id_key,
     parse_item,
     parse_line,
     parse_text_line,
     prompt_key,
-    score_line,
-    score_record,
 )
-from hpcinfer.engine.request import BadRequest, Choice, Request, Result, Sampling, Score
-from hpcinfer.engine.text import Text
+from hpcinfer.requests.request import BadRequest, Choice, Request, Result, Score
+from hpcinfer.requests.results import completion_line, generate_record, score_line, score_record
+from hpcinfer.requests.sampling import Sampling
+from hpcinfer.text.tokenizer import Text
 
 pytestmark = pytest.mark.single
 

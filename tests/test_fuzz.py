@@ -31,18 +31,18 @@ from test_formats import DEFAULTS, LIMITS, TEXT, make_text, mutated
 from test_text import CHATML, CONTROLS, LLAMA3, TOKENIZERS
 
 import hpcinfer
-from hpcinfer.array import peak_memory_bytes
-from hpcinfer.engine.formats import parse_line, parse_text_line
-from hpcinfer.engine.request import BadRequest, Request
-from hpcinfer.engine.text import Text
 from hpcinfer.io import hdf5, metadata, soundness
-from hpcinfer.io.checkpoint import open_checkpoint
 from hpcinfer.io.convert import convert
 from hpcinfer.io.inspect import describe
+from hpcinfer.io.models import open_checkpoint
 from hpcinfer.io.results import open_results
 from hpcinfer.io.safetensors import open_directory, read_header
 from hpcinfer.model.families import read_architecture
-from hpcinfer.model.weights import check
+from hpcinfer.model.weights.check import check
+from hpcinfer.node import peak_memory_bytes
+from hpcinfer.requests.reader import parse_line, parse_text_line
+from hpcinfer.requests.request import BadRequest, Request
+from hpcinfer.text.tokenizer import Text
 
 pytestmark = [pytest.mark.single, pytest.mark.timeout(300)]
 
@@ -293,7 +293,7 @@ def test_companions_of_a_tokenizer():
             whole = files | {name: metadata.parse_object(changed[name], name)}
             text = text_with(tokenizer_json=content, **whole)
             text.encode("a")
-            hpcinfer.engine.formats.defaults_from(whole["generation_config"])
+            hpcinfer.requests.reader.defaults_from(whole["generation_config"])
 
 
 def text_with(**files):

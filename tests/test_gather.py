@@ -5,7 +5,7 @@ import pytest
 from ragged import CASES, CASES_AND_CUTS, assert_close
 
 from hpcinfer import partition
-from hpcinfer.collectives import ledger
+from hpcinfer.ledger import ledger
 from hpcinfer.parallel.gather import gather
 
 # Nearly to the bit, with 16-bit keys too.

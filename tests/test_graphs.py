@@ -9,18 +9,22 @@ from mpi4py import MPI
 from reference import models
 from reference.parity import greedy, on_root
 
+from hpcinfer import node
+from hpcinfer.ledger import ledger
+
 pytest.importorskip("numba")
 
 import hpcinfer
 from hpcinfer import array, capture, collectives
-from hpcinfer.engine.record import ExpertLoad
-from hpcinfer.grid import Grid, parse_layout
+from hpcinfer.engine import placement
+from hpcinfer.engine.expert_load import ExpertLoad
+from hpcinfer.grid import Grid
+from hpcinfer.heartbeat import here
+from hpcinfer.layout import parse_layout
 from hpcinfer.model import graphs
 from hpcinfer.ops import inplace, norm
-from hpcinfer.ops.cpu import parts
-from hpcinfer.ops.cpu.graph import Capture, Memory
-from hpcinfer.parallel.window import open_windows
-from hpcinfer.where import here
+from hpcinfer.ops.cpu.runtime import launch
+from hpcinfer.ops.cpu.runtime.graph import Capture, Memory
 
 # Families, ropes, windows and norms whose heads have widths that compiled attention knows.
 CAPTURED = (
@@ -40,11 +44,11 @@ def numbers(shape, seed=0):
 
 @pytest.fixture
 def one_thread(monkeypatch):
-    before = array.threads()
+    before = node.threads()
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    array.use_threads(1)
+    node.use_threads(1)
     yield
-    array.use_threads(before)
+    node.use_threads(before)
 
 
 # ---- calls ----
@@ -92,7 +96,7 @@ def test_calls_on_memory_of_python_are_refused(one_thread):
 @pytest.mark.single
 def test_several_threads_are_refused(one_thread):
     x, weight = numbers((512, 1024)), numbers(1024, 1)
-    array.use_threads(2)
+    node.use_threads(2)
     with capture.capturing(Capture(Memory(), [x, weight])) as captured:
         norm.rms_norm(x, weight, 1e-6)
     assert "threads" in captured.refusal
@@ -116,13 +120,13 @@ def test_python_is_called_between(one_thread):
 @pytest.fixture
 def grid(comm):
     grid = Grid(comm, parse_layout(f"tp={comm.size}", comm.size))
-    open_windows((grid.tp, grid.tp_cp), grid.node)
-    assert (collectives.window_of(grid.tp) is None) == (comm.size == 1)
+    placement.take_sums(grid, array.select_device("cpu", 0))
+    assert (collectives.reducer_of(grid.tp) is None) == (comm.size == 1)
     return grid
 
 
 @pytest.mark.parametrize("n", [1, 7, 896, 5000, 20_000])
-def test_sums_in_a_window(comm, grid, n):
+def test_sums_in_common_memory(comm, grid, n):
     """The last length has no room in a window, and goes by MPI."""
     of_ranks = [numbers(n, rank) for rank in range(comm.size)]
     expected = np.sum(of_ranks, axis=0, dtype=np.float64)
@@ -160,11 +164,11 @@ def test_a_rank_that_waits_lets_messages_pass(comm, grid):
 
 def test_a_replay_says_what_it_waits_in(comm, grid, one_thread):
     """The last rank comes late: the others are in the sum, where a watchdog sees them."""
-    x, seen, layer, shared = numbers((2, 64)), [], here.layer, collectives.window_of(grid.tp)
+    x, seen, layer, shared = numbers((2, 64)), [], here.layer, collectives.reducer_of(grid.tp)
     here.layer = 7
     lasting = [x, *([] if shared is None else shared.arrays())]
     with capture.capturing(Capture(Memory(), lasting)) as captured:
-        y = inplace.copy_into(parts.empty((2, 64, 1), np.float32), x[..., None])
+        y = inplace.copy_into(launch.empty((2, 64, 1), np.float32), x[..., None])
         collectives.Allreduce(grid.tp, y, purpose="a test")
     graph, here.layer = captured.graph(), None
     if shared is not None:
@@ -199,12 +203,12 @@ def answers(engine, case, monkeypatch, steps=None, **bounds):
         monkeypatch.setattr(graphs, name, value)
     engine._forget(engine.scheduler.pages.n)  # no prompt is in the cache
     engine.model.expert_load.clear()
-    collectives.ledger.clear()
+    ledger.clear()
     prompts = [models.tokens(case, n) for n in (3, 30, 61, 100)]
     tokens = greedy(engine, prompts, 40) + greedy(engine, prompts[:2], 70)
     sent = {
         key: (entry.calls, round(entry.sent_bytes))
-        for key, entry in collectives.ledger.entries.items()
+        for key, entry in ledger.entries.items()
         if key[2] in ("attention", "ffn")
     }
     return tokens, sent, engine.expert_load().tolist()
@@ -252,7 +256,7 @@ def test_what_cannot_be_captured_goes_on(comm, shared_path, monkeypatch, one_thr
 def test_a_replay_that_differs_is_given_up(comm, shared_path, monkeypatch, one_thread):
     """Python changes numbers in place, which no capture sees: the first replay shows it."""
     engine = load(comm, shared_path, "llama-gqa", f"tp={comm.size}")
-    array.use_threads(1)
+    node.use_threads(1)
     normed = norm.rms_norm
 
     def changed(x, *arguments):

@@ -5,9 +5,10 @@ import math
 
 import pytest
 
-from hpcinfer import grid
 from hpcinfer.errors import UsageError, is_agreed
-from hpcinfer.grid import AXES, Grid, Layout, agree, agree_all, parse_layout
+from hpcinfer.grid import Grid, agree, agree_all
+from hpcinfer.launcher import _RANK_VARIABLES, _SIZE_VARIABLES, launcher_rank, launcher_size, world
+from hpcinfer.layout import AXES, Layout, parse_layout
 
 
 def products(size):
@@ -93,19 +94,19 @@ def test_grid_refuses_another_number_of_ranks(comm):
 
 
 def test_launcher_variables(monkeypatch):
-    for name in (*grid._RANK_VARIABLES, *grid._SIZE_VARIABLES):
+    for name in (*_RANK_VARIABLES, *_SIZE_VARIABLES):
         monkeypatch.delenv(name, raising=False)
-    assert (grid.launcher_rank(), grid.launcher_size()) == (0, None)
+    assert (launcher_rank(), launcher_size()) == (0, None)
     monkeypatch.setenv("SLURM_PROCID", "5")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
-    assert (grid.launcher_rank(), grid.launcher_size()) == (5, 8)
+    assert (launcher_rank(), launcher_size()) == (5, 8)
     monkeypatch.setenv("PMI_RANK", "3")
     monkeypatch.setenv("PMI_SIZE", "words")
-    assert (grid.launcher_rank(), grid.launcher_size()) == (3, 8)
+    assert (launcher_rank(), launcher_size()) == (3, 8)
 
 
 def test_world(comm):
-    assert grid.world().size == comm.size
+    assert world().size == comm.size
 
 
 @pytest.mark.single
@@ -113,7 +114,7 @@ def test_processes_that_do_not_know_each_other_are_refused(monkeypatch):
     """A launcher and an MPI that do not fit give N lone processes."""
     monkeypatch.setenv("PMI_SIZE", "3")
     with pytest.raises(RuntimeError, match="grid: got 3 processes that MPI sees as 1 each"):
-        grid.world()
+        world()
 
 
 def fail_on(ranks, comm):

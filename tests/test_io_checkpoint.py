@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from hpcinfer.io.checkpoint import blocks, open_checkpoint
+from hpcinfer.io.checkpoint import blocks
 from hpcinfer.io.convert import convert
+from hpcinfer.io.models import open_checkpoint
 from hpcinfer.io.safetensors import read_header
 
 pytestmark = pytest.mark.single

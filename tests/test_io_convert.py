@@ -15,10 +15,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from hpcinfer.io import convert as convert_module
-from hpcinfer.io.checkpoint import open_checkpoint
 from hpcinfer.io.convert import convert
 from hpcinfer.io.hdf5 import verify_checksums
 from hpcinfer.io.inspect import collapse, describe
+from hpcinfer.io.models import open_checkpoint
 
 pytestmark = pytest.mark.single
 

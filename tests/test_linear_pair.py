@@ -4,8 +4,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from hpcinfer import array
-from hpcinfer.ops import activation, fastest, linear, norm
+from hpcinfer import array, node
+from hpcinfer.ops import activation, dispatch, linear, norm
 
 pytestmark = pytest.mark.single
 
@@ -34,7 +34,7 @@ def test_the_pair_is_its_parts(function, widths, T):
 
 
 def test_the_pair_with_threads(monkeypatch):
-    monkeypatch.setattr(array, "_threads", 2)
+    monkeypatch.setattr(node, "_threads", 2)
     gate = activation.Gate(activation.silu, (700,))
     first, second = normal((1400, 480), 1, BF16), normal((400, 700), 2, BF16)
     for T in (3, 1100):
@@ -108,9 +108,9 @@ def test_rows_of_a_larger_weight_and_columns_of_a_larger_x():
 def test_the_first_run_says_that_it_compiles(monkeypatch, tmp_path):
     pytest.importorskip("numba")
     monkeypatch.setenv("HPCINFER_CACHE", str(tmp_path))
-    line = fastest.notice()
+    line = dispatch.notice()
     assert line.startswith("compile") and str(tmp_path) in line
     folder = tmp_path / "hpcinfer" / line.rpartition("/")[2]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "kernel.nbi").touch()
-    assert fastest.notice() is None
+    assert dispatch.notice() is None

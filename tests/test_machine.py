@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, clean_environment, run_job
 
-from hpcinfer import array
-from hpcinfer.engine.crowd import advice
-from hpcinfer.ops import cuda, fastest
-from hpcinfer.ops.cuda import blas
+from hpcinfer import array, node
+from hpcinfer.engine.placement import advice
+from hpcinfer.ops import cuda, dispatch
+from hpcinfer.ops.cuda.runtime import blas
 
 pytestmark = pytest.mark.single
 
@@ -100,7 +100,7 @@ def test_the_kernels_need_cuda(monkeypatch, is_hip):
     """Array code runs with CuPy for ROCm, and nothing looks for libraries of CUDA."""
     products = []
     FakeRocm(is_hip, products).use(monkeypatch)
-    assert (fastest.backend("cupy") is None) == is_hip
+    assert (dispatch.backend("cupy") is None) == is_hip
     assert (cuda.missing() or "").startswith("the kernels need CUDA") == is_hip
     if is_hip:
         monkeypatch.setattr(blas, "_library", lambda version: pytest.fail("looked for"))
@@ -119,8 +119,8 @@ class Node:
 
     def __init__(self, monkeypatch, cores, threads=1, gpus=None, quota=None):
         self.size, self._cores, self._gpus = len(cores), cores, gpus or [None] * len(cores)
-        monkeypatch.setattr(array, "threads_per_rank", lambda: threads)
-        monkeypatch.setattr(array, "core_quota", lambda: quota)
+        monkeypatch.setattr(node, "threads_per_rank", lambda: threads)
+        monkeypatch.setattr(node, "core_quota", lambda: quota)
         monkeypatch.delenv("HPCINFER_CROWD", raising=False)
 
     def Get_name(self):
@@ -157,7 +157,7 @@ def test_advice(monkeypatch, cores, options, words):
 
 def test_advice_is_printed_once(tmp_path):
     (tmp_path / "in.txt").write_text("a\n")
-    ranks = len(array.cores()) + 1
+    ranks = len(node.cores()) + 1
     if ranks > 4:
         pytest.skip("as many ranks as cores would be too many here")
     command = (

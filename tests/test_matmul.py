@@ -6,7 +6,7 @@ import pytest
 from pytest import approx
 
 from hpcinfer import partition
-from hpcinfer.collectives import ledger
+from hpcinfer.ledger import ledger
 from hpcinfer.ops.linear import linear
 from hpcinfer.parallel import matmul
 

@@ -15,13 +15,14 @@ from reference import models
 from reference.parity import greedy, on_root, score_gap
 
 import hpcinfer
-from hpcinfer import array, partition
-from hpcinfer.engine.record import ExpertLoad
-from hpcinfer.grid import Layout
+from hpcinfer import node, partition
+from hpcinfer.engine.expert_load import ExpertLoad
+from hpcinfer.layout import Layout
 from hpcinfer.model import forward as forward_room
 from hpcinfer.model import layer as layer_room
-from hpcinfer.model.stages import layers_of_stage
-from hpcinfer.model.weights import FFN_KEYS, Layer, table
+from hpcinfer.model.weights.parameters import Layer
+from hpcinfer.model.weights.stages import layers_of_stage
+from hpcinfer.model.weights.table import FFN_KEYS, table
 from hpcinfer.parallel import zero
 
 SIZE = MPI.COMM_WORLD.size
@@ -385,7 +386,7 @@ def test_the_file_is_read_once(comm, shared_path, case, axis):
 def test_a_rank_that_cannot_map_reads_alone(comm, shared_path, monkeypatch, case, axis, victim):
     """It answers the same, and so do the others, who share as before."""
     if comm.rank == victim:
-        monkeypatch.setattr(array, "map_common", lambda handle, write=False: None)
+        monkeypatch.setattr(node, "map_common", lambda handle, write=False: None)
     engine = load(comm, shared_path, case, f"{axis}={SIZE}")
     assert engine.shares_weights == (comm.rank != victim)
     assert any(map(is_mapped, parameters(engine.model.weights).values())) == engine.shares_weights

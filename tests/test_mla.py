@@ -6,12 +6,12 @@ from reference import models
 from reference.parity import greedy
 from test_parity_reference import load
 
-from hpcinfer.collectives import ledger
 from hpcinfer.errors import UsageError
-from hpcinfer.grid import Layout
+from hpcinfer.layout import Layout
+from hpcinfer.ledger import ledger
 from hpcinfer.model.cache import PAGE
 from hpcinfer.model.families import read_architecture
-from hpcinfer.model.fit import refuse_unfit
+from hpcinfer.model.layout_check import refuse_unfit
 from hpcinfer.ops.attention import attention, merge
 
 CASE = "deepseek_v2"

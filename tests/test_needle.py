@@ -12,7 +12,7 @@ from test_shipped_model import accuracy, corpus
 
 import hpcinfer
 from hpcinfer import collectives
-from hpcinfer.model import context
+from hpcinfer.model import attention
 from hpcinfer.parallel import ring
 
 MODEL = Path(__file__).resolve().parent.parent / "data" / "model"
@@ -55,7 +55,7 @@ def test_it_is_not_found_with_plain_averages(comm, monkeypatch):
     def half(o_a, lse_a, o_b, lse_b):
         return (o_a + o_b) / 2, lse_a
 
-    monkeypatch.setattr(context, "tree_by_size", average)
+    monkeypatch.setattr(attention, "tree_by_size", average)
     monkeypatch.setattr(ring, "merge", half)
     model = load(comm)
     assert accuracy(model, prompts(model)) <= 2 / 6

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from hpcinfer.engine.pages import Pages, digests, pages_for
+from hpcinfer.engine.block_manager import Pages, digests, pages_for
 from hpcinfer.model.cache import PAGE
 
 pytestmark = pytest.mark.single

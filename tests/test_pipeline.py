@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hpcinfer import partition
-from hpcinfer.collectives import ledger
+from hpcinfer.ledger import ledger
 from hpcinfer.parallel.pipeline import Pipeline, bubble_share
 
 D = 6

@@ -19,13 +19,14 @@ from reference.parity import TOLERANCE, greedy, on_root, score_gap
 from safetensors.numpy import save_file
 
 import hpcinfer
-from hpcinfer.grid import Layout
 from hpcinfer.io import convert as converter
 from hpcinfer.io import hdf5
-from hpcinfer.io.checkpoint import open_checkpoint
 from hpcinfer.io.inspect import describe
-from hpcinfer.model import stages
-from hpcinfer.model.recode import recoding
+from hpcinfer.io.models import open_checkpoint
+from hpcinfer.layout import Layout
+from hpcinfer.model.weights import stages
+from hpcinfer.model.weights.quantize import recoding
+from hpcinfer.model.weights.table import QUANTISED, table
 from hpcinfer.ops import quantize as room
 from hpcinfer.ops.linear import linear
 from hpcinfer.ops.quantize import Form, Quantized, dequantize, pack, quantize, unpack
@@ -233,10 +234,9 @@ def write_both(case, bits, group, folder):
 
 
 def stored_in_out(case):
-    from hpcinfer.model import weights as tables
 
-    rows = tables.table(layouts.architecture(case))
-    return [(r.name, r.key) for r in rows if r.transposed and r.key in tables.QUANTISED]
+    rows = table(layouts.architecture(case))
+    return [(r.name, r.key) for r in rows if r.transposed and r.key in QUANTISED]
 
 
 class Pair:

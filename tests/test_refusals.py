@@ -11,8 +11,8 @@ from reference.parity import on_root
 
 import hpcinfer
 from hpcinfer.errors import UsageError, is_agreed
-from hpcinfer.grid import Layout, parse_layout
-from hpcinfer.model.fit import refuse_unfit
+from hpcinfer.layout import Layout, parse_layout
+from hpcinfer.model.layout_check import refuse_unfit
 
 CASES = ("llama-gqa", "mixtral", "deepseek_v3", "gpt2", "gpt_neox")
 SIZES = (1, 2, 3, 4, 6, 8, 12)

@@ -320,7 +320,7 @@ IN_A_STEP = {
     "error": 'RuntimeError("model: got a failure, need none")',
 }
 IN_READING = {
-    "imports": "from hpcinfer.engine.formats import RequestReader",
+    "imports": "from hpcinfer.requests.reader import RequestReader",
     "target": "RequestReader.read",
     "error": 'RuntimeError("input: got a failure, need none")',
 }

@@ -5,7 +5,9 @@ import pickle
 import numpy as np
 import pytest
 
-from hpcinfer.engine.request import Request, Sampling, integer, shown
+from hpcinfer.errors import integer, shown
+from hpcinfer.requests.request import Request
+from hpcinfer.requests.sampling import Sampling
 
 pytestmark = pytest.mark.single
 

@@ -20,10 +20,10 @@ from pytest import approx
 from reference.parity import on_root
 
 import hpcinfer
-from hpcinfer.engine import batch
-from hpcinfer.engine.state import RunState, identity_of_input
-from hpcinfer.engine.stop import Pace, Stop
 from hpcinfer.errors import REQUEUE, Stopped, exit_code, is_agreed
+from hpcinfer.job import run as batch
+from hpcinfer.job.state import RunState, identity_of_input
+from hpcinfer.job.stop import Pace, Stop
 
 SHIPPED = Path(__file__).resolve().parent.parent / "data" / "model"
 STORY = "Once there was a shy hare named Nell who lived near the harbour."

@@ -10,12 +10,12 @@ from reference.parity import on_root
 from test_resume import StopAt
 
 import hpcinfer
-from hpcinfer.engine import batch
-from hpcinfer.engine.state import RunState, identity_of_input
-from hpcinfer.engine.stop import Stop
 from hpcinfer.errors import Stopped
 from hpcinfer.io import kv as io_kv
 from hpcinfer.io.state import read_state
+from hpcinfer.job import run as batch
+from hpcinfer.job.state import RunState, identity_of_input
+from hpcinfer.job.stop import Stop
 
 SHIPPED = Path(__file__).resolve().parent.parent / "data" / "model"
 STORY = "Once there was a shy hare named Nell who lived near the harbour. "
@@ -302,7 +302,7 @@ def test_a_slow_or_full_disk_leaves_them_out(comm, engines, shared_path, monkeyp
     # Only one rank's disk is slow
     if comm.rank == comm.size - 1:
         monkeypatch.setattr(io_kv, "BLOCK_BYTES", 1)
-        monkeypatch.setattr("hpcinfer.engine.kv._PATIENCE_S", 1e-9)
+        monkeypatch.setattr("hpcinfer.job.kv_state._PATIENCE_S", 1e-9)
     capsys.readouterr()
     assert run(engine, shared_path, stop_at=4)[0]
     err = capsys.readouterr().err

@@ -6,7 +6,7 @@ from ragged import CASES, CASES_AND_CUTS, assert_close, ragged
 
 from hpcinfer import partition
 from hpcinfer.array import BFLOAT16
-from hpcinfer.collectives import ledger
+from hpcinfer.ledger import ledger
 from hpcinfer.parallel.ring import cheaper_to_move_queries, ring, ring_queries
 
 # Nearly to the bit, with 16-bit keys too.

@@ -6,8 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from hpcinfer.engine.pages import Pages, pages_for
-from hpcinfer.engine.scheduler import Limits, Scheduler, Sequence, build_step
+from hpcinfer.engine.block_manager import Pages, pages_for
+from hpcinfer.engine.build_step import build_step
+from hpcinfer.engine.scheduler import Limits, Scheduler
+from hpcinfer.engine.sequence import Sequence
 from hpcinfer.model.cache import PAGE
 from hpcinfer.ops.rope import Rope
 

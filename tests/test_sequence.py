@@ -6,7 +6,7 @@ from pytest import approx
 
 from hpcinfer import collectives, partition
 from hpcinfer.array import BFLOAT16
-from hpcinfer.collectives import ledger
+from hpcinfer.ledger import ledger
 from hpcinfer.ops import activation
 from hpcinfer.ops.linear import linear
 from hpcinfer.ops.norm import rms_norm

@@ -6,7 +6,7 @@ from pytest import approx
 from ragged import CASES, CASES_AND_CUTS, assert_close, ragged
 
 from hpcinfer import partition
-from hpcinfer.collectives import ledger
+from hpcinfer.ledger import ledger
 from hpcinfer.parallel.split import gathered_keys, k_only, q_only, v_only
 
 # Nearly to the bit, with 16-bit keys too.

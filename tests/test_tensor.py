@@ -6,7 +6,7 @@ import pytest
 from pytest import approx
 
 from hpcinfer import collectives, partition
-from hpcinfer.collectives import ledger
+from hpcinfer.ledger import ledger
 from hpcinfer.ops import activation
 from hpcinfer.ops.attention import attention
 from hpcinfer.ops.linear import linear

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from hpcinfer.engine.text import Text
+from hpcinfer.text.stream import TextStream
+from hpcinfer.text.tokenizer import Text
 
 pytestmark = pytest.mark.single
 
@@ -103,7 +104,7 @@ def test_joining_token_by_token_equals_the_whole(name):
     text = text_of(tokenizer)
     for _ in range(1000):
         ids = random_ids(text, tokenizer.get_vocab_size(), rng)
-        joiner, settled = text._joiner(False), ""
+        joiner, settled = text.joiner(False), ""
         for token_id in ids:
             if (token := text._token(token_id)) is not None:
                 settled += joiner.feed(token)
@@ -120,7 +121,7 @@ def test_a_stop_string_ends_where_the_text_first_contains_it(name):
         whole = text.decode(ids).replace("\ufffd", "")
         at = rng.randrange(len(whole) + 1)
         stops = [s for s in (whole[at : at + rng.randrange(1, 4)], "qz") if s]
-        stream = text.stream(stops)
+        stream = TextStream(text, stops)
 
         # Expect to stop at the first token by which the decoded text holds a stop string
         expected = None
@@ -145,7 +146,7 @@ def test_a_stop_string_ends_where_the_text_first_contains_it(name):
 def test_a_stop_string_does_not_count_below_min_tokens():
     text = text_of(byte_level())
     ids = text.encode("stop now stop")
-    stream = text.stream(["stop"])
+    stream = TextStream(text, ["stop"])
     half = len(ids) // 2
     seen = [stream.push(i, may_stop=at >= half) for at, i in enumerate(ids)]
     assert seen[-1] and not any(seen[:half]) and stream.text() == "stop now "
@@ -156,7 +157,7 @@ def test_text_that_follows_keeps_its_space():
     he, space = text._tokenizer.token_to_id("▁he"), text._tokenizer.token_to_id("▁")
     assert text.decode([he, space, he]) == "he  he"
     assert text.decode([he, space, he], after_text=True) == " he  he"
-    stream = text.stream([" he"], after_text=True)
+    stream = TextStream(text, [" he"], after_text=True)
     assert stream.push(he) and stream.text() == ""
 
 
@@ -192,7 +193,7 @@ def test_tokens_that_only_the_companion_files_name():
     assert text.decode(text.encode("a<think> x<end>b")) == "ab"
     assert text.special_tokens == {"bos_token": "<s>", "eos_token": "<end>"}
     assert text.eos_ids == (size + 2,)
-    stream = text.stream(["ab"])
+    stream = TextStream(text, ["ab"])
     assert [stream.push(i) for i in text.encode("a<think> xb")][-1]
 
 
@@ -228,7 +229,7 @@ def test_token_strings_and_offsets():
 def test_without_a_tokenizer():
     text = text_of(None)
     assert not text.available and text.decode([1, 2]) == "" and text.offsets([1, 2]) == [0, 0]
-    stream = text.stream(["x"])
+    stream = TextStream(text, ["x"])
     assert not stream.push(5) and stream.text() == ""
     assert text.token_text(5) == "token_id:5"
     with pytest.raises(ValueError, match="^text: got a checkpoint without tokenizer.json"):

@@ -7,7 +7,7 @@ from pytest import approx
 from ragged import CASES, CASES_AND_CUTS, assert_close, ragged
 
 from hpcinfer import collectives, partition
-from hpcinfer.collectives import ledger
+from hpcinfer.ledger import ledger
 from hpcinfer.parallel.tree import tree, tree_single
 
 # Nearly to the bit, with 16-bit keys too.

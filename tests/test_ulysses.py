@@ -6,7 +6,7 @@ from ragged import CASES, CASES_AND_CUTS, assert_close, ragged
 
 from hpcinfer import partition
 from hpcinfer.array import BFLOAT16
-from hpcinfer.collectives import ledger
+from hpcinfer.ledger import ledger
 from hpcinfer.ops.attention import ragged_attention
 from hpcinfer.parallel.ulysses import to_heads, to_tokens, ulysses
 

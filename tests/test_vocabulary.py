@@ -6,7 +6,7 @@ import pytest
 from pytest import approx
 
 from hpcinfer import partition
-from hpcinfer.collectives import ledger
+from hpcinfer.ledger import ledger
 from hpcinfer.ops import sample
 from hpcinfer.parallel import vocabulary
 

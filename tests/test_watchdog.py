@@ -13,7 +13,8 @@ import pytest
 from conftest import clean_environment, kill_tree, run_job
 
 from hpcinfer import collectives
-from hpcinfer.where import here
+from hpcinfer.heartbeat import here
+from hpcinfer.ledger import Ledger
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "data" / "model"
@@ -95,8 +96,8 @@ def test_who_waits_for_work_under_way_waits_on(tmp_path):
 import time
 from mpi4py import MPI
 from hpcinfer import collectives
-from hpcinfer.engine.watchdog import Watchdog
-from hpcinfer.where import here
+from hpcinfer.job.watchdog import Watchdog
+from hpcinfer.heartbeat import here
 comm = MPI.COMM_WORLD
 with Watchdog(comm, 2.0):
     for here.layer in range(8) if comm.rank == 1 else ():
@@ -112,8 +113,8 @@ with Watchdog(comm, 2.0):
 def test_all_in_one_call_is_the_fault_of_none(tmp_path):
     script = """
 from mpi4py import MPI
-from hpcinfer.engine.watchdog import Watchdog
-from hpcinfer.where import waiting
+from hpcinfer.job.watchdog import Watchdog
+from hpcinfer.heartbeat import waiting
 import time
 comm = MPI.COMM_WORLD
 with Watchdog(comm, 1.0), waiting("Barrier", comm, "network"):
@@ -168,7 +169,7 @@ def test_a_rank_knows_the_call_that_it_is_in(comm, monkeypatch):
 
 def test_the_record_costs_little(comm):
     """What every call pays for being watched: less than a microsecond, most of it the ledger's."""
-    ledger, n = collectives.Ledger(), 20_000
+    ledger, n = Ledger(), 20_000
     times = []
     for _ in range(5):
         start_s = time.perf_counter()

@@ -14,9 +14,12 @@ from reference import models
 
 from hpcinfer import partition
 from hpcinfer.array import BFLOAT16, Device
-from hpcinfer.io.checkpoint import open_checkpoint
-from hpcinfer.model import weights
+from hpcinfer.io.models import open_checkpoint
 from hpcinfer.model.families import read_architecture
+from hpcinfer.model.weights import table as table_
+from hpcinfer.model.weights.check import check
+from hpcinfer.model.weights.load import load
+from hpcinfer.model.weights.table import owned
 from hpcinfer.ops.rope import frequencies
 
 pytestmark = pytest.mark.single
@@ -56,9 +59,9 @@ def shards(path, arch, P, dtype=np.float32, cp=1):
     for rank in range(P):
         loaded.append([])
         for part in range(cp):
-            ranges = weights.owned(arch, P, rank, cp, part)
+            ranges = owned(arch, P, rank, cp, part)
             with open_checkpoint(path) as checkpoint:
-                shard = weights.load(arch, checkpoint, ranges, np.dtype(dtype), CPU, cp)
+                shard = load(arch, checkpoint, ranges, np.dtype(dtype), CPU, cp)
                 loaded[-1].append(shard)
                 n_bytes += checkpoint.bytes_read
     return loaded, n_bytes
@@ -223,7 +226,7 @@ def test_every_rank_holds_its_columns_of_every_expert(written, case, P, cp):
     loaded, _ = shards(written(case), arch, P, cp=cp)
     for n in range(arch.N):
         for rank, shard in [(r, shard) for r in range(P) for shard in loaded[r]]:
-            layer, ranges = shard.layers[n], weights.owned(arch, P, rank, cp)
+            layer, ranges = shard.layers[n], owned(arch, P, rank, cp)
             assert (layer.up is None) == arch.sparse[n] == (layer.router is not None)
             if arch.sparse[n]:
                 for key, expected in mixture_of(arch, n, stored, ranges, cp).items():
@@ -237,13 +240,13 @@ def test_every_rank_holds_its_columns_of_every_expert(written, case, P, cp):
 def test_experts_may_be_owned_whole(written, experts):
     """A caller that divides the experts themselves reads those, and all their columns."""
     arch, path, cp = architecture("mixtral"), written("mixtral"), 2
-    usual = weights.owned(arch, 3, 1, cp)
+    usual = owned(arch, 3, 1, cp)
     ranges = usual | {"experts": experts, "moe": (0, arch.moe_F)}
     with open_checkpoint(path) as checkpoint:
         before = checkpoint.bytes_read
-        shard = weights.load(arch, checkpoint, ranges, np.dtype(np.float32), CPU, cp)
+        shard = load(arch, checkpoint, ranges, np.dtype(np.float32), CPU, cp)
         read = checkpoint.bytes_read - before
-        whole = weights.load(arch, checkpoint, usual, np.dtype(np.float32), CPU, cp)
+        whole = load(arch, checkpoint, usual, np.dtype(np.float32), CPU, cp)
         rest = checkpoint.bytes_read - before - read
     for layer, other in zip(shard.layers, whole.layers, strict=True):
         assert layer.experts_up.shape == (experts[1] - experts[0], 2 * arch.moe_F, arch.D)
@@ -289,9 +292,9 @@ def test_latent_attention_is_cut_by_query_heads(written, case, P):
 def used_bytes(arch, path):
     """Bytes of the tensors that the model reads, and of those that no cut divides."""
     with open_checkpoint(path) as checkpoint:
-        names = weights.check(arch, checkpoint.tensors)
-        size = {row.name: checkpoint.tensors[names[row.name]].nbytes for row in weights.table(arch)}
-    whole = {row.name for row in weights.table(arch) if row.cut is None}
+        names = check(arch, checkpoint.tensors)
+        size = {row.name: checkpoint.tensors[names[row.name]].nbytes for row in table_.table(arch)}
+    whole = {row.name for row in table_.table(arch) if row.cut is None}
     return sum(size.values()), sum(size[name] for name in whole), size
 
 
@@ -303,7 +306,7 @@ def test_each_rank_reads_its_shard_and_no_more(written, case, P, cp):
     arch, path = architecture(case), written(case)
     used, whole, size = used_bytes(arch, path)
     copies = sum(h.n_kv for h in partition.heads(arch.H, arch.G, P)) - arch.G
-    rows = [row for row in weights.table(arch) if row.cut == "kv"]
+    rows = [row for row in table_.table(arch) if row.cut == "kv"]
     per_head = sum(4 * arch.K * math.prod(row.shape) // row.shape[row.axis] for row in rows)
     head = 0 if arch.tied else size[arch.names["head"]]
     _, read = shards(path, arch, P, cp=cp)
@@ -369,29 +372,29 @@ def refusal(function, *arguments):
 def test_a_missing_tensor_is_named():
     tensors = infos("llama-gqa")
     del tensors["model.layers.1.mlp.up_proj.weight"], tensors["model.norm.weight"]
-    message = refusal(weights.check, architecture("llama-gqa"), tensors)
+    message = refusal(check, architecture("llama-gqa"), tensors)
     assert "got no tensor model.layers.1.mlp.up_proj.weight and 1 more" in message
 
 
 def test_a_shape_other_than_the_configs_is_named():
     tensors = infos("gpt2")
     tensors["transformer.h.0.mlp.c_fc.weight"].shape = (171, 100)
-    message = refusal(weights.check, architecture("gpt2"), tensors)
+    message = refusal(check, architecture("gpt2"), tensors)
     assert "got transformer.h.0.mlp.c_fc.weight of shape (171, 100), need (100, 171)" in message
 
 
 def test_tensors_that_the_family_does_not_have_are_named():
     tensors = infos("llama-gqa") | infos("gpt_neox")
-    message = refusal(weights.check, architecture("llama-gqa"), tensors)
+    message = refusal(check, architecture("llama-gqa"), tensors)
     assert "tensors that llama does not have, such as embed_out.weight" in message
 
 
 def test_a_missing_expert_is_named_and_too_many_are_counted():
     tensors = infos("mixtral")
     del tensors["model.layers.1.block_sparse_moe.experts.3.w2.weight"]
-    message = refusal(weights.check, architecture("mixtral"), tensors)
+    message = refusal(check, architecture("mixtral"), tensors)
     assert "got no tensor model.layers.1.block_sparse_moe.experts.3.w2.weight, which" in message
-    message = refusal(weights.check, architecture("mixtral", num_local_experts=60), tensors)
+    message = refusal(check, architecture("mixtral", num_local_experts=60), tensors)
     assert "need those of 120 experts" in message
 
 
@@ -400,9 +403,9 @@ def test_layers_for_further_tokens_are_not_read():
     tensors = infos("deepseek_v3")
     extra = SimpleNamespace(shape=(75, 75), dtype=np.dtype(np.float32))
     tensors["model.layers.3.eh_proj.weight"] = extra
-    weights.check(architecture("deepseek_v3"), tensors)
+    check(architecture("deepseek_v3"), tensors)
     tensors["model.layers.4.eh_proj.weight"] = extra
-    message = refusal(weights.check, architecture("deepseek_v3"), tensors)
+    message = refusal(check, architecture("deepseek_v3"), tensors)
     assert "got 1 tensors that deepseek_v3 does not have, such as model.layers.4." in message
 
 
@@ -411,9 +414,9 @@ def test_a_table_of_many_experts_is_made_and_checked_soon():
     changes = {"num_hidden_layers": 61, "n_routed_experts": 256, "n_group": 8, "topk_group": 4}
     arch = architecture("deepseek_v3", **changes)
     start_s = time.perf_counter()
-    rows = weights.table(arch)
+    rows = table_.table(arch)
     dtype = np.dtype(np.float32)
-    weights.check(arch, {row.name: SimpleNamespace(shape=row.shape, dtype=dtype) for row in rows})
+    check(arch, {row.name: SimpleNamespace(shape=row.shape, dtype=dtype) for row in rows})
     assert len(rows) > 45_000
     assert time.perf_counter() - start_s < 5
 
@@ -444,7 +447,7 @@ def test_what_a_config_may_not_say_of_experts_is_named(case, changes, line):
 def test_a_type_that_is_no_weight_is_named(dtype):
     tensors = infos("qwen3")
     tensors["model.embed_tokens.weight"].dtype = np.dtype(dtype)
-    message = refusal(weights.check, architecture("qwen3"), tensors)
+    message = refusal(check, architecture("qwen3"), tensors)
     assert f"of type {np.dtype(dtype)}, need float32, float16 or bfloat16" in message
 
 
@@ -462,7 +465,7 @@ def test_quantised_weights_are_refused():
 def load_as(case, **changes):
     """Compare a changed config with the true tensors of a case, as a load does first."""
     arch = read_architecture(models.CASES[case] | changes)
-    weights.check(arch, infos(case))
+    check(arch, infos(case))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 
 from hpcinfer import collectives, partition
 from hpcinfer.array import BFLOAT16
-from hpcinfer.collectives import ledger
+from hpcinfer.ledger import ledger
 from hpcinfer.parallel import zero
 
 THRESHOLDS = [0, 1000, np.inf]

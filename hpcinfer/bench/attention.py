@@ -12,7 +12,7 @@ from statistics import median
 
 import numpy as np
 
-from hpcinfer import array, partition
+from hpcinfer import node, partition
 from hpcinfer.bench import limits, measure
 from hpcinfer.bench.shape import attend_nothing, tokens_of
 from hpcinfer.io.rows import text_table
@@ -127,7 +127,7 @@ def _row(shape, device, tokens, strategy, ranks, time_s, flop_per_s):
         "batch": 1,
         "context": tokens,
         "ranks": ranks,
-        "threads": array.threads_per_rank(),
+        "threads": node.threads_per_rank(),
         "time_s": time_s,
         "tokens_per_s": tokens / time_s,
         "limit_flop_per_s": flop_per_s,

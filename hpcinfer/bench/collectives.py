@@ -11,7 +11,7 @@ from statistics import median
 import numpy as np
 from mpi4py import MPI
 
-from hpcinfer import array, collectives, partition
+from hpcinfer import collectives, node, partition
 from hpcinfer.bench import limits, measure
 from hpcinfer.io.rows import text_table
 
@@ -138,9 +138,9 @@ def _calls(comm, device, size):
 
 def _one_node(comm):
     """True if all ranks share memory."""
-    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    alone = node.size == comm.size
-    node.Free()
+    on_node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    alone = on_node.size == comm.size
+    on_node.Free()
     return comm.allreduce(alone, MPI.LAND)
 
 
@@ -151,7 +151,7 @@ def _row(comm, device, name, size, time_s, sent_bytes, copy_rate):
         "dtype": "float32",
         "device": device.name,
         "ranks": comm.size,
-        "threads": array.threads_per_rank(),
+        "threads": node.threads_per_rank(),
         "bytes": size,
         "time_s": time_s,
         "sent_bytes": sent_bytes,

@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 
-from hpcinfer import array, partition
+from hpcinfer import node, partition
 from hpcinfer.bench import limits, measure
 from hpcinfer.bench.shape import attend_nothing, tokens_of
 from hpcinfer.io.rows import text_table
@@ -145,7 +145,7 @@ def _row(cache, strategy, ranks, time_s, byte_per_s):
         "context": cache.L // cache.T,
         "cached": cache.L,
         "ranks": ranks,
-        "threads": array.threads_per_rank(),
+        "threads": node.threads_per_rank(),
         "time_s": time_s,
         "tokens_per_s": cache.T / time_s,
         "limit_byte_per_s": byte_per_s,

@@ -10,23 +10,23 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hpcinfer import array, partition
+from hpcinfer import array, node, partition
 from hpcinfer.bench import work
 from hpcinfer.bench.limits import measured
 from hpcinfer.bench.random_checkpoint import RandomCheckpoint, has_weights
 from hpcinfer.bench.shape import numbers
 from hpcinfer.engine import api
+from hpcinfer.engine.block_manager import Pages, pages_for
 from hpcinfer.engine.feed import Feed
 from hpcinfer.engine.generate import Generate
 from hpcinfer.engine.loop import run as run_loop
 from hpcinfer.engine.loop import sequences_of
-from hpcinfer.engine.pages import Pages, pages_for
-from hpcinfer.engine.record import Record
-from hpcinfer.engine.request import BadRequest
 from hpcinfer.engine.scheduler import Scheduler
+from hpcinfer.engine.stats import Record
 from hpcinfer.errors import agreed
 from hpcinfer.grid import agree_all
-from hpcinfer.ops import fastest
+from hpcinfer.ops import dispatch
+from hpcinfer.requests.request import BadRequest
 
 _BLOCK = 1 << 20  # numbers of the cache that are written at a time
 
@@ -39,7 +39,7 @@ class Setting:
     ----------
     model : Hugging Face directory, converted .h5, or config.json for random weights
     layout, dtype, device, step_tokens : as `hpcinfer.load` takes them
-    kernels : choice of `hpcinfer.ops.fastest`
+    kernels : choice of `hpcinfer.ops.dispatch`
     bits, group : of random weights, as `RandomCheckpoint` takes them
     """
 
@@ -111,7 +111,7 @@ class Bench:
     """
 
     def __init__(self, comm, setting, sequences, context):
-        fastest.use(setting.kernels)
+        dispatch.use(setting.kernels)
         self._load_before = comm.bcast(os.getloadavg()[0])
         self.comm, self.setting = comm, setting
         source = agree_all(comm, setting.source)
@@ -192,11 +192,11 @@ class Bench:
             "device": model.device.name,
             "kernels": self.setting.kernels,
             "ranks": self.comm.size,
-            "threads": array.threads_per_rank(),
+            "threads": node.threads_per_rank(),
             "load_before": self._load_before,
             "weight_bytes": most(model.weights.nbytes),
             "cache_bytes": most(sum(shapes)),
-            "peak_bytes": most(array.peak_memory_bytes()),
+            "peak_bytes": most(node.peak_memory_bytes()),
         }
 
     def _weights(self):

@@ -17,10 +17,10 @@ from statistics import median
 import numpy as np
 from mpi4py import MPI
 
-from hpcinfer import array, collectives
+from hpcinfer import array, collectives, node
 from hpcinfer.bench import measure
 from hpcinfer.bench.shape import numbers
-from hpcinfer.ops import fastest
+from hpcinfer.ops import dispatch
 from hpcinfer.ops.linear import linear
 
 _READ_BYTES = 1 << 30  # over all ranks, so that a large last-level cache does not flatter
@@ -74,13 +74,13 @@ def measured(comm, device, dtype, width, kernels="auto"):
     ----------
     dtype : element type of weights
     width : D, of the Allreduce
-    kernels : choice of `hpcinfer.ops.fastest` to go back to: the limit is that of the fast forms
+    kernels : choice of `hpcinfer.ops.dispatch` to go back to: the limit is that of the fast forms
     """
-    fastest.use("auto")
+    dispatch.use("auto")
     try:
         read, flop = read_rate(comm, device), matrix_rate(comm, device, dtype)
     finally:
-        fastest.use(kernels)
+        dispatch.use(kernels)
     return Limits(read, flop, reduce_s(comm, width))
 
 
@@ -189,16 +189,16 @@ def _memory(nbytes):
 
 def _reader():
     """Function that reads an array of words once."""
-    package = fastest.backend("numpy")
+    package = dispatch.backend("numpy")
     if package is None:
         return lambda x: np.dot(x.view(np.float32), x.view(np.float32))
-    return importlib.import_module(f"{package.__name__}.limits").read
+    return importlib.import_module(f"{package.__name__}.runtime.limits").read
 
 
 def _threads(comm):
     """Threads of a rank: as the environment says, else its share of the node's cores."""
-    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    ranks = node.size
-    node.Free()
-    cores = min(len(array.cores()), array.core_quota() or len(array.cores()))
-    return array.threads_per_rank() or max(1, cores // ranks)
+    on_node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    ranks = on_node.size
+    on_node.Free()
+    cores = min(len(node.cores()), node.core_quota() or len(node.cores()))
+    return node.threads_per_rank() or max(1, cores // ranks)

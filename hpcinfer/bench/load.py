@@ -14,7 +14,8 @@ from hpcinfer import partition
 from hpcinfer.bench import decode, measure
 from hpcinfer.bench.drive import Bench
 from hpcinfer.grid import agree_all
-from hpcinfer.io.checkpoint import BLOCK_BYTES, open_checkpoint
+from hpcinfer.io.checkpoint import BLOCK_BYTES
+from hpcinfer.io.models import open_checkpoint
 from hpcinfer.io.rows import text_table
 
 _PROMPT = 16  # tokens before the first one that is generated

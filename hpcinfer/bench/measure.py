@@ -10,8 +10,8 @@ from statistics import median
 
 import numpy as np
 
-from hpcinfer import array
-from hpcinfer.collectives import ledger
+from hpcinfer import array, node
+from hpcinfer.ledger import ledger
 
 _POLL_S = 0.002
 _CALLS_S = 0.1  # how long calls are repeated for one measurement
@@ -159,7 +159,7 @@ def row(bench, facts, strategy, ranks, batch, tokens, time_s, limit_s, **more):
         "batch": batch,
         "context": tokens // batch,
         "ranks": ranks,
-        "threads": array.threads_per_rank(),
+        "threads": node.threads_per_rank(),
         "time_s": time_s,
         "tokens_per_s": tokens / time_s,
         "limit_tokens_per_s": tokens / limit_s,

@@ -14,7 +14,7 @@ from hpcinfer import array
 from hpcinfer.io import metadata
 from hpcinfer.io.checkpoint import SCALES, Checkpoint, Coding, TensorInfo
 from hpcinfer.model.families import read_architecture
-from hpcinfer.model.weights import QUANTISED, table
+from hpcinfer.model.weights.table import QUANTISED, table
 
 _NUMBERS = 1048573
 _SCALE = 0.02

@@ -3,7 +3,7 @@
 import numpy as np
 
 from hpcinfer.model.cache import PAGE
-from hpcinfer.model.weights import in_parts, table
+from hpcinfer.model.weights.table import in_parts, table
 
 
 def weight_bytes(model, touched=1.0):

@@ -43,9 +43,10 @@ def add(commands):
 
 def run(arguments):
     """Run the bench, and print its table on the first rank."""
-    from hpcinfer.engine.watchdog import Watchdog
-    from hpcinfer.grid import agree, world
+    from hpcinfer.grid import agree
     from hpcinfer.io.rows import write_json
+    from hpcinfer.job.watchdog import Watchdog
+    from hpcinfer.launcher import world
 
     comm = world()
     if arguments.plot:

@@ -5,6 +5,8 @@ import sys
 import time
 from argparse import ArgumentTypeError
 
+from hpcinfer.ledger import ledger
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 # Seconds before the end of the job at which a run stops.
@@ -137,7 +139,7 @@ def device_of(comm, arguments):
     from mpi4py import MPI
 
     from hpcinfer import array
-    from hpcinfer.engine.crowd import take_device
+    from hpcinfer.engine.placement import take_device
 
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
     node.Set_name("node")
@@ -173,21 +175,21 @@ def add_watch_options(parser):
 
 def run_batch(kind, arguments, sampling, selection=None):
     """Load the model, run the input through it, and print the report on the first rank."""
-    from hpcinfer.engine.stop import Stop
+    from hpcinfer.job.stop import Stop
 
     with Stop(_end_s(arguments.time_limit)) as stop:
         _run_batch(kind, arguments, sampling, selection, stop)
 
 
 def _run_batch(kind, arguments, sampling, selection, stop):
-    from hpcinfer.engine import batch
-    from hpcinfer.engine.state import RunState
-    from hpcinfer.engine.watchdog import Watchdog
-    from hpcinfer.grid import world
+    from hpcinfer.job import run
+    from hpcinfer.job.state import RunState
+    from hpcinfer.job.watchdog import Watchdog
+    from hpcinfer.launcher import world
 
     comm, outputs = world(), arguments.output
     with Watchdog(comm, arguments.hang_timeout, lambda: stop.last_resort and stop.last_resort()):
-        n_lines = batch.check_files(comm, arguments.input, outputs)
+        n_lines = run.check_files(comm, arguments.input, outputs)
         keeps_kv = getattr(arguments, "checkpoint_kv", False)
         every_s, restart = arguments.checkpoint_every, arguments.restart
         with RunState(comm, outputs, every_s, restart, keeps_kv) as state:
@@ -195,21 +197,21 @@ def _run_batch(kind, arguments, sampling, selection, stop):
 
 
 def _run_on(comm, kind, arguments, sampling, selection, n_lines, state, stop):
-    from hpcinfer import array, collectives
-    from hpcinfer.engine import batch
+    from hpcinfer import array
     from hpcinfer.engine.api import load
-    from hpcinfer.engine.crowd import advice
-    from hpcinfer.engine.state import identity_of_input
+    from hpcinfer.engine.placement import advice
     from hpcinfer.io.trace import write_trace
-    from hpcinfer.ops import fastest
+    from hpcinfer.job import run
+    from hpcinfer.job.state import identity_of_input
+    from hpcinfer.ops import dispatch
 
     state.refuse_changed(
         lambda: identity_of_input(kind, arguments.input, arguments.output, arguments.seed)
     )
     if state.kept:
         print(f"restart   what was there is kept as {', '.join(state.kept)}", flush=True)
-    fastest.use(arguments.kernels)
-    collectives.ledger.tracing = arguments.trace is not None
+    dispatch.use(arguments.kernels)
+    ledger.tracing = arguments.trace is not None
     engine = load(
         arguments.model,
         comm,
@@ -228,7 +230,7 @@ def _run_on(comm, kind, arguments, sampling, selection, n_lines, state, stop):
     for line in (
         advice(engine.grid.node, device),
         array.auto_warning(device) if arguments.device == "auto" else None,
-        fastest.notice() if device.name == "cpu" else None,
+        dispatch.notice() if device.name == "cpu" else None,
     ):
         if comm.rank == 0 and line is not None:
             print(line, file=sys.stderr, flush=True)
@@ -240,7 +242,7 @@ def _run_on(comm, kind, arguments, sampling, selection, n_lines, state, stop):
         "dtype": str(engine.model.dtype),
         "seed": arguments.seed,
     }
-    finished, refused, before = batch.run(
+    finished, refused, before = run.run(
         engine,
         kind,
         arguments.input,
@@ -254,7 +256,7 @@ def _run_on(comm, kind, arguments, sampling, selection, n_lines, state, stop):
     )
     report = engine.record.report(engine)
     if arguments.trace:
-        write_trace(arguments.trace, comm.rank, collectives.ledger.events)
+        write_trace(arguments.trace, comm.rank, ledger.events)
     if report is not None:
         print(*report, sep="\n")
         print(
@@ -267,7 +269,7 @@ def _run_on(comm, kind, arguments, sampling, selection, n_lines, state, stop):
 
 def _end_s(time_limit_s):
     """When to stop, in seconds since 1970: after the time limit, or before the job's end."""
-    from hpcinfer.grid import job_end_s
+    from hpcinfer.launcher import job_end_s
 
     ends_s = []
     if time_limit_s is not None:

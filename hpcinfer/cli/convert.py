@@ -4,7 +4,7 @@ from contextlib import ExitStack
 from functools import partial
 
 from hpcinfer.errors import UsageError
-from hpcinfer.grid import launcher_rank
+from hpcinfer.launcher import launcher_rank
 
 CODES, GROUPS = {"int8": 8, "int4": 4}, (32, 64, 128)
 
@@ -46,7 +46,7 @@ def run(arguments):
     from tqdm import tqdm
 
     from hpcinfer.io.convert import convert
-    from hpcinfer.model.recode import recoding
+    from hpcinfer.model.weights.quantize import recoding
 
     recode = None
     if arguments.quantize:

@@ -50,9 +50,9 @@ def add(commands):
 
 def run(arguments):
     """Run the command."""
-    from hpcinfer.engine.extract import check
-    from hpcinfer.engine.selection import Selection
-    from hpcinfer.grid import world
+    from hpcinfer.engine.activations.extract import check
+    from hpcinfer.engine.activations.selection import Selection
+    from hpcinfer.launcher import world
 
     selection = Selection(
         arguments.what, arguments.layers, arguments.pool, arguments.store, arguments.compress

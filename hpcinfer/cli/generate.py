@@ -53,7 +53,7 @@ def run(arguments):
 
 def _check(sampling):
     """Refuse options out of range before a model is loaded, whose config may know more tokens."""
-    from hpcinfer.engine.request import Sampling
+    from hpcinfer.requests.sampling import Sampling
 
     given = {name: value for name, value in sampling.items() if value is not None}
     try:

@@ -2,7 +2,7 @@
 machine."""
 
 from hpcinfer.errors import UsageError
-from hpcinfer.grid import launcher_rank
+from hpcinfer.launcher import launcher_rank
 
 
 def add(commands):
@@ -37,7 +37,7 @@ def run(arguments):
     if launcher_rank() != 0:
         return
     if arguments.machine:
-        from hpcinfer.bench.machine import describe as describe_machine
+        from hpcinfer.job.machine import describe as describe_machine
 
         print(describe_machine())
     if arguments.file is not None:

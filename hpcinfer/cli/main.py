@@ -8,7 +8,7 @@ import traceback
 from hpcinfer import __version__
 from hpcinfer.cli import bench, convert, extract, generate, inspect, score, verify
 from hpcinfer.errors import DONE, UsageError, exit_code, is_agreed, is_reported, one_line
-from hpcinfer.grid import abort, launcher_rank
+from hpcinfer.launcher import abort, launcher_rank
 
 COMMANDS = (generate, score, extract, convert, inspect, verify, bench)
 

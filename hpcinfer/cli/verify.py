@@ -25,9 +25,10 @@ def add(commands):
 def run(arguments):
     """Run the command."""
     from hpcinfer import verify
-    from hpcinfer.engine.watchdog import Watchdog
-    from hpcinfer.grid import agree, world
+    from hpcinfer.grid import agree
     from hpcinfer.io.rows import text_table, write_json
+    from hpcinfer.job.watchdog import Watchdog
+    from hpcinfer.launcher import world
 
     comm = world()
     with Watchdog(comm, arguments.hang_timeout):

@@ -5,7 +5,7 @@ tables are known before the token is: they are made while the host would wait fo
 the scheduler then plans another step, what was made is thrown away.
 """
 
-from hpcinfer.engine.pages import pages_for
+from hpcinfer.engine.block_manager import pages_for
 
 
 class Ahead:

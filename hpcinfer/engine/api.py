@@ -12,31 +12,37 @@ Every rank makes the same calls and gets the same answers. The input of the firs
 
 import time
 
-from hpcinfer import array, collectives
-from hpcinfer.engine import finite
+from hpcinfer import array
+from hpcinfer.engine import nonfinite
+from hpcinfer.engine.activations.extract import Extract, activations_of, gathered
+from hpcinfer.engine.activations.selection import Selection
 from hpcinfer.engine.ahead import Ahead
-from hpcinfer.engine.crowd import take_device, take_sums, take_threads
-from hpcinfer.engine.extract import Extract, activations_of, gathered
+from hpcinfer.engine.block_manager import Pages, pages_for
+from hpcinfer.engine.build_step import build_step
+from hpcinfer.engine.expert_load import ExpertLoad
 from hpcinfer.engine.feed import Feed
-from hpcinfer.engine.formats import Limits as PromptLimits
-from hpcinfer.engine.formats import RequestReader, defaults_from
 from hpcinfer.engine.generate import Generate
 from hpcinfer.engine.loop import run as run_loop
-from hpcinfer.engine.pages import Pages, pages_for
-from hpcinfer.engine.record import ExpertLoad, Record
-from hpcinfer.engine.request import BadRequest, Sampling
-from hpcinfer.engine.scheduler import Limits, Scheduler, build_step
+from hpcinfer.engine.placement import take_device, take_sums, take_threads
+from hpcinfer.engine.scheduler import Limits, Scheduler
 from hpcinfer.engine.score import Score
-from hpcinfer.engine.selection import Selection
-from hpcinfer.engine.text import Text
+from hpcinfer.engine.stats import Record
 from hpcinfer.errors import agreed
-from hpcinfer.grid import agree_all, grid_of, parse_layout, world
-from hpcinfer.io.checkpoint import open_checkpoint
+from hpcinfer.grid import agree_all, grid_of
+from hpcinfer.io.models import open_checkpoint
+from hpcinfer.launcher import world
+from hpcinfer.layout import parse_layout
+from hpcinfer.ledger import ledger
 from hpcinfer.model.families import read_architecture
-from hpcinfer.model.ffn_side import FfnSide
-from hpcinfer.model.fit import refuse_unfit
+from hpcinfer.model.ffn_rank import FfnSide
 from hpcinfer.model.forward import Model
-from hpcinfer.model.weights import check
+from hpcinfer.model.layout_check import refuse_unfit
+from hpcinfer.model.weights.check import check
+from hpcinfer.requests.reader import Limits as PromptLimits
+from hpcinfer.requests.reader import RequestReader, defaults_from
+from hpcinfer.requests.request import BadRequest
+from hpcinfer.requests.sampling import Sampling
+from hpcinfer.text.tokenizer import Text
 
 # Share of the free memory that the cache takes where --kv-memory does not say.
 _KV_SHARE = 0.5
@@ -92,7 +98,7 @@ def load(
     grid = grid_of(comm, parse_layout(layout, comm.size))
     limits = _limits(grid.layout, step_tokens, sequences, micro_batches)
     if check_weights:
-        finite.check_weights(comm, path, None if dtype is None else array.parse_dtype(dtype))
+        nonfinite.check_weights(comm, path, None if dtype is None else array.parse_dtype(dtype))
     take_threads(grid.node)
     device = take_device(grid.comm, grid.node, device)
     take_sums(grid, device)
@@ -164,7 +170,7 @@ class Engine:
         model.allocate_cache(pages)
         self._forget(pages)
         self.record.kv_bytes = pages * model.page_bytes
-        collectives.ledger.clear()
+        ledger.clear()
         return self
 
     def _read_alone(self):
@@ -201,7 +207,7 @@ class Engine:
         Parameters
         ----------
         items : list of str, of lists of token ids, or of dicts as in a line of JSONL input
-        sampling : fields of `hpcinfer.engine.request.Sampling`, defaults for items that do not say
+        sampling : fields of `hpcinfer.requests.sampling.Sampling`, for items that do not say
 
         Returns
         -------
@@ -234,7 +240,7 @@ class Engine:
         ----------
         items : list of str, of lists of token ids, or of dicts as in a line of JSONL input
         layers : numbers of layers, negative ones counted from the end; None for all
-        what : some of `hpcinfer.engine.selection.POINTS`
+        what : some of `hpcinfer.engine.activations.selection.POINTS`
         pool : "last" or "mean" for one row for each text; None for one for each token
 
         Returns

@@ -3,10 +3,11 @@
 from dataclasses import dataclass, field
 from operator import is_
 
-from hpcinfer.engine.request import Choice, Result
-from hpcinfer.engine.scheduler import Sequence
+from hpcinfer.engine.sequence import Sequence
 from hpcinfer.ops.sample import History, Rows
 from hpcinfer.parallel import vocabulary
+from hpcinfer.requests.request import Choice, Result
+from hpcinfer.text.stream import TextStream
 
 
 @dataclass
@@ -25,8 +26,8 @@ class Generate:
         sampling, samples = request.sampling, []
         for sample in range(sampling.n):
             sequence = Sequence(request, sample, list(request.token_ids), len(request.token_ids))
-            sequence.stream = self.engine.text.stream(
-                sampling.stop, after_text=request.kind != "chat"
+            sequence.stream = TextStream(
+                self.engine.text, sampling.stop, after_text=request.kind != "chat"
             )
             sequence.siblings, sequence.stops = samples, self.engine.stops(sampling)
             if _has_penalties(sampling):

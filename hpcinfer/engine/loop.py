@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from hpcinfer import collectives
-from hpcinfer.engine.finite import explained
-from hpcinfer.engine.pages import pages_for
-from hpcinfer.engine.request import BadRequest
+from hpcinfer.engine.block_manager import pages_for
+from hpcinfer.engine.nonfinite import explained
+from hpcinfer.heartbeat import here
 from hpcinfer.model.cache import PAGE
-from hpcinfer.where import here
+from hpcinfer.requests.request import BadRequest
 
 
 @dataclass

@@ -12,79 +12,13 @@ to be chosen.
 """
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import numpy as np
-
-from hpcinfer import partition
-from hpcinfer.engine.pages import digests, pages_for
+from hpcinfer.engine.block_manager import digests, pages_for
 from hpcinfer.model.cache import PAGE
-from hpcinfer.model.step import Books, Step
-
-# Tokens per rank of cp up to which decoding divides columns: reading weights takes longer than
-# computing with them up to about this many.
-COLUMNS_TOKENS = 32
 
 # Tokens of a micro-batch at least, as far as there are as many.
 _LEAST_TOKENS = 32
-
-
-@dataclass(eq=False)
-class Sequence:
-    """Tokens of one sample of a request, and how far they are computed.
-
-    Attributes
-    ----------
-    request : Request
-    sample : number of the sample within the request
-    tokens : prompt, then the tokens generated so far
-    n_prompt : tokens of the prompt
-    target : tokens that must be in the cache before the next one can be chosen
-    computed : tokens that are in the cache
-    pages : pages that hold them
-    all_rows : True if every token's hidden state is wanted, not only the last one's
-    whole : True if with `all_rows` the last token is computed too, though it predicts nothing
-    digests : hashes of the full pages of the text, as far as they were needed
-    siblings : all samples of the request
-    stream : text of the generated tokens, watched for stop strings
-    stops : token ids that end it
-    history : tokens seen so far, kept where penalties need them
-    logprobs, top_logprobs : of the generated (or scored) tokens
-    known : with `all_rows`, leading tokens whose hidden states are not wanted again
-    finish_reason : "stop" or "length" when the sequence has ended, else None
-    under_way : steps under way that compute tokens of it
-    number : sequences that were put in the queue before it
-    """
-
-    request: object
-    sample: int
-    tokens: list
-    n_prompt: int
-    all_rows: bool = False
-    whole: bool = False
-    computed: int = 0
-    pages: list = field(default_factory=list)
-    digests: list = field(default_factory=list)
-    siblings: list = field(default_factory=list)
-    stream: object = None
-    stops: frozenset = frozenset()
-    history: object = None
-    logprobs: list = field(default_factory=list)
-    top_logprobs: list = field(default_factory=list)
-    known: int = 0
-    finish_reason: str | None = None
-    under_way: int = 0
-    number: int = 0
-
-    @property
-    def target(self):
-        """Tokens to compute before the next is chosen; a scored text's last predicts nothing."""
-        return len(self.tokens) - (self.all_rows and not self.whole)
-
-    @property
-    def n_new(self):
-        """Tokens generated so far."""
-        return len(self.tokens) - self.n_prompt
 
 
 @dataclass
@@ -273,93 +207,3 @@ class Scheduler:
         sequence.known = len(sequence.logprobs) if sequence.all_rows else 0
         self.waiting.appendleft(sequence)
         self.preemptions += 1
-
-
-def build_step(plan, pages, kv_rank=0, cp=1, by_columns=False, rope=None, tp=1):
-    """Arrays of one step, from the scheduler's plan, whose tokens count as computed afterwards.
-
-    Parameters
-    ----------
-    plan : list of (Sequence, n), those with one token first; empty for a step that this replica
-        takes for the others' sake
-    pages : Pages
-    kv_rank : this rank's pool among those of `pages`
-    cp : number of parts in which the tokens are cut; part i computes the tokens of the pools i,
-        i + cp, ...
-    by_columns : True if steps of few tokens, one of a sequence, divide columns instead of tokens
-    rope : Rope or None
-    tp : ranks over which sequence parallelism cuts the tokens of a part; 1 without it
-
-    Returns
-    -------
-    Step; its `rows` are the last token of every sequence that is then complete, or all tokens of a
-    sequence with `all_rows`
-    """
-    counts = np.array([n for _, n in plan], np.int64)
-    bounds = np.concatenate([[0], np.cumsum(counts)])
-    lengths = np.array([sequence.computed + n for sequence, n in plan], np.int64)
-    positions = np.arange(bounds[-1]) - np.repeat(bounds[:-1] - (lengths - counts), counts)
-    owner = np.repeat(np.arange(len(plan)), counts)
-
-    # Find the page of every token, and its owner, in one table padded with page 0.
-    table = np.zeros((len(plan), max((len(s.pages) for s, _ in plan), default=0)), np.int64)
-    for b, (sequence, _) in enumerate(plan):
-        table[b, : len(sequence.pages)] = sequence.pages
-    pool, place = np.divmod(table, pages.n)
-    token_pool = pool[owner, positions // PAGE]
-    slots = place[owner, positions // PAGE] * PAGE + positions % PAGE
-
-    token_ids, rows = [], []
-    for b, (sequence, n) in enumerate(plan):
-        token_ids += sequence.tokens[sequence.computed : sequence.computed + n]
-        if sequence.all_rows:
-            known = min(max(sequence.known - sequence.computed, 0), n)
-            rows += range(bounds[b] + known, bounds[b + 1])
-        elif lengths[b] == sequence.target:
-            rows.append(bounds[b + 1] - 1)
-        sequence.computed += n
-    columns = by_columns and len(plan) == bounds[-1] <= COLUMNS_TOKENS * cp
-    mine = np.arange(bounds[-1]) if columns else np.flatnonzero(token_pool % cp == kv_rank % cp)
-    stored = np.flatnonzero(token_pool[mine] == kv_rank)
-    part = token_pool % cp
-    return Step(
-        token_ids=np.array(token_ids, np.int32),
-        tokens=np.stack([owner, positions], axis=1).astype(np.int32),
-        lengths=lengths,
-        numbers=np.array([sequence.number for sequence, _ in plan], np.int64),
-        complete=np.array([sequence.computed == sequence.target for sequence, _ in plan], bool),
-        n_single=int(np.sum(counts == 1)),
-        rows=np.array(rows, np.int64),
-        length_classes=_length_classes(plan, owner, positions, rope),
-        columns=columns,
-        parts=cp,
-        part=part,
-        home=np.full_like(part, -1) if columns else _homes(part, cp, tp),
-        mine=mine,
-        stored=stored,
-        slots=slots[mine[stored]],
-        books=Books(place, pool[:, 0] if plan else lengths, kv_rank, pages.ranks, lengths),
-    )
-
-
-def _homes(part, cp, tp):
-    """Rank of tp that keeps each token between the halves of a layer; -1 if all do."""
-    home = np.full_like(part, -1)
-    for p in range(cp):
-        tokens = np.flatnonzero(part == p)
-
-        # With fewer tokens than ranks it costs less to let every rank keep them all.
-        if tp > 1 and len(tokens) >= tp:
-            for rank, (start, stop) in enumerate(partition.block(len(tokens), tp)):
-                home[tokens[start:stop]] = rank
-    return home
-
-
-def _length_classes(plan, owner, positions, rope):
-    """Class of the text's length for every token: the prompt's, then its own position + 1."""
-    if rope is None or not rope.depends_on_length:
-        return None
-    prompts = np.array([sequence.n_prompt for sequence, _ in plan])
-    lengths = np.maximum(prompts[owner], positions + 1)
-    classes, which = np.unique(lengths, return_inverse=True)
-    return np.array([rope.length_class(int(n)) for n in classes])[which]

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from hpcinfer import partition
-from hpcinfer.engine.request import Score as Result
-from hpcinfer.engine.scheduler import Sequence
+from hpcinfer.engine.sequence import Sequence
 from hpcinfer.parallel import vocabulary
+from hpcinfer.requests.request import Score as Result
 
 # Logits in memory at a time, in bytes.
 _LOGITS_BYTES = 64 << 20

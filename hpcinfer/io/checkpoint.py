@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from hpcinfer.array import BFLOAT16
-from hpcinfer.io.metadata import open_regular
 
 BLOCK_BYTES = 16 << 20
 SAMPLE_ITEMS = 512
@@ -90,48 +89,6 @@ class TensorInfo:
         if self.coding is not None:
             return self.shape[0] * self.coding.columns
         return math.prod(self.shape)
-
-
-def open_checkpoint(path):
-    """Open a model on disk and check everything that can be checked without reading weights.
-
-    Parameters
-    ----------
-    path : Hugging Face directory or converted .h5, or a Checkpoint, which is returned as it is
-
-    Returns
-    -------
-    Checkpoint
-
-    Raises
-    ------
-    ValueError
-        If it is neither, or is damaged: one line that says what was found.
-    """
-    if isinstance(path, Checkpoint):
-        return path
-    path = os.fspath(path)
-    if os.path.isdir(path):
-        from hpcinfer.io.safetensors import open_directory
-
-        return open_directory(path)
-    if not os.path.exists(path):
-        raise ValueError(f"checkpoint: got {path}, need an existing model directory or .h5 file")
-    if has_hdf5_signature(path):
-        from hpcinfer.io.hdf5 import open_model
-
-        return open_model(path)
-    remedy = "; give the directory that holds it" if path.endswith(".safetensors") else ""
-    raise ValueError(
-        f"checkpoint: got {path} which is no HDF5 file, need a model directory or .h5 file{remedy}"
-    )
-
-
-def has_hdf5_signature(path):
-    """True if the file `path` begins as HDF5 files do."""
-    file, _ = open_regular(path)
-    with file:
-        return file.read(len(HDF5_SIGNATURE)) == HDF5_SIGNATURE
 
 
 class Checkpoint:

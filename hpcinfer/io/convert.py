@@ -11,15 +11,9 @@ import numpy as np
 
 from hpcinfer import array
 from hpcinfer.io.atomic import refuse_directory, writing
-from hpcinfer.io.checkpoint import (
-    BLOCK_BYTES,
-    SCALES,
-    Coding,
-    open_checkpoint,
-    raw,
-    table_entry,
-)
+from hpcinfer.io.checkpoint import BLOCK_BYTES, SCALES, Coding, raw, table_entry
 from hpcinfer.io.hdf5 import ALIGN_BYTES, MODEL_OPTIONS, ModelWriter, replacing_h5
+from hpcinfer.io.models import open_checkpoint
 
 SPARE_BYTES = 1 << 20
 

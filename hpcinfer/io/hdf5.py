@@ -36,14 +36,7 @@ import numpy as np
 from hpcinfer import __version__
 from hpcinfer.array import BFLOAT16
 from hpcinfer.io.atomic import replacing
-from hpcinfer.io.checkpoint import (
-    HDF5_SIGNATURE,
-    SCALES,
-    Checkpoint,
-    Coding,
-    raw,
-    table_entry,
-)
+from hpcinfer.io.checkpoint import HDF5_SIGNATURE, SCALES, Checkpoint, Coding, raw, table_entry
 from hpcinfer.io.metadata import (
     MAX_JSON_BYTES,
     MAX_TOKENIZER_BYTES,

@@ -5,7 +5,8 @@ import re
 from functools import partial
 
 from hpcinfer.io import soundness
-from hpcinfer.io.checkpoint import SCALES, has_hdf5_signature, open_checkpoint
+from hpcinfer.io.checkpoint import SCALES
+from hpcinfer.io.models import has_hdf5_signature, open_checkpoint
 
 # Words for the numbers of a config, each with the names that families give it
 CONFIG_NAMES = {

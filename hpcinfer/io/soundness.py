@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from hpcinfer import array
-from hpcinfer.io.checkpoint import is_floating, open_checkpoint, raw
+from hpcinfer.io.checkpoint import is_floating, raw
+from hpcinfer.io.models import open_checkpoint
 
 _LAYER = re.compile(r"(?:^|\.)(\d{1,9})\.")
 

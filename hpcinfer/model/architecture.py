@@ -70,7 +70,7 @@ class Architecture:
     tied : True if the head is the embedding
     scales : factor on the attention scores, per layer
     windows : sliding window in tokens or None, per layer
-    names : tensor names in the checkpoint, by the keys of `hpcinfer.model.weights`
+    names : tensor names in the checkpoint, by the keys of `hpcinfer.model.weights.parameters`
     stored_in_out : True if the checkpoint stores matrices (in, out)
     qkv_per_head : True if fused queries, keys and values alternate head by head
     E, moe_F : experts of a layer that has any, and the width of each

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from hpcinfer.ops.store import place_heads, store
+from hpcinfer.ops.cache import place_heads, store
 
 # Tokens per page: prefixes are shared, and sequences cut, in whole pages.
 PAGE = 32
@@ -39,7 +39,7 @@ class Cache:
         store(k, v, step.stored, self.k[layer], self.v[layer], step.slots)
 
     def place_heads(self, layer, step, qkv, norms, eps, rotation):
-        """Norm and rotate queries and keys, and store keys and values, as `ops.store` does.
+        """Norm and rotate queries and keys, and store keys and values, as `ops.cache` does.
 
         Parameters
         ----------

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from hpcinfer import collectives, partition
-from hpcinfer.model.weights import FFN_CUTS, slice_columns
+from hpcinfer.model.weights.parameters import slice_columns
+from hpcinfer.model.weights.table import FFN_CUTS
 from hpcinfer.ops import activation
 from hpcinfer.parallel import sequence, tensor
 

@@ -5,24 +5,26 @@ from functools import partial
 import numpy as np
 
 from hpcinfer import array, collectives
-from hpcinfer.model import weights as tables
-from hpcinfer.model.alike import own_keys, share
+from hpcinfer.heartbeat import here
+from hpcinfer.model.attention import Context
 from hpcinfer.model.cache import Cache, page_bytes
-from hpcinfer.model.context import Context
 from hpcinfer.model.cut import cut_by_columns, cut_by_tokens, kept_at_home
 from hpcinfer.model.graphs import Graphs
 from hpcinfer.model.layer import add_norm, add_positions, attention_half, layer, norm
 from hpcinfer.model.moe import choices_to_send
-from hpcinfer.model.pieces import Pieces
-from hpcinfer.model.sides import expert_shares, ffn_shares
-from hpcinfer.model.stages import layers_of_stage
-from hpcinfer.model.step import holders, in_parts
+from hpcinfer.model.token_owners import holders, in_parts
+from hpcinfer.model.weights import parameters as tables
+from hpcinfer.model.weights.expert_placement import expert_shares, ffn_shares
+from hpcinfer.model.weights.load import load
+from hpcinfer.model.weights.shared import own_keys, share
+from hpcinfer.model.weights.stages import layers_of_stage
+from hpcinfer.model.weights.table import FFN_KEYS, owned
+from hpcinfer.model.weights.zero import Pieces
 from hpcinfer.ops.inplace import add_into
 from hpcinfer.ops.linear import linear
 from hpcinfer.ops.rope import angles
 from hpcinfer.parallel import disagg, vocabulary
 from hpcinfer.parallel.pipeline import Pipeline
-from hpcinfer.where import here
 
 
 class Model:
@@ -56,7 +58,7 @@ class Model:
         self.context = Context(arch, grid, lambda n: (self.cache.k[n], self.cache.v[n]), self)
         self.heads = self.context.heads
         cp = grid.cp.size
-        ranges = tables.owned(arch, grid.tp.size, grid.tp.rank, cp, grid.cp.rank)
+        ranges = owned(arch, grid.tp.size, grid.tp.rank, cp, grid.cp.rank)
         if grid.experts is not None:
             share = expert_shares(arch, grid)[grid.experts.rank]
             ranges |= {"experts": share.experts, "moe": share.columns}
@@ -91,7 +93,7 @@ class Model:
             return self._keeps(row) and (not follows or row.key in self._own_keys)
 
         arch, cp = self.arch, self.grid.cp.size
-        self.weights = tables.load(
+        self.weights = load(
             arch, checkpoint, self.ranges, self.dtype, self.device, cp, keep, pieces
         )
 
@@ -299,7 +301,7 @@ class Model:
         """True if a row of the table belongs to this rank's stage, and to its side."""
         if row.layer is not None:
             return row.layer in self.layers and not (
-                self.grid.side == "attention" and row.key in tables.FFN_KEYS
+                self.grid.side == "attention" and row.key in FFN_KEYS
             )
         if row.key in ("embed", "positions"):
             return self.pipeline.is_first or (self.pipeline.is_last and self.arch.tied)

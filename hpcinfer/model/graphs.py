@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from hpcinfer import array, capture, collectives
-from hpcinfer.model.alike import parameters
+from hpcinfer import array, capture, collectives, node
+from hpcinfer.heartbeat import waiting
+from hpcinfer.ledger import ledger
 from hpcinfer.model.cache import PAGE
-from hpcinfer.ops import fastest
+from hpcinfer.model.weights.shared import parameters
+from hpcinfer.ops import dispatch
 from hpcinfer.ops.quantize import arrays_of
-from hpcinfer.where import waiting
 
 # Tokens of a step up to which it is worth it; and steps before one is captured, which costs as much
 # as replaying saves in some twenty on the CPU, in three on a GPU.
@@ -275,7 +276,7 @@ class Graphs:
         n_sums = sum(calls for _, calls, _ in graph.totals)
         for key, calls, sent_bytes in graph.totals:
             share_s = time_s * calls / n_sums
-            collectives.ledger.enter_many(key, calls, sent_bytes, share_s)
+            ledger.enter_many(key, calls, sent_bytes, share_s)
 
     def _serves(self, step, cut):
         """True if a step is of the kind that graphs are for, on every rank alike."""
@@ -284,12 +285,12 @@ class Graphs:
             return False
         alone = step.n_single == T and not step.columns and cut.counts is None
         alone &= step.all_wanted or self._model.device.name == "cpu"
-        watched = self._model.tap is not None or collectives.ledger.tracing
+        watched = self._model.tap is not None or ledger.tracing
         return alone and not watched
 
     def _computed_and_kept(self, step, cut, x, rotation, compute):
         """Compute the layers on the CPU, and keep how if that can be done."""
-        from hpcinfer.ops.cpu.graph import Capture, Memory
+        from hpcinfer.ops.cpu.runtime.graph import Capture, Memory
 
         model = self._model
         if self._memory is None:
@@ -318,7 +319,7 @@ class Graphs:
 
     def _kept(self, step, cut, x, rotation, compute):
         """Compute the layers on a GPU, and keep how if that can be done."""
-        from hpcinfer.ops.cuda.graph import Capture, Memory
+        from hpcinfer.ops.cuda.runtime.graph import Capture, Memory
 
         result = compute(x, step, rotation)
         if self._memory is None:
@@ -364,7 +365,7 @@ class Graphs:
             yield pages
         if self._model.expert_load is not None:
             yield self._model.expert_load.counts
-        shared = collectives.window_of(cut.comm)
+        shared = collectives.reducer_of(cut.comm)
         if shared is not None:
             yield from shared.arrays()
 
@@ -377,9 +378,9 @@ def _uncounted(load):
 def _reason_against(model):
     """Why the layers of a model are not captured, or None."""
     arch, grid = model.arch, model.grid
-    if fastest.chosen(model.device.xp.__name__) is None:
+    if dispatch.chosen(model.device.xp.__name__) is None:
         return "there are no compiled functions"
-    if model.device.name == "cpu" and array.threads() > 1:
+    if model.device.name == "cpu" and node.threads() > 1:
         return "several threads"
     if grid.cp.size > 1 or model.context.kv.size > 1:
         return "attention passes between ranks"

@@ -11,7 +11,7 @@ The scores are float32: rounded ones would choose other experts where two are ne
 import numpy as np
 
 from hpcinfer import array
-from hpcinfer.model.sides import expert_shares
+from hpcinfer.model.weights.expert_placement import expert_shares
 from hpcinfer.ops.activation import sigmoid
 from hpcinfer.ops.experts import experts_ffn
 from hpcinfer.ops.inplace import add_into

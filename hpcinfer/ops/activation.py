@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hpcinfer import array
-from hpcinfer.ops.fastest import fastest
+from hpcinfer.ops.dispatch import fastest
 
 
 def sigmoid(x):

@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 
 from hpcinfer import array
-from hpcinfer.ops.fastest import fastest
+from hpcinfer.ops.dispatch import fastest
 
 # Rows (queries times heads of a group) and keys of one block: 1 MB of scores stays in an L2 cache
 # of 2 MB beside its keys and values. Fewer rows meet more keys at a time.

@@ -3,7 +3,7 @@
 import numpy as np
 
 from hpcinfer import array
-from hpcinfer.ops.fastest import fastest
+from hpcinfer.ops.dispatch import fastest
 
 
 @fastest

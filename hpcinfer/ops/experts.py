@@ -3,7 +3,7 @@
 from itertools import pairwise
 
 from hpcinfer import array
-from hpcinfer.ops.fastest import fastest
+from hpcinfer.ops.dispatch import fastest
 from hpcinfer.ops.linear import linear_pair
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from hpcinfer import array
-from hpcinfer.ops.fastest import fastest
+from hpcinfer.ops.dispatch import fastest
 from hpcinfer.ops.quantize import Quantized, dequantize
 
 # Rows of a 16-bit or quantised weight that are widened at a time, in bytes of float32.

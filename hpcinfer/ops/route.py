@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from hpcinfer import array
 from hpcinfer.ops.activation import sigmoid
-from hpcinfer.ops.fastest import fastest
+from hpcinfer.ops.dispatch import fastest
 
 
 @dataclass(frozen=True)

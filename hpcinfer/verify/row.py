@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from hpcinfer import array
-from hpcinfer.collectives import ledger
 from hpcinfer.errors import one_line
+from hpcinfer.ledger import ledger
 
 TOLERANCE = 1e-5  # largest difference over largest value, float32
 GRACE_S = 10.0  # how long a rank that failed waits for the others

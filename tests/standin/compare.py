@@ -29,8 +29,8 @@ from reference import models  # noqa: E402
 
 import hpcinfer  # noqa: E402
 from hpcinfer.io.convert import convert  # noqa: E402
-from hpcinfer.model.recode import recoding  # noqa: E402
-from hpcinfer.ops import fastest  # noqa: E402
+from hpcinfer.model.weights.quantize import recoding  # noqa: E402
+from hpcinfer.ops import dispatch  # noqa: E402
 
 TOLERANCES = {"float32": 2e-4, "bfloat16": 6e-2, "float16": 2e-2}
 BITS = {"int8": 8, "int4": 4}
@@ -129,7 +129,7 @@ def verdict(comm, case, folder):
     path = comm.bcast(model_of(name, word, folder) if comm.rank == 0 else None)
     found = {}
     for device in ("cpu", "cuda"):
-        fastest.use("plain" if device == "cpu" or word == "plain" else "auto")
+        dispatch.use("plain" if device == "cpu" or word == "plain" else "auto")
         engine = hpcinfer.load(
             str(path), comm, layout, dtype=dtype, device=device, kv_memory=1 << 24
         )

@@ -4,7 +4,7 @@ import importlib.util
 
 from hpcinfer import array
 
-FILES = tuple("activation attention experts inplace linear norm rope route store".split())
+FILES = tuple("activation attention experts inplace linear norm rope route cache".split())
 
 
 def describe():
@@ -16,14 +16,15 @@ def describe():
     """
     if (why := missing()) is not None:
         return [("kernels", f"plain NumPy; {why}")]
-    from hpcinfer.ops.cpu import machine, onednn
+    from hpcinfer.ops.cpu.products import onednn
+    from hpcinfer.ops.cpu.runtime import features
 
-    paired = machine.has("avx512_bf16")
+    paired = features.has("avx512_bf16")
     lines = [
         ("few rows", "vdpbf16ps" if paired else "widened in registers, no avx512_bf16 here"),
         ("codes", "a table of 16 entries in a register" if paired else "arithmetic in registers"),
     ]
-    own = paired and not machine.has("amx_bf16")
+    own = paired and not features.has("amx_bf16")
     served = {array.BFLOAT16.name: "vdpbf16ps, rows in the lanes"} if own else {}
     found = onednn.library()
     if found is not None:
@@ -39,7 +40,7 @@ def describe():
 
 def notice():
     """A line that says that functions are yet to be compiled; None if some are there already."""
-    from hpcinfer.ops.cpu.compile import folder
+    from hpcinfer.ops.cpu.runtime.compile import folder
 
     if any(folder().rglob("*.nbi")):
         return None

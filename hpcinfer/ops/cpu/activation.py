@@ -5,10 +5,10 @@ import math
 import numpy as np
 
 from hpcinfer.ops import activation as plain
-from hpcinfer.ops.cpu import parts
-from hpcinfer.ops.cpu.compile import compiled
-from hpcinfer.ops.cpu.rounding import bits
-from hpcinfer.ops.cpu.simd import gate
+from hpcinfer.ops.cpu.runtime import launch
+from hpcinfer.ops.cpu.runtime.compile import compiled
+from hpcinfer.ops.cpu.simd.rounding import bits
+from hpcinfer.ops.cpu.simd.vectors import gate
 
 
 def gated(gate_up, function, widths, dtype=np.float32):
@@ -18,7 +18,7 @@ def gated(gate_up, function, widths, dtype=np.float32):
         return NotImplemented
     if gate_up.shape[1] != 2 * sum(widths) or gate_up.strides[1] != 4:
         return NotImplemented
-    y = parts.empty((len(gate_up), sum(widths)), np.float32)
+    y = launch.empty((len(gate_up), sum(widths)), np.float32)
     gate_into(number, gate_up, widths, y)
     return y
 
@@ -34,7 +34,7 @@ def gate_into(number, gate_up, widths, y):
     for width in widths:
         columns = slice(2 * start, 2 * (start + width))
         blocks = bits(gate_up)[:, columns], bits(y)[:, start : start + width]
-        parts.over_rows(gate_rows, len(y), *blocks, number, work_bytes=gate_up.nbytes)
+        launch.over_rows(gate_rows, len(y), *blocks, number, work_bytes=gate_up.nbytes)
         start += width
 
 

@@ -2,12 +2,13 @@
 
 import numpy as np
 
-from hpcinfer import array
+from hpcinfer import array, node
 from hpcinfer.ops.activation import Gate
-from hpcinfer.ops.cpu import activation, parts
-from hpcinfer.ops.cpu.compile import compiled
+from hpcinfer.ops.cpu import activation
 from hpcinfer.ops.cpu.linear import times_rows
-from hpcinfer.ops.cpu.rounding import bits
+from hpcinfer.ops.cpu.runtime import launch
+from hpcinfer.ops.cpu.runtime.compile import compiled
+from hpcinfer.ops.cpu.simd.rounding import bits
 from hpcinfer.ops.linear import linear_pair
 from hpcinfer.ops.quantize import Quantized
 
@@ -21,11 +22,11 @@ def experts_ffn(x, ids, weights, up, down, first, function):
     """As `ops.experts.experts_ffn`, for a few choices."""
     if not 0 < ids.size <= _FEW or not len(up):
         return NotImplemented
-    if array.threads() == 1 and _serves(x, ids, weights, up, down, function):
-        y = parts.empty(x.shape, np.float32)
+    if node.threads() == 1 and _serves(x, ids, weights, up, down, function):
+        y = launch.empty(x.shape, np.float32)
         gate, width = activation.number_of(function.function), function.widths[0]
         operands = x, ids, weights, bits(up), bits(down)
-        parts.call(_few_tokens, *operands, first, gate, width, y)
+        launch.call(_few_tokens, *operands, first, gate, width, y)
         return y
     return _by_lists(x, ids, weights, up, down, first, function)
 

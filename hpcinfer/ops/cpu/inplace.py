@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from hpcinfer.ops.cpu import parts
-from hpcinfer.ops.cpu.compile import compiled
+from hpcinfer.ops.cpu.runtime import launch
+from hpcinfer.ops.cpu.runtime.compile import compiled
 
 
 def add_into(y, x):
@@ -13,7 +13,7 @@ def add_into(y, x):
     rows = x.reshape(1, -1) if x.ndim == 1 else x
     if rows.shape[1:] != y.shape[1:] or len(rows) not in (1, len(y)):
         return NotImplemented
-    parts.over_rows(_add, len(y), y, rows, work_bytes=2 * y.nbytes)
+    launch.over_rows(_add, len(y), y, rows, work_bytes=2 * y.nbytes)
     return y
 
 
@@ -29,7 +29,7 @@ def copy_into(y, x):
     """As `ops.inplace.copy_into`."""
     if y.dtype != np.float32 or x.dtype != np.float32 or y.ndim != 3 or y.shape != x.shape:
         return NotImplemented
-    parts.over_rows(_copy, len(y), y, x, work_bytes=2 * y.nbytes)
+    launch.over_rows(_copy, len(y), y, x, work_bytes=2 * y.nbytes)
     return y
 
 

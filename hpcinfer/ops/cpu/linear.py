@@ -10,12 +10,14 @@ from functools import cache
 
 import numpy as np
 
-from hpcinfer import array, capture
+from hpcinfer import array, capture, node
 from hpcinfer.ops.activation import Gate
-from hpcinfer.ops.cpu import activation, codes, inplace, machine, many_rows, onednn, parts
-from hpcinfer.ops.cpu.compile import compiled
-from hpcinfer.ops.cpu.rounding import bits, narrowed, prepared
-from hpcinfer.ops.cpu.simd import tiles
+from hpcinfer.ops.cpu import activation, inplace
+from hpcinfer.ops.cpu.products import gemm, onednn, quantized
+from hpcinfer.ops.cpu.runtime import features, launch
+from hpcinfer.ops.cpu.runtime.compile import compiled
+from hpcinfer.ops.cpu.simd.rounding import bits, narrowed, prepared
+from hpcinfer.ops.cpu.simd.vectors import tiles
 from hpcinfer.ops.quantize import Quantized
 
 # Rows of x up to which the code here is faster than `many_rows`, and than the library.
@@ -23,7 +25,7 @@ FEW, _FEW_FOR_LIBRARY = 8, 16
 
 # Rows of x in a tile: as many as leave all sums in registers, of which AVX2 has half as many of
 # half the size.
-_COLUMNS = 8 if machine.has("avx512f") else 2
+_COLUMNS = 8 if features.has("avx512f") else 2
 
 # Rows of x, a thread, that the library multiplies at a time: its operands then stay in the caches.
 _BLOCK = 512
@@ -40,7 +42,7 @@ _TWO_ROWS = tiles(2, _COLUMNS, ahead=2)
 def linear(x, weight, bias=None):
     """As `ops.linear.linear`, for weights whose rows are contiguous; many rows of 16 bits alone."""
     if isinstance(weight, Quantized):
-        return codes.linear(x, weight, bias)
+        return quantized.linear(x, weight, bias)
     if not _serves(x, weight):
         return NotImplemented
     if not _are_few(x, weight):
@@ -50,7 +52,7 @@ def linear(x, weight, bias=None):
         if y is None:
             return NotImplemented
         return y if bias is None else inplace.add_into(y, bias)
-    y = parts.empty((len(x), len(weight)), np.float32)
+    y = launch.empty((len(x), len(weight)), np.float32)
     few_rows(x, weight, y, bias)
     return y
 
@@ -78,7 +80,7 @@ def few_rows(x, weight, y, bias=None):
         w, x = weight.view(np.int16), array.widen(array.narrow(x, weight.dtype))
     else:
         w, x = weight, array.widen(x)
-    parts.over_rows(
+    launch.over_rows(
         times_rows, len(w), x, w, y, _NONE if bias is None else bias, work_bytes=weight.nbytes
     )
 
@@ -94,18 +96,18 @@ def _serves(x, weight):
 
 def _are_few(x, weight):
     """True if the rows of x are too few for what many of them would meet."""
-    return len(x) <= (FEW if many_rows.serves(weight) else _FEW_FOR_LIBRARY)
+    return len(x) <= (FEW if gemm.serves(weight) else _FEW_FOR_LIBRARY)
 
 
 def _many_rows(x, weight):
     """The product of many rows, or None where NumPy's library on widened weights is faster."""
-    own = many_rows.serves(weight)
+    own = gemm.serves(weight)
     if not own and not onednn.serves(weight.dtype):
         return None
-    x, y = _rows(x, weight), parts.empty((len(x), len(weight)), np.float32)
+    x, y = _rows(x, weight), launch.empty((len(x), len(weight)), np.float32)
     if own:
         w = weight.view(np.uint16)
-        parts.over_rows(many_rows.product, len(x), bits(x), w, y, work_bytes=weight.nbytes)
+        launch.over_rows(gemm.product, len(x), bits(x), w, y, work_bytes=weight.nbytes)
         return y
     done = all(onednn.product(x[rows], weight.T, y[rows]) for rows in _blocks(len(x)))
     return y if done else None
@@ -113,14 +115,14 @@ def _many_rows(x, weight):
 
 def _many_rows_pair(x, first, middle, second):
     """As `linear_pair` of many rows; what stands between is rounded as x is."""
-    own = many_rows.serves(first) and not any(width % 2 for width in middle.widths)
+    own = gemm.serves(first) and not any(width % 2 for width in middle.widths)
     if not own and not onednn.serves(first.dtype):
         return NotImplemented
     function = activation.number_of(middle.function)
-    x, y = _rows(x, first), parts.empty((len(x), len(second)), np.float32)
+    x, y = _rows(x, first), launch.empty((len(x), len(second)), np.float32)
     if own:
-        parts.over_rows(
-            many_rows.pair, len(x), bits(x), first.view(np.uint16), function,
+        launch.over_rows(
+            gemm.pair, len(x), bits(x), first.view(np.uint16), function,
             _widths(middle.widths), second.view(np.uint16), y, work_bytes=first.nbytes,
         )  # fmt: skip
         return y
@@ -147,7 +149,7 @@ def _rows(x, weight):
 
 def _blocks(T):
     """Slices of T rows that the library multiplies faster one by one, none of them much smaller."""
-    block, start = _BLOCK * array.threads(), 0
+    block, start = _BLOCK * node.threads(), 0
     while start < T:
         stop = T if T - start <= block * 3 // 2 else start + block
         yield slice(start, stop)

@@ -3,9 +3,9 @@
 import numpy as np
 
 from hpcinfer import array
-from hpcinfer.ops.cpu import parts
-from hpcinfer.ops.cpu.compile import compiled
-from hpcinfer.ops.cpu.rounding import as_item, bits
+from hpcinfer.ops.cpu.runtime import launch
+from hpcinfer.ops.cpu.runtime.compile import compiled
+from hpcinfer.ops.cpu.simd.rounding import as_item, bits
 
 _TYPES = (np.float32, array.BFLOAT16)  # of results
 
@@ -14,10 +14,10 @@ def rms_norm(x, weight, eps, dtype=np.float32):
     """As `ops.norm.rms_norm`, for weights of one row's length."""
     if x.dtype != np.float32 or weight.shape != x.shape[-1:] or dtype not in _TYPES:
         return NotImplemented
-    y = parts.empty(x.shape, dtype)
+    y = launch.empty(x.shape, dtype)
     rows = x if x.ndim == 3 else x.reshape(-1, 1, x.shape[-1])
     out = bits(y).reshape(rows.shape)
-    parts.over_rows(_rms, len(rows), rows, weight, np.float32(eps), out, work_bytes=x.nbytes)
+    launch.over_rows(_rms, len(rows), rows, weight, np.float32(eps), out, work_bytes=x.nbytes)
     return y
 
 
@@ -27,9 +27,9 @@ def layer_norm(x, weight, bias, eps, dtype=np.float32):
         return NotImplemented
     if dtype not in _TYPES:
         return NotImplemented
-    y = parts.empty(x.shape, dtype)
+    y = launch.empty(x.shape, dtype)
     rows, out = (a.reshape(-1, x.shape[-1]) for a in (x, bits(y)))
-    parts.over_rows(
+    launch.over_rows(
         _layer, len(rows), rows, weight, bias, np.float32(eps), out, work_bytes=x.nbytes
     )
     return y

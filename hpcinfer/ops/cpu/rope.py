@@ -2,16 +2,16 @@
 
 import numpy as np
 
-from hpcinfer.ops.cpu import parts
-from hpcinfer.ops.cpu.compile import compiled
+from hpcinfer.ops.cpu.runtime import launch
+from hpcinfer.ops.cpu.runtime.compile import compiled
 
 
 def rotate(x, cos, sin):
     """As `ops.rope.rotate`."""
     if x.dtype != np.float32 or len(cos) != len(x) or 2 * cos.shape[1] > x.shape[2]:
         return NotImplemented
-    y = parts.empty(x.shape, np.float32)
-    parts.over_rows(_rotate, len(x), x, cos, sin, y, work_bytes=x.nbytes)
+    y = launch.empty(x.shape, np.float32)
+    launch.over_rows(_rotate, len(x), x, cos, sin, y, work_bytes=x.nbytes)
     return y
 
 

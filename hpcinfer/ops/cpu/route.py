@@ -3,9 +3,9 @@
 import numba
 import numpy as np
 
-from hpcinfer.ops.cpu import parts
-from hpcinfer.ops.cpu.compile import compiled
-from hpcinfer.ops.cpu.simd import exp
+from hpcinfer.ops.cpu.runtime import launch
+from hpcinfer.ops.cpu.runtime.compile import compiled
+from hpcinfer.ops.cpu.simd.vectors import exp
 
 
 def route(logits, router, bias=None):
@@ -16,9 +16,9 @@ def route(logits, router, bias=None):
     if bias is not None and bias.shape != (E,):
         return NotImplemented
     T = len(logits)
-    ids = parts.empty((T, router.k), np.int32)
-    weights = parts.empty((T, router.k), np.float32)
-    parts.over_rows(
+    ids = launch.empty((T, router.k), np.int32)
+    weights = launch.empty((T, router.k), np.float32)
+    launch.over_rows(
         _route, T, logits, router.score == "softmax", _NONE if bias is None else bias,
         router.normalise, np.float32(router.scale), ids, weights, work_bytes=logits.nbytes,
     )  # fmt: skip
@@ -29,7 +29,7 @@ def count_into(counts, ids):
     """As `ops.route.count_into`."""
     if counts.dtype != np.int64 or not counts.flags.c_contiguous or ids.ndim != 2:
         return NotImplemented
-    parts.call(_count, counts, ids)
+    launch.call(_count, counts, ids)
     return counts
 
 

@@ -8,8 +8,8 @@ import importlib.util
 import sys
 
 FILES = (
-    "activation", "attention", "embed", "experts", "linear", "norm", "quantize", "rope", "route",
-    "sample", "softmax", "store",
+    "activation", "attention", "cache", "embed", "experts", "linear", "norm", "quantize", "rope",
+    "route", "sample", "softmax",
 )  # fmt: skip
 
 # Files with more fast forms of a file's functions, which that file's own calls.

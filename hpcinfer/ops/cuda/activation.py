@@ -3,7 +3,7 @@
 import numpy as np
 
 from hpcinfer import array
-from hpcinfer.ops.cuda.launch import NAMES, aligned, launch
+from hpcinfer.ops.cuda.runtime.launch import NAMES, aligned, launch
 
 FUNCTIONS = ("silu", "gelu_tanh")
 

@@ -12,7 +12,7 @@ import numpy as np
 from hpcinfer import array
 from hpcinfer.ops import attention as plain
 from hpcinfer.ops.cuda import decode, prefill
-from hpcinfer.ops.cuda.launch import NAMES, aligned, counters, kept, launch, on_device
+from hpcinfer.ops.cuda.runtime.launch import NAMES, aligned, counters, kept, launch, on_device
 
 _HEADS, _LANES, _THREADS = (1, 2, 4, 8), (4, 8, 16, 32), 128
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from hpcinfer import array
-from hpcinfer.ops.cuda.launch import NAMES, address
+from hpcinfer.ops.cuda.runtime.launch import NAMES, address
 from hpcinfer.ops.quantize import LANES, Quantized
 
 # Loads of a block, of 16 bytes.

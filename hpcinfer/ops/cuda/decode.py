@@ -12,7 +12,7 @@ import numpy as np
 from hpcinfer import array
 from hpcinfer.ops import attention as plain
 from hpcinfer.ops.cuda import prefill
-from hpcinfer.ops.cuda.launch import NAMES, counters, kept, launch, on_device
+from hpcinfer.ops.cuda.runtime.launch import NAMES, counters, kept, launch, on_device
 from hpcinfer.ops.cuda.tiles import PAGE, are_served
 
 # Multiprocessors of a large device; splits that a block can merge; items that a grid has room for.

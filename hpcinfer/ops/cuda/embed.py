@@ -3,7 +3,7 @@
 import numpy as np
 
 from hpcinfer import array
-from hpcinfer.ops.cuda.launch import NAMES, aligned, launch, on_device
+from hpcinfer.ops.cuda.runtime.launch import NAMES, aligned, launch, on_device
 
 OPTIONS = tuple((f"-DHELD={held}",) for held in NAMES.values())
 KERNELS = ("embed_1", "embed_8")

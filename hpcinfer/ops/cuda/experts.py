@@ -9,7 +9,7 @@ import numpy as np
 from hpcinfer import array
 from hpcinfer.ops.activation import Gate
 from hpcinfer.ops.cuda import activation, codes, grouped, quantize
-from hpcinfer.ops.cuda.launch import aligned, has_matrix_units, launch
+from hpcinfer.ops.cuda.runtime.launch import aligned, has_matrix_units, launch
 from hpcinfer.ops.quantize import Quantized
 
 OPTIONS = (("-DWEIGHT=f16",), ("-DWEIGHT=bf16",), *quantize.OPTIONS)

@@ -8,7 +8,7 @@ import numpy as np
 
 from hpcinfer import array
 from hpcinfer.ops.cuda import activation, codes
-from hpcinfer.ops.cuda.launch import NAMES, launch
+from hpcinfer.ops.cuda.runtime.launch import NAMES, launch
 from hpcinfer.ops.quantize import Quantized
 
 OPTIONS = (("-DWEIGHT=f16",), ("-DWEIGHT=bf16",))

@@ -4,9 +4,10 @@ import numpy as np
 
 from hpcinfer import array
 from hpcinfer.ops.activation import Gate
-from hpcinfer.ops.cuda import activation, blas, codes
-from hpcinfer.ops.cuda.launch import NAMES, aligned, has_matrix_units, launch
+from hpcinfer.ops.cuda import activation, codes
 from hpcinfer.ops.cuda.quantize import dequantize
+from hpcinfer.ops.cuda.runtime import blas
+from hpcinfer.ops.cuda.runtime.launch import NAMES, aligned, has_matrix_units, launch
 from hpcinfer.ops.quantize import Quantized, place
 
 # Tokens that a block serves by tiles of matrix units, where weights are codes, and up to which

@@ -3,7 +3,7 @@
 import numpy as np
 
 from hpcinfer import array
-from hpcinfer.ops.cuda.launch import NAMES, aligned, launch, rows_of
+from hpcinfer.ops.cuda.runtime.launch import NAMES, aligned, launch, rows_of
 
 OPTIONS = tuple((f"-DTO={to}",) for to in NAMES.values())
 KERNELS = ("rms_norm_1", "rms_norm_4", "layer_norm_1", "layer_norm_4")

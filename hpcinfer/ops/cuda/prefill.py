@@ -11,7 +11,7 @@ import numpy as np
 
 from hpcinfer import array
 from hpcinfer.ops import attention as plain
-from hpcinfer.ops.cuda.launch import NAMES, kept, launch
+from hpcinfer.ops.cuda.runtime.launch import NAMES, kept, launch
 from hpcinfer.ops.cuda.tiles import PAGE, are_served, shared_memory
 
 # Blocks that keep a large device busy, fewer than the splits that can be merged; tiles below which

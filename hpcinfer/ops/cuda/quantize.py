@@ -6,7 +6,7 @@ import numpy as np
 
 from hpcinfer import array
 from hpcinfer.ops.cuda import activation, codes
-from hpcinfer.ops.cuda.launch import launch
+from hpcinfer.ops.cuda.runtime.launch import launch
 from hpcinfer.ops.quantize import BITS, GROUPS
 
 OPTIONS = tuple(

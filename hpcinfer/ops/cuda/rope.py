@@ -3,7 +3,7 @@
 import numpy as np
 
 from hpcinfer import array
-from hpcinfer.ops.cuda.launch import copied, launch, rows_of
+from hpcinfer.ops.cuda.runtime.launch import copied, launch, rows_of
 
 OPTIONS = ((),)
 KERNELS = ("rotate",)

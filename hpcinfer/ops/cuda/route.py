@@ -3,7 +3,7 @@
 import numpy as np
 
 from hpcinfer import array
-from hpcinfer.ops.cuda.launch import launch
+from hpcinfer.ops.cuda.runtime.launch import launch
 
 OPTIONS = ((),)
 KERNELS = ("route", "count_into")

@@ -10,9 +10,9 @@ import numpy as np
 
 from hpcinfer import array
 from hpcinfer.ops import sample as plain
-from hpcinfer.ops.cuda.board import Board
 from hpcinfer.ops.cuda.jobs import DRAW, FOUND, SETTLED, jobs
-from hpcinfer.ops.cuda.launch import NAMES, launch
+from hpcinfer.ops.cuda.runtime.board import Board
+from hpcinfer.ops.cuda.runtime.launch import NAMES, launch
 
 OPTIONS = ((),)
 KERNELS = ("scan", "settle", "draw", "largest")

@@ -5,7 +5,7 @@ import functools
 import numpy as np
 
 from hpcinfer import array
-from hpcinfer.ops.cuda.launch import NAMES, aligned, has_matrix_units
+from hpcinfer.ops.cuda.runtime.launch import NAMES, aligned, has_matrix_units
 
 PAGE = 32  # keys of a page
 MOST_COLUMNS = 256  # of a head

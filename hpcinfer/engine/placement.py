@@ -1,0 +1,126 @@
+"""Cores for the ranks of a node, and advice where there are too few: they run, but slowly."""
+
+import socket
+
+from hpcinfer import array, collectives, node
+from hpcinfer.grid import agree_all
+from hpcinfer.heartbeat import waiting
+from hpcinfer.node_sum import open_node_sums
+from hpcinfer.ops import dispatch
+from hpcinfer.stream_sum import open_stream_sums
+
+
+def take_threads(on_node):
+    """Give this rank's numerical libraries its share of the node's cores, unless the user has.
+
+    Collective over `on_node`.
+    """
+    threads = node.threads_per_rank()
+    with waiting("allgather", on_node, "threads"):
+        of_ranks = on_node.allgather(node.cores())
+    if threads is None:
+        sharing = sum(bool(node.cores() & cores) for cores in of_ranks)
+        n_cores = min(len(node.cores()), node.core_quota() or len(node.cores()))
+        threads = max(1, n_cores // sharing)
+    node.use_threads(threads)
+
+
+def take_device(comm, on_node, choice):
+    """The device of this rank, of whose memory it takes no more than its share.
+
+    Collective over both communicators.
+
+    Parameters
+    ----------
+    comm : communicator of all ranks
+    on_node : of those that share memory with this one
+    choice : "cpu", "cuda" or "auto"
+
+    Returns
+    -------
+    Device
+
+    Raises
+    ------
+    ValueError
+        On every rank, if one has no such device.
+    """
+    device = agree_all(comm, array.select_device, choice, on_node.rank)
+    with waiting("allgather", on_node, "device"):
+        identities = on_node.allgather(device.identity)
+    device.share(identities.count(device.identity))
+    said = device.name == "cuda" and array.mpi_reads_device_memory()
+    with waiting("allreduce", comm, "device"):
+        collectives.use_device_memory(comm, device.xp, said)
+    return device
+
+
+def take_sums(grid, device):
+    """Let sums over the ranks of a node go through common memory, those of GPUs by NCCL if asked.
+
+    Collective over the grid's communicators.
+
+    Raises
+    ------
+    ValueError, RuntimeError
+        On every rank, if NCCL is asked for and cannot be used.
+    """
+    comms = grid.tp, grid.tp_cp
+    if device.name == "cpu":
+        return open_node_sums(comms, grid.node, *_node_sum_kernels())
+    with waiting("allreduce", grid.comm, "nccl"):
+        wanted = grid.comm.allreduce(array.nccl_is_wanted())
+    if wanted:
+        from hpcinfer.ops.cuda.runtime import nccl
+
+        open_stream_sums(grid.comm, comms, socket.gethostname(), device, nccl)
+    return None
+
+
+def _node_sum_kernels():
+    """Compiled sums over the ranks of a node and how they are called; None, None without."""
+    if dispatch.chosen("numpy") is None:
+        return None, None
+    from hpcinfer.ops.cpu.runtime import launch, node_sum
+
+    return node_sum, launch.call
+
+
+def advice(on_node, device):
+    """What to do about too many ranks, or threads, on the node of rank 0; on every rank.
+
+    Collective over `on_node`.
+
+    Parameters
+    ----------
+    on_node : communicator of the ranks that share a node
+    device : Device of this rank
+
+    Returns
+    -------
+    str, one line, or None if there is nothing to say or the user wants to hear nothing
+    """
+    threads = node.threads_per_rank()
+    with waiting("allgather", on_node, "crowd"):
+        of_ranks = on_node.allgather((node.cores(), device.identity, threads))
+    if node.crowd_is_meant():
+        return None
+    cores, gpus = set().union(*(c for c, _, _ in of_ranks)), {gpu for _, gpu, _ in of_ranks}
+    n_cores, ranks = min(len(cores), node.core_quota() or len(cores)), on_node.size
+    n_threads = sum(threads or 1 for _, _, threads in of_ranks)
+    if gpus != {None} and ranks > len(gpus):
+        return (
+            f"advice: got {ranks} ranks on {len(gpus)} GPUs of a node, need a GPU for each rank to "
+            f"be fast; start {len(gpus)} ranks per node"
+        )
+    if ranks > n_cores:
+        return (
+            f"advice: got {ranks} ranks on {n_cores} cores of a node, need a core or more for each "
+            f"to be fast; start {n_cores} ranks or fewer, or ask for more cores"
+        )
+    if gpus == {None} and ranks > 1 and n_threads > n_cores:
+        return (
+            f"advice: got {n_threads} threads of {ranks} ranks on {n_cores} cores of a node, need "
+            f"no more than cores to be fast; set OMP_NUM_THREADS={n_cores // ranks}"
+        )
+    return None

@@ -1,0 +1,71 @@
+"""What the launcher says before MPI starts: rank and size; and how a job is started and aborted."""
+
+import os
+import sys
+import threading
+import time
+
+# Seconds that a launcher is given to pass on what was printed before a job is aborted, which drops
+# what it still holds; and that MPI is given to abort it.
+_FORWARD_S, _ABORT_S = 0.3, 1.0
+
+
+# Launchers tell a process its rank and number before MPI starts; the first that is set holds.
+_RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
+
+
+_SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+
+
+def launcher_rank():
+    """Rank of this process as its launcher says, without starting MPI; 0 outside a launcher."""
+    return _first_number(_RANK_VARIABLES, 0)
+
+
+def launcher_size():
+    """Number of ranks as the launcher says, without starting MPI; None if it does not."""
+    return _first_number(_SIZE_VARIABLES, None)
+
+
+def job_end_s():
+    """When the batch system ends this job, in seconds since 1970; None if it does not say."""
+    return _first_number(("SLURM_JOB_END_TIME",), None)
+
+
+def abort(code):
+    """End every rank of the job at once with exit code `code`; any thread may call this."""
+    # What was printed needs a moment to get through the launcher; MPI may return, or never do so.
+    time.sleep(_FORWARD_S)
+    MPI = sys.modules.get("mpi4py.MPI")
+    if MPI is not None and MPI.Is_initialized() and not MPI.Is_finalized():
+        last = threading.Timer(_ABORT_S, os._exit, (code,))
+        last.daemon = True
+        last.start()
+        MPI.COMM_WORLD.Abort(code)
+    os._exit(code)
+
+
+def world():
+    """COMM_WORLD, started now, and checked against the number of processes launched.
+
+    Raises
+    ------
+    RuntimeError
+        If the launcher and MPI do not know each other, so that every process would be alone.
+    """
+    from mpi4py import MPI
+
+    expected = launcher_size()
+    if MPI.COMM_WORLD.size == 1 and expected is not None and expected > 1:
+        raise RuntimeError(
+            f"grid: got {expected} processes that MPI sees as 1 each, need one job; launch with "
+            "the mpirun of the MPI in use, or srun with the --mpi= it supports (try --mpi=pmi2)"
+        )
+    return MPI.COMM_WORLD
+
+
+def _first_number(names, default):
+    for name in names:
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    return default

@@ -1,0 +1,196 @@
+"""The words of `--layout`: how the ranks are divided among the strategies."""
+
+from dataclasses import dataclass, replace
+
+from hpcinfer.errors import UsageError
+
+AXES = ("pp", "dp", "cp", "tp")
+
+
+_STRATEGIES = {
+    "prefill": ("ring", "ulysses", "split-q"),
+    "decode": ("tree", "gather", "ring"),
+    "sp": ("off", "on"),
+    "zero": ("off", "broadcast", "allgather"),
+    "stages": ("layers", "memory", "time"),
+}
+
+
+_WORDS = (*AXES, "ep", "afd", *_STRATEGIES)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Length of every axis of the grid, and the strategies over it.
+
+    Attributes
+    ----------
+    pp, dp, cp, tp : lengths; of the attention side where there is one
+    ep : ranks over which experts are spread, a divisor of cp · tp, of dp · cp · tp, or of the ranks
+        of the FFN side, which are all of them where nothing is said
+    afd : (M, N) ranks of attention and FFN side; None if every rank does both
+    prefill : ring, ulysses or split-q, how several new tokens meet keys that are cut over cp
+    decode : tree, gather or ring, how one new token of a sequence does
+    sp : on or off, whether tokens are cut over tp outside the products
+    zero : off, broadcast or allgather, how parameters that dp and cp hold alike are kept once
+    stages : layers, memory or time, what is equal in the stages of the pipeline
+    """
+
+    pp: int = 1
+    dp: int = 1
+    cp: int = 1
+    tp: int = 1
+    ep: int = 1
+    afd: tuple | None = None
+    prefill: str = "ring"
+    decode: str = "tree"
+    sp: str = "off"
+    zero: str = "off"
+    stages: str = "layers"
+
+    @property
+    def size(self):
+        """Number of ranks that the layout needs."""
+        return self.pp * self.dp * self.cp * self.tp + (self.afd[1] if self.afd else 0)
+
+    @property
+    def lockstep(self):
+        """True if the replicas meet inside a step, so that they must take their steps together."""
+        return self.dp > 1 and (self.zero != "off" or self.afd is not None or self.experts_over_dp)
+
+    @property
+    def experts_over_dp(self):
+        """True if experts are spread over the replicas too."""
+        return self.afd is None and (self.cp * self.tp) % self.ep != 0
+
+    def __str__(self):
+        shown = dict.fromkeys(("dp", "pp", "cp", "tp"), True)
+        shown |= {"ep": self.ep > 1 or self.afd is not None, "afd": self.afd is not None}
+        shown |= {"prefill": self.cp > 1, "decode": self.cp > 1}
+        shown |= {
+            word: getattr(self, word) != _STRATEGIES[word][0] for word in ("sp", "zero", "stages")
+        }
+        values = {word: getattr(self, word) for word in shown} | {
+            "afd": "{}:{}".format(*self.afd or "--")
+        }
+        return ",".join(f"{word}={values[word]}" for word, show in shown.items() if show)
+
+
+def parse_layout(text, size):
+    """Layout written as ``dp=1,pp=1,cp=1,tp=2`` for `size` ranks.
+
+    Axes that are left out are 1; where none is named all ranks (of the attention side) are along
+    tp.
+
+    Raises
+    ------
+    UsageError
+        For an unknown word, a length that is no positive integer, a product other than `size`, or a
+        combination that makes no sense; with the nearest one that does.
+    """
+    values = {}
+    for item in (text or "").split(",") if text else ():
+        word, _, value = item.strip().partition("=")
+        if word not in _WORDS:
+            known = ", ".join(_WORDS)
+            raise UsageError(f"layout: got {item.strip()!r}, need WORD=VALUE, WORD one of {known}")
+        if word in values:
+            raise UsageError(f"layout: got {word} twice in {text!r}, need each word once")
+        values[word] = _value(word, value, item.strip())
+    afd = values.get("afd")
+    if not values.keys() & set(AXES):
+        values["tp"] = afd[0] if afd else size
+    if afd:
+        values.setdefault("ep", afd[1])
+    layout = Layout(**values)
+    if layout.size != size and not afd:
+        raise UsageError(
+            f"layout: got {text!r}, which is {layout.size} ranks, need {size} as launched; "
+            f"start {layout.size} ranks or write --layout tp={size}"
+        )
+    if afd:
+        _refuse_sides(layout, text, size)
+    refuse(layout, senseless)
+    return layout
+
+
+def _value(word, value, item):
+    """Value of one word of a layout."""
+    if word in _STRATEGIES:
+        if value not in _STRATEGIES[word]:
+            known = ", ".join(_STRATEGIES[word])
+            raise UsageError(f"layout: got {item!r}, need {word} one of {known}")
+        return value
+    if word == "afd":
+        sides = value.split(":")
+        if len(sides) != 2 or not all(n.isdecimal() and int(n) > 0 for n in sides):
+            raise UsageError(f"layout: got {item!r}, need afd=M:N, M attention and N FFN ranks")
+        return tuple(int(n) for n in sides)
+    if not value.isdecimal() or int(value) < 1:
+        raise UsageError(f"layout: got {item!r}, need a length of 1 or more")
+    return int(value)
+
+
+def _refuse_sides(layout, text, size):
+    """Refuse sides that are not the ranks launched and the axes' product."""
+    M, N = layout.afd
+    if M + N != size:
+        raise UsageError(
+            f"layout: got {text!r}, which is {M + N} ranks, need {size} as launched; start "
+            f"{M + N} ranks or write --layout tp={size}"
+        )
+    axes = layout.pp * layout.dp * layout.cp * layout.tp
+    if axes != M:
+        nearest = nearest_without(senseless, replace(layout, pp=1, dp=1, cp=1, tp=M))
+        raise UsageError(
+            f"layout: got {text!r}, whose axes make {axes} ranks, need {M}, the attention side of "
+            f"afd={M}:{N}; try --layout {nearest}"
+        )
+
+
+def senseless(layout):
+    """Why a combination makes no sense for any model, and one that is better; None if it does."""
+    if layout.afd and layout.pp > 1:
+        reason = "afd gives every layer to both sides, pp gives layers to stages"
+        return reason, replace(layout, pp=1, tp=layout.tp * layout.pp)
+    if layout.afd and layout.zero != "off":
+        reason = "with afd no rank holds weights that zero could cut beside another's"
+        return reason, replace(layout, zero="off")
+    if layout.sp == "on" and layout.tp == 1:
+        return "sp cuts tokens over tp, which is 1", replace(layout, sp="off")
+    if layout.zero != "off" and layout.dp * layout.cp == 1:
+        reason = "zero cuts what the ranks of dp and cp hold alike, and both are 1"
+        return reason, replace(layout, zero="off")
+    over = layout.afd[1] if layout.afd else layout.dp * layout.cp * layout.tp
+    if over % layout.ep:
+        reason = f"experts are spread over {over} ranks, which ep={layout.ep} does not divide"
+        divisors = [n for n in range(1, over + 1) if over % n == 0 and n <= layout.ep]
+        return reason, replace(layout, ep=max(divisors))
+    return None
+
+
+def refuse(layout, fault):
+    """Refuse a layout that has a fault, with the reason and the nearest one that has none.
+
+    Parameters
+    ----------
+    fault : function of a layout: the reason and a better layout, or None
+
+    Raises
+    ------
+    UsageError
+    """
+    found = fault(layout)
+    if found is not None:
+        reason, better = found
+        raise UsageError(
+            f"layout: got {layout}, need another: {reason}; "
+            f"try --layout {nearest_without(fault, better)}"
+        )
+
+
+def nearest_without(fault, layout):
+    """A layout bettered until `fault` finds nothing more in it."""
+    while (found := fault(layout)) is not None:
+        layout = found[1]
+    return layout

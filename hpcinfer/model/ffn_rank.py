@@ -1,0 +1,76 @@
+"""The FFN side of a model whose attention is on other ranks: weights of FFNs, and nothing else."""
+
+from hpcinfer.heartbeat import here
+from hpcinfer.model.cut import cut_by_tokens
+from hpcinfer.model.moe import shared_sum
+from hpcinfer.model.weights.expert_placement import expert_shares
+from hpcinfer.model.weights.load import load
+from hpcinfer.model.weights.table import FFN_KEYS, owned
+from hpcinfer.ops.experts import experts_ffn
+from hpcinfer.parallel import disagg, tensor
+
+
+class FfnSide:
+    """One rank's shard of all FFNs; it has no cache and sees no sequence.
+
+    Parameters
+    ----------
+    arch, checkpoint, grid, device, dtype : as for `Model`
+    """
+
+    page_bytes, pools = 0, 1
+
+    def __init__(self, arch, checkpoint, grid, device, dtype):
+        self.arch, self.grid, self.device, self.dtype = arch, grid, device, dtype
+        self.expert_load = None
+        ranges = owned(arch, grid.tp.size, grid.tp.rank)
+        if arch.E:
+            share = expert_shares(arch, grid)[grid.experts.rank]
+            ranges |= {"experts": share.experts, "moe": share.columns}
+        self.weights = load(arch, checkpoint, ranges, dtype, device, keep=self._keeps)
+        self._cut = cut_by_tokens(arch, grid, ranges, self.weights.layer)
+
+    def share(self):
+        """No other rank holds the same weights."""
+        return True
+
+    def allocate_cache(self, pages):
+        """Nothing is cached on this side."""
+
+    def settle(self):
+        """Nothing is in flight after a round."""
+
+    def serve(self, micro_batches):
+        """Compute the FFN halves of all layers for the micro-batches of one round."""
+        disagg.ffn_side(
+            self.grid.inter,
+            range(self.arch.N),
+            micro_batches,
+            self._compute,
+            self.arch.D,
+            self._choices,
+            self.dtype,
+            self.device.xp,
+        )
+
+    def _compute(self, n, x, ids, weights):
+        """Own experts and columns of layer n for any attention ranks' tokens: (T, D) -> (T, D)."""
+        here.layer = n
+        w, cut = self._cut.layer(n), self._cut
+        if not self.arch.sparse[n]:
+            y = tensor.partial_sum(x, w.up, cut.middle, w.down, w.up_bias)
+            return y if w.down_bias is None else y + w.down_bias
+        y = experts_ffn(
+            x, ids, weights, w.experts_up, w.experts_down, cut.first_expert, cut.experts_middle
+        )
+        return y + weights[:, -1:] * shared_sum(cut, w, x) if self.arch.shared_F else y
+
+    def _choices(self, n):
+        """Choices that come with each token of layer n."""
+        return self.arch.router.k + (self.arch.shared_F > 0) if self.arch.sparse[n] else 1
+
+    def _keeps(self, row):
+        """True if a row of the table belongs to this side; the complete sum's bias to one rank."""
+        if row.key == "down_bias" and self.grid.tp.rank > 0:
+            return False
+        return row.layer is not None and row.key in FFN_KEYS

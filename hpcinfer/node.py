@@ -1,0 +1,174 @@
+"""The node that a rank runs on: cores, threads, shared memory, large arrays, folders."""
+
+import contextlib
+import ctypes
+import functools
+import mmap
+import os
+from pathlib import Path
+
+import numpy as np
+
+_HUGE, _LINE = 2 << 20, 64  # bytes of a huge page, of a line of the cache
+
+
+# Options of the C library's allocator: freed bytes that it keeps, and those from which an array is
+# mapped by itself, which glibc lets no higher than 32 MiB (malloc.h).
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+
+
+_KEPT, _MAPPED = 1 << 30, 32 << 20
+
+
+def common_memory(nbytes):
+    """Memory of this process that others of the node can map, until `close_common`.
+
+    Returns
+    -------
+    memory : (nbytes,) uint8
+    handle : what `map_common` needs in another process
+    """
+    descriptor = os.memfd_create("hpcinfer")
+    os.ftruncate(descriptor, max(1, nbytes))
+    memory = np.frombuffer(mmap.mmap(descriptor, max(1, nbytes)), np.uint8)[:nbytes]
+    return memory, (os.getpid(), descriptor, nbytes)
+
+
+def map_common(handle, write=False):
+    """Memory of another process, for reading, or for writing too.
+
+    Returns
+    -------
+    (nbytes,) uint8; None if it cannot be mapped
+    """
+    process, descriptor, nbytes = handle
+    try:
+        with open(f"/proc/{process}/fd/{descriptor}", "r+b" if write else "rb") as file:
+            if os.fstat(file.fileno()).st_size != max(1, nbytes):
+                return None
+            rights = mmap.PROT_READ | (mmap.PROT_WRITE if write else 0)
+            view = mmap.mmap(file.fileno(), max(1, nbytes), prot=rights)
+    except OSError:
+        return None
+    return np.frombuffer(view, np.uint8)[:nbytes]
+
+
+def close_common(handle):
+    """Let no other process map the memory any more; those that have keep it."""
+    os.close(handle[1])
+
+
+def host_free_bytes():
+    """Host memory still free for this process, in bytes: the least of machine and control group."""
+    import psutil
+
+    free = psutil.virtual_memory().available
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        (
+            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        ),
+    ):
+        try:
+            with open(limit) as a, open(used) as b:
+                free = min(free, int(a.read()) - int(b.read()))
+        except (OSError, ValueError):
+            continue
+    return max(0, free)
+
+
+def peak_memory_bytes():
+    """Largest resident size of this process so far, in bytes."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def threads_per_rank():
+    """Threads that numerical libraries may use, as the environment says; None if it does not."""
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    return None
+
+
+_threads = 1
+
+
+def threads():
+    """Threads that this rank's own kernels use."""
+    return _threads
+
+
+def use_threads(n):
+    """Let this rank's own kernels and libraries use `n` threads from now on."""
+    import threadpoolctl
+
+    global _threads
+    _threads = n
+    threadpoolctl.threadpool_limits(n)
+
+
+def large_empty(shape, dtype):
+    """Uninitialised host array that begins a huge page, where it is large enough for one.
+
+    Reading then touches 512 times fewer entries of the page table, and no vector lies across two
+    lines of the cache.
+    """
+    dtype = np.dtype(dtype)
+    nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    align = _HUGE if nbytes >= _HUGE else _LINE
+    if align == _LINE:
+        raw = np.empty(nbytes + align, np.uint8)
+        start = -raw.ctypes.data % align
+    else:
+        memory = mmap.mmap(-1, nbytes + align, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        raw = np.frombuffer(memory, np.uint8)
+        start = -raw.ctypes.data % align
+
+        # What fills no huge page at the end takes small ones.
+        with contextlib.suppress(OSError, AttributeError):
+            memory.madvise(mmap.MADV_HUGEPAGE, start, nbytes // _HUGE * _HUGE)
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
+
+
+@functools.cache
+def keep_freed_memory():
+    """Let the C library keep what arrays give back, for the next ones.
+
+    Otherwise it returns the end of its memory to the system after every large array, and each new
+    array is made page by page at its first touch. What the environment says goes before.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
+    if mallopt is None or any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    mallopt(_TRIM_THRESHOLD, _KEPT)
+    mallopt(_MMAP_THRESHOLD, _MAPPED)
+
+
+def cache_folder():
+    """Folder of the user's for what is made once per machine, such as compiled kernels."""
+    named = os.environ.get("HPCINFER_CACHE") or os.environ.get("XDG_CACHE_HOME")
+    home = Path(named) if named else Path(os.path.expanduser("~")) / ".cache"
+    return home / "hpcinfer"
+
+
+def cores():
+    """Numbers of the cores of the node that this process may use."""
+    return os.sched_getaffinity(0)
+
+
+def core_quota():
+    """Cores' worth of time that the control group may use; None without such a limit."""
+    try:
+        with open("/sys/fs/cgroup/cpu.max") as file:
+            quota, period = file.read().split()
+        return max(1, -(-int(quota) // int(period)))
+    except (OSError, ValueError):
+        return None
+
+
+def crowd_is_meant():
+    """True if the user has said that more ranks than cores are meant."""
+    return bool(os.environ.get("HPCINFER_CROWD"))

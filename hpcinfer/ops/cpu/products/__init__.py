@@ -1,0 +1,1 @@
+"""Matrix products on processors: own code, oneDNN, quantised weights."""

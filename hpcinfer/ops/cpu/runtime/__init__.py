@@ -1,0 +1,1 @@
+"""How compiled functions are made, launched, captured and replayed on a processor."""

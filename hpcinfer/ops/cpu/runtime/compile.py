@@ -1,0 +1,72 @@
+"""How this package's functions are compiled: once per machine, into a folder of the user's.
+
+The folder's name follows from the sources of this package, since Numba by itself would see a change
+of the file of a function only, and not of those it is built from. Ranks that start at once compile
+one after the other, so that those that come later find what the first has kept; they write whole
+files and rename them, so that none reads another's half.
+"""
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import threading
+from pathlib import Path
+
+import numba
+
+from hpcinfer import node
+
+# Sums in any order and fused products, as libraries have them; NaN and infinity as they are.
+_FLAGS = {"reassoc", "contract", "arcp", "nsz"}
+
+_of_this_process, _depth = threading.RLock(), 0
+
+
+def compiled(function):
+    """The function compiled for the types that it is called with; it holds no lock meanwhile."""
+    before = numba.config.CACHE_DIR
+    numba.config.CACHE_DIR = str(folder())
+    try:
+        options = {"nogil": True, "cache": True, "fastmath": _FLAGS, "error_model": "numpy"}
+        dispatcher = numba.njit(**options)(function)
+    finally:
+        numba.config.CACHE_DIR = before
+    compile_or_load = dispatcher.compile
+
+    def alone(signature):
+        with _alone():
+            return compile_or_load(signature)
+
+    dispatcher.compile = alone
+    return dispatcher
+
+
+def folder():
+    """Where compiled functions of these sources are kept."""
+    return node.cache_folder() / f"kernels-{_digest()[:16]}"
+
+
+@functools.cache
+def _digest():
+    sources = sorted(Path(__file__).parents[2].rglob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+
+
+@contextlib.contextmanager
+def _alone():
+    """While no other process compiles into the folder, where its file system has locks.
+
+    A function is compiled within another that calls it: the lock is taken by the outermost.
+    """
+    global _depth
+    with _of_this_process, contextlib.ExitStack() as held:
+        if _depth == 0:
+            with contextlib.suppress(OSError):
+                file = held.enter_context(open(folder() / "lock", "a"))
+                fcntl.flock(file, fcntl.LOCK_EX)
+        _depth += 1
+        try:
+            yield
+        finally:
+            _depth -= 1

@@ -1,0 +1,1 @@
+"""Vector code: functions that become instructions within compiled functions."""

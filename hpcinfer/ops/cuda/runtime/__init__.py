@@ -1,0 +1,1 @@
+"""How kernels are compiled, launched, captured and replayed; the libraries beside them."""

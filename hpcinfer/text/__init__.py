@@ -1,0 +1,1 @@
+"""Text and token ids: tokenizer, text as tokens arrive, chat templates."""

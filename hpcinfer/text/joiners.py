@@ -1,0 +1,194 @@
+"""Tokens to text as they arrive: each kind of tokenizer joins them in its own way."""
+
+from __future__ import annotations
+
+import codecs
+import json
+
+from tokenizers import Tokenizer
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Character that stands for each byte in byte-level BPE (Radford et al. 2019, GPT-2)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    alphabet = {chr(byte): byte for byte in printable}
+    return alphabet | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()
+
+
+class _ByteLevelJoiner:
+    """Byte-level BPE: tokens are bytes, their sequence is UTF-8."""
+
+    def __init__(self, after_text: bool) -> None:
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, token: str) -> str:
+        return self._utf8.decode(self.token_bytes(token))
+
+    def pending(self) -> str:
+        return ""
+
+    def finish(self) -> str:
+        return self._utf8.decode(b"", True)
+
+    def token_bytes(self, token: str) -> bytes:
+        # A character outside the alphabet marks an added token that is written as plain text
+        data = [_BYTE_OF.get(character) for character in token]
+        return token.encode() if None in data else bytes(data)
+
+
+class _ByteFallbackJoiner:
+    """SentencePiece with byte fallback: tokens are pieces of text, or single bytes "<0xE4>".
+
+    A run of byte tokens becomes its characters if the whole run is valid UTF-8, else one U+FFFD per
+    byte; so it settles when a piece of text ends it.
+
+    Parameters
+    ----------
+    after_text : bool
+    replace : list of (str, str)
+        What each piece has replaced, such as ("▁", " ").
+    strip : (str, int)
+        Character, and how many of it are taken from the beginning of the text.
+    """
+
+    def __init__(self, after_text: bool, replace, strip) -> None:
+        self._replace = replace
+        self._strip, self._strips_left = strip[0], 0 if after_text else strip[1]
+        self._run = bytearray()
+
+    def feed(self, token: str) -> str:
+        byte = _fallback_byte(self._replaced(token))
+        if byte is not None:
+            self._run.append(byte)
+            return ""
+        return self._stripped(self._end_run() + self._replaced(token))
+
+    def pending(self) -> str:
+        try:
+            text = self._run.decode()
+        except UnicodeDecodeError:
+            return ""
+        left = self._strips_left
+        return text[min(left, len(text) - len(text.lstrip(self._strip))) :] if left else text
+
+    def finish(self) -> str:
+        return self._stripped(self._end_run())
+
+    def token_bytes(self, token: str) -> bytes:
+        piece = self._replaced(token)
+        byte = _fallback_byte(piece)
+        return piece.encode() if byte is None else bytes([byte])
+
+    def _replaced(self, token: str) -> str:
+        for old, new in self._replace:
+            token = token.replace(old, new)
+        return token
+
+    def _end_run(self) -> str:
+        try:
+            text = self._run.decode()
+        except UnicodeDecodeError:
+            text = "\ufffd" * len(self._run)
+        self._run.clear()
+        return text
+
+    def _stripped(self, text: str) -> str:
+        # Take the leading characters off until one is met that stays
+        while self._strips_left and text:
+            if not text.startswith(self._strip):
+                self._strips_left = 0
+                break
+            text = text[1:]
+            self._strips_left -= 1
+        return text
+
+
+class _MetaspaceJoiner:
+    """SentencePiece without bytes: a mark stands for a space, which the first token drops."""
+
+    def __init__(self, after_text: bool, mark: str, drops_first: bool) -> None:
+        self._mark = mark
+        self._space = "" if drops_first and not after_text else " "
+
+    def feed(self, token: str) -> str:
+        text = token.replace(self._mark, self._space)
+        self._space = " "
+        return text
+
+    def pending(self) -> str:
+        return ""
+
+    def finish(self) -> str:
+        return ""
+
+    def token_bytes(self, token: str) -> bytes:
+        return token.replace(self._mark, " ").encode()
+
+
+class _WholeJoiner:
+    """Any other decoder: nothing settles, and the library decodes the whole sequence each time."""
+
+    def __init__(self, after_text: bool, decode) -> None:
+        self._decode = decode
+        self._tokens: list[str] = []
+
+    def feed(self, token: str) -> str:
+        self._tokens.append(token)
+        return ""
+
+    def pending(self) -> str:
+        return self._decode(self._tokens)
+
+    def finish(self) -> str:
+        return self._decode(self._tokens)
+
+    def token_bytes(self, token: str) -> bytes:
+        return self._decode([token]).encode()
+
+
+def _fallback_byte(piece: str) -> int | None:
+    """Byte that "<0xE4>" stands for; None for any other piece."""
+    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+        try:
+            return int(piece[3:5], 16)
+        except ValueError:
+            return None
+    return None
+
+
+def joiner_of(tokenizer_json: str, tokenizer: Tokenizer):
+    """Function of `after_text` that makes the joiner for the tokenizer's decoder."""
+    decoder = json.loads(tokenizer_json).get("decoder")
+    if decoder and decoder["type"] == "Sequence" and len(decoder["decoders"]) == 1:
+        decoder = decoder["decoders"][0]
+    kind = decoder["type"] if decoder else None
+    if kind == "ByteLevel":
+        return _ByteLevelJoiner
+    if kind == "Metaspace":
+        mark = decoder.get("replacement", "▁")
+        scheme = decoder.get("prepend_scheme", "always")
+        drops_first = scheme != "never" and decoder.get("add_prefix_space", True)
+        return lambda after_text: _MetaspaceJoiner(after_text, mark, drops_first)
+    if kind == "Sequence" and (steps := _byte_fallback_steps(decoder["decoders"])):
+        return lambda after_text: _ByteFallbackJoiner(after_text, *steps)
+    join = tokenizer.decoder.decode if decoder else " ".join
+    return lambda after_text: _WholeJoiner(after_text, join)
+
+
+def _byte_fallback_steps(decoders: list[dict]):
+    """Replacements and strip of [Replace, ..., ByteFallback, Fuse, Strip]; None for other lists."""
+    kinds = [decoder["type"] for decoder in decoders]
+    if "ByteFallback" not in kinds:
+        return None
+    at = kinds.index("ByteFallback")
+    if kinds[:at] != ["Replace"] * at or kinds[at + 1 :] not in (["Fuse"], ["Fuse", "Strip"]):
+        return None
+    replace = [(d["pattern"].get("String"), d["content"]) for d in decoders[:at]]
+    strip = decoders[-1] if kinds[-1] == "Strip" else {"content": " ", "start": 0, "stop": 0}
+    if any(not old for old, _ in replace) or strip["stop"] != 0:
+        return None
+    return replace, (strip["content"], strip["start"])

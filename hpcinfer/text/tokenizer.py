@@ -1,0 +1,342 @@
+"""Text and token ids: encoding, decoding as tokens arrive, chat templates, what ends a text.
+
+The tokenizer is the tokenizer.json of the checkpoint, run by the `tokenizers` library. Its
+post-processor alone says where special tokens are added: transformers, too, takes no notice of
+`add_bos_token` where there is a tokenizer.json. A checkpoint without a tokenizer works with token
+ids alone: its texts are empty, and asking for an encoding is an error.
+
+The tokenizer and the chat template come with the checkpoint and are not trusted. The template runs
+in jinja2's sandbox with a budget of steps and characters, so a hostile one ends in a ValueError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tokenizers import AddedToken, Tokenizer
+
+from hpcinfer.errors import integer, shown
+from hpcinfer.text.chat_template import WIDENING, ChatTemplate
+from hpcinfer.text.joiners import joiner_of
+
+SPECIAL_NAMES = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+# Characters that are always read, and how many times its length a text may have before it is
+# normalised.
+SHORT_TEXT, NORMALISED = 1 << 16, 4
+
+WIDENING |= {"tojson", "truncate", "wordwrap"}
+
+
+class Text:
+    """The tokenizer of a checkpoint, and its chat template.
+
+    Parameters
+    ----------
+    ckpt
+        Anything with the attributes `tokenizer_json`, `tokenizer_config`, `special_tokens_map`,
+        `chat_template`, `generation_config` and `config` of an open checkpoint.
+
+    Attributes
+    ----------
+    available : bool
+        Whether there is a tokenizer.
+    special_tokens : dict of str to str
+        The named ones, "bos_token", "eos_token", ..., as far as the checkpoint has them.
+    eos_ids : tuple of int
+        Token ids that end a text, from generation_config, else config, else the tokenizer.
+
+    Raises
+    ------
+    ValueError
+        If the tokenizer or the end-of-sequence ids cannot be read. The chat template is compiled
+        when it is first used, so a broken one does not hinder plain prompts.
+    """
+
+    def __init__(self, ckpt) -> None:
+        config = ckpt.tokenizer_config
+        self.special_tokens = _special_tokens(config, ckpt.special_tokens_map)
+        self._tokenizer = None
+        self.joiner = None
+        self._hidden: set[str] = set()
+        if ckpt.tokenizer_json is not None:
+            special = [*self.special_tokens.values(), *_extra_special_tokens(config)]
+            self._tokenizer = _tokenizer(ckpt.tokenizer_json, config, special)
+            self.joiner = joiner_of(ckpt.tokenizer_json, self._tokenizer)
+            added = self._tokenizer.get_added_tokens_decoder().values()
+            self._hidden = {token.content for token in added if token.special} | set(special)
+        self.available = self._tokenizer is not None
+        self.eos_ids = self._eos_ids(ckpt.generation_config, ckpt.config)
+        self._template_source = ckpt.chat_template
+        self._template = None
+        self._pieces: dict[int, str | None] = {}
+        self._longest: int | None = None
+
+    def encode(
+        self, text: str, add_special_tokens: bool = True, limit: int | None = None
+    ) -> list[int]:
+        """Token ids of `text`; special tokens written out in it are read as such.
+
+        Parameters
+        ----------
+        text : str
+        add_special_tokens : bool
+        limit : int or None
+            Tokens that are of use: a text that is sure to have more is not read to its end.
+
+        Raises
+        ------
+        ValueError
+            If there is no tokenizer, it cannot encode the text, or the text is far too long.
+        """
+        if self._tokenizer is None:
+            raise ValueError(
+                "text: got a checkpoint without tokenizer.json, need one to read text; "
+                "give prompt_token_ids"
+            )
+        if limit is not None and len(text) > SHORT_TEXT:
+            self._refuse_long(text, limit)
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        except Exception as error:
+            raise ValueError(_library_line(error, "a text that the tokenizer encodes")) from None
+
+    def encode_chat(
+        self, messages: list[dict], add_generation_prompt: bool = True, limit: int | None = None
+    ) -> list[int]:
+        """Token ids of a conversation; the template writes the special tokens, none are added.
+
+        `limit` is as in `encode`.
+        """
+        rendered = self.render_chat(messages, add_generation_prompt)
+        return self.encode(rendered, add_special_tokens=False, limit=limit)
+
+    def render_chat(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
+        """Conversation as the chat template writes it.
+
+        Parameters
+        ----------
+        messages : list of dict
+            Each with `role`, and `content` as a rule; fields that are None are left out.
+        add_generation_prompt : bool
+            Whether to open the assistant's answer at the end.
+
+        Raises
+        ------
+        ValueError
+            If there is no template, or it fails, refuses the conversation or exceeds its budget.
+        """
+        if self._template_source is None:
+            raise ValueError(
+                "chat template: got a checkpoint without one, need one to read messages; "
+                "give prompt or prompt_token_ids"
+            )
+        if self._template is None:
+            self._template = ChatTemplate(self._template_source)
+        plain = [{k: v for k, v in message.items() if v is not None} for message in messages]
+        return self._template.render(
+            **self.special_tokens,
+            messages=plain,
+            tools=None,
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+        )
+
+    def decode(
+        self, ids: Sequence[int], skip_special_tokens: bool = True, after_text: bool = False
+    ) -> str:
+        """Text of token ids, "" without a tokenizer.
+
+        Parameters
+        ----------
+        ids : sequence of int
+        skip_special_tokens : bool
+        after_text : bool
+            Whether the text follows other text: a tokenizer that marks words with a leading space
+            then keeps the first one, so that prompt + text reads on.
+        """
+        if self._tokenizer is None:
+            return ""
+        if after_text:
+            joiner = self.joiner(True)
+            tokens = (self.token(int(i), skip_special_tokens) for i in ids)
+            return "".join(joiner.feed(t) for t in tokens if t is not None) + joiner.finish()
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens)
+
+    def token_text(self, token_id: int) -> str:
+        r"""One token as a readable string, for reports of log-probabilities.
+
+        Bytes that are no whole character appear as OpenAI writes them, "bytes:\xe4\xbd"; without a
+        tokenizer, or for an id it does not know, the string is "token_id:7".
+        """
+        data = self.token_bytes(token_id)
+        if data is None:
+            return f"token_id:{token_id}"
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """UTF-8 bytes one token stands for inside a text; None if the id is unknown."""
+        token = None if self._tokenizer is None else self._tokenizer.id_to_token(int(token_id))
+        return None if token is None else self.joiner(True).token_bytes(token)
+
+    def offsets(self, ids: Sequence[int], after_text: bool = False) -> list[int]:
+        """Characters of the decoded text that stand before each token; zeros without a tokenizer.
+
+        A character made of several tokens begins where its first token does, and so do the others.
+        """
+        if self._tokenizer is None:
+            return [0] * len(ids)
+        joiner, settled, offsets = self.joiner(after_text), 0, []
+        for token_id in ids:
+            offsets.append(settled + len(joiner.pending()))
+            token = self.token(int(token_id))
+            settled += 0 if token is None else len(joiner.feed(token))
+        return offsets
+
+    def _refuse_long(self, text: str, limit: int) -> None:
+        """Refuse a text with more characters than `limit` tokens can stand for.
+
+        A tokenizer takes minutes for a text of megabytes. Normalisation may shorten a text, hence
+        the slack.
+        """
+        if self._longest is None:
+            self._longest = max(map(len, self._tokenizer.get_vocab()), default=1)
+        most = NORMALISED * self._longest * limit
+        if len(text) > most:
+            raise ValueError(
+                f"request: got a prompt of {len(text)} characters, need at most {most} for the "
+                f"{limit} tokens that it may have; shorten the prompt"
+            )
+
+    def token(self, token_id: int, skip_special_tokens: bool = True) -> str | None:
+        """Token as the vocabulary writes it; None if it leaves no trace in the text."""
+        if not skip_special_tokens:
+            return self._tokenizer.id_to_token(token_id)
+        if token_id not in self._pieces:
+            token = self._tokenizer.id_to_token(token_id)
+            self._pieces[token_id] = None if token in self._hidden else token
+        return self._pieces[token_id]
+
+    def _eos_ids(self, generation_config: dict, config: dict) -> tuple[int, ...]:
+        """End-of-sequence ids from the first place that names any."""
+        for name, source in (("generation_config", generation_config), ("config", config)):
+            value = source.get("eos_token_id")
+            if value is None:
+                continue
+            ids = [integer(i) for i in (value if isinstance(value, list) else [value])]
+            if any(i is None or i < 0 for i in ids):
+                raise ValueError(
+                    f"{name}: got eos_token_id {shown(value)}, need a token id or a list of them; "
+                    "correct the file"
+                )
+            return tuple(dict.fromkeys(ids))
+        eos = self.special_tokens.get("eos_token")
+        eos_id = self._tokenizer.token_to_id(eos) if self.available and eos else None
+        return () if eos_id is None else (eos_id,)
+
+
+# --- Joining tokens to text, one token at a time -------------------------------------------------
+#
+# Every joiner is made with `after_text` and has four methods:
+#   feed(token)         text that this token settles: no later token can change it
+#   pending()           text of the tokens not settled yet, without incomplete characters
+#   finish()            text still unsettled at the end of the sequence
+#   token_bytes(token)  bytes one token stands for
+# All feed() and finish() together are what the tokenizer's decoder makes of the whole sequence.
+
+
+# --- Reading the tokenizer -----------------------------------------------------------------------
+
+
+def _tokenizer(content: str, config: dict, special: list[str]) -> Tokenizer:
+    """Tokenizer of a tokenizer.json, with the special tokens that only its companions name."""
+    try:
+        tokenizer = Tokenizer.from_str(content)
+    except BaseException as error:
+        # A panic of the library is no Exception; only the user's own interruptions pass
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise ValueError(_library_line(error, "a tokenizer.json")) from None
+
+    # Lengths are the engine's business
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+
+    # Add what tokenizer_config names and tokenizer.json lacks, in the order of the ids
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    listed = _of_type(config, "added_tokens_decoder", dict) or {}
+    extra = [_added_token(token) for _, token in sorted(listed.items(), key=_id_of)]
+    tokenizer.add_tokens([token for token in extra if token.content not in known])
+    tokenizer.add_special_tokens([_added_token(token) for token in special])
+    return tokenizer
+
+
+def _special_tokens(config: dict, special_tokens_map: dict) -> dict[str, str]:
+    """Named special tokens: tokenizer_config, else the older special_tokens_map."""
+    tokens = {}
+    for name in SPECIAL_NAMES:
+        value = config.get(name) or special_tokens_map.get(name)
+        if value:
+            tokens[name] = _added_token(value).content
+    return tokens
+
+
+def _extra_special_tokens(config: dict) -> list[str]:
+    """Special tokens without a name of their own."""
+    extra = _of_type(config, "extra_special_tokens", list | dict)
+    extra = extra or _of_type(config, "additional_special_tokens", list) or []
+    values = extra.values() if isinstance(extra, dict) else extra
+    return [_added_token(value).content for value in values]
+
+
+def _of_type(config: dict, name: str, types):
+    """Value of a field, None if absent."""
+    value = config.get(name)
+    if value is not None and not isinstance(value, types):
+        raise ValueError(
+            f"tokenizer_config: got {name} {shown(value)}, need a list or an object of tokens; "
+            "correct the file"
+        )
+    return value
+
+
+def _added_token(value) -> AddedToken:
+    """AddedToken of a string, or of an object with its `content` and flags."""
+    content = value.get("content") if isinstance(value, dict) else value
+    if not isinstance(content, str):
+        raise ValueError(
+            f"tokenizer_config: got a special token {shown(value)}, need a string or an object "
+            "with a string as content; correct the file"
+        )
+    flags = value if isinstance(value, dict) else {"special": True, "normalized": False}
+    names = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    return AddedToken(content, **{name: bool(flags[name]) for name in names if name in flags})
+
+
+def _id_of(entry) -> int:
+    """Token id of an entry of added_tokens_decoder, whose keys are ids written as strings."""
+    try:
+        return int(entry[0])
+    except ValueError:
+        raise ValueError(
+            f"tokenizer_config: got a token id {shown(entry[0])} in added_tokens_decoder, "
+            "need a whole number; correct the file"
+        ) from None
+
+
+def _library_line(error: BaseException, need: str) -> str:
+    reason = " ".join(str(error).split())[:200]
+    return f"tokenizer: got {reason or type(error).__name__}, need {need}; check tokenizer.json"
+
+
+# --- Chat templates ------------------------------------------------------------------------------
