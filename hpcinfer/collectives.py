@@ -121,11 +121,11 @@ def Allgather(comm, x, counts=None, axis=0, purpose=""):
     # Move the cut axis to the front, so that each rank's part is one run of memory.
     part = _to_host(xp.moveaxis(x, axis, 0))
     row = part.nbytes // part.shape[0] if part.shape[0] else _row_bytes(part)
-    whole = _room(x, (sum(counts), *part.shape[1:]))
+    whole = _out_buffer(x, (sum(counts), *part.shape[1:]))
     sizes = [c * row for c in counts]
     comm.Allgatherv(_raw(part), [_raw(whole), sizes, _starts(sizes), MPI.BYTE])
 
-    result = xp.ascontiguousarray(xp.moveaxis(_moved(whole, x), 0, axis))
+    result = xp.ascontiguousarray(xp.moveaxis(_stage(whole, x), 0, axis))
     ledger.enter(call, part.nbytes * (comm.size - 1))
     return result
 
@@ -153,10 +153,10 @@ def ReduceScatter(comm, x_sum, counts, axis=0, purpose=""):
         ledger.enter(call, 0)
         return xp.ascontiguousarray(x_sum)
     whole = _to_host(xp.moveaxis(x_sum, axis, 0))
-    part = _room(x_sum, (counts[comm.rank], *whole.shape[1:]))
+    part = _out_buffer(x_sum, (counts[comm.rank], *whole.shape[1:]))
     row = int(np.prod(whole.shape[1:], dtype=np.int64))
     comm.Reduce_scatter(whole, part, [c * row for c in counts])
-    result = xp.ascontiguousarray(xp.moveaxis(_moved(part, x_sum), 0, axis))
+    result = xp.ascontiguousarray(xp.moveaxis(_stage(part, x_sum), 0, axis))
     ledger.enter(call, whole.nbytes - part.nbytes)
     return result
 
@@ -252,13 +252,13 @@ def Alltoall(comm, x, send_counts, recv_counts, purpose=""):
         return array.namespace(x).ascontiguousarray(x)
     sent = _to_host(x)
     row = _row_bytes(sent)
-    received = _room(x, (sum(recv_counts), *sent.shape[1:]))
+    received = _out_buffer(x, (sum(recv_counts), *sent.shape[1:]))
     sizes, from_sizes = ([c * row for c in counts] for counts in (send_counts, recv_counts))
     comm.Alltoallv(
         [_raw(sent), sizes, _starts(sizes), MPI.BYTE],
         [_raw(received), from_sizes, _starts(from_sizes), MPI.BYTE],
     )
-    result = _moved(received, x)
+    result = _stage(received, x)
     ledger.enter(call, sum(sizes) - sizes[comm.rank])
     return result
 
@@ -272,9 +272,9 @@ def Gather(comm, x, root=0, purpose=""):
     """
     call = ledger.begin("Gather", comm, purpose)
     part = _to_host(x)
-    whole = _room(x, (comm.size, *part.shape)) if comm.rank == root else None
+    whole = _out_buffer(x, (comm.size, *part.shape)) if comm.rank == root else None
     comm.Gather(_raw(part), None if whole is None else _raw(whole), root)
-    result = None if whole is None else _moved(whole, x)
+    result = None if whole is None else _stage(whole, x)
     ledger.enter(call, 0 if comm.rank == root else part.nbytes)
     return result
 
@@ -296,13 +296,13 @@ def Shift(comm, x, out, step=1, purpose=""):
     call = ledger.begin("Shift", comm, purpose)
     to, source = (comm.rank + step) % comm.size, (comm.rank - step) % comm.size
     sent = _to_host(x)
-    received = _landing(out)
+    received = _recv_buffer(out)
     requests = [
         comm.Irecv([_raw(received), MPI.BYTE], source),
         comm.Isend([_raw(sent), MPI.BYTE], to),
     ]
     sent_bytes = 0 if to == comm.rank else sent.nbytes
-    return Transfer(call, sent_bytes, requests, lambda: _landed(received, out), sent)
+    return Transfer(call, sent_bytes, requests, lambda: _unstage(received, out), sent)
 
 
 def Isend(comm, x, to, tag=0, purpose=""):
@@ -333,9 +333,9 @@ def Recv(comm, out, source, tag=0, purpose=""):
     out : contiguous, of the size that the sender sends
     """
     call = ledger.begin("Recv", comm, purpose)
-    received = _landing(out)
+    received = _recv_buffer(out)
     comm.Recv([_raw(received), MPI.BYTE], source, tag)
-    _landed(received, out)
+    _unstage(received, out)
     ledger.enter(call, 0)
     return out
 
@@ -370,7 +370,7 @@ def Iallgather(comm, part, whole, counts, purpose=""):
     Transfer of `whole`; `wait` must be called
     """
     call = ledger.begin("Allgather", comm, purpose)
-    sent, received = _to_host(part), _landing(whole)
+    sent, received = _to_host(part), _recv_buffer(whole)
     request = comm.Iallgatherv(
         [_raw(sent), MPI.BYTE], [_raw(received), counts, _starts(counts), MPI.BYTE]
     )
@@ -379,7 +379,7 @@ def Iallgather(comm, part, whole, counts, purpose=""):
         call,
         sent_bytes,
         [request],
-        lambda: _landed(received, whole),
+        lambda: _unstage(received, whole),
         sent,
     )
 
@@ -392,10 +392,10 @@ def Ibcast(comm, x, root=0, purpose=""):
     Transfer of x; `wait` must be called
     """
     call = ledger.begin("Bcast", comm, purpose)
-    buffer = _to_host(x) if comm.rank == root else _landing(x)
+    buffer = _to_host(x) if comm.rank == root else _recv_buffer(x)
     request = comm.Ibcast(_raw(buffer), root)
     sent_bytes = x.nbytes if comm.rank == root and comm.size > 1 else 0
-    return Transfer(call, sent_bytes, [request], lambda: _landed(buffer, x), buffer)
+    return Transfer(call, sent_bytes, [request], lambda: _unstage(buffer, x), buffer)
 
 
 class Counter:
@@ -579,7 +579,7 @@ def _from_host(buffer, x):
         x[...] = buffer
 
 
-def _room(x, shape):
+def _out_buffer(x, shape):
     """Uninitialised contiguous array of x's type where MPI may write what x's memory is to have.
 
     What the device has been told to do has been done: a message follows no stream.
@@ -590,8 +590,8 @@ def _room(x, shape):
     return array.page_locked(shape, x.dtype)
 
 
-def _moved(buffer, x):
-    """What MPI left in a `_room` for x, in the memory that x is in."""
+def _stage(buffer, x):
+    """What MPI left in a `_out_buffer` for x, in the memory that x is in."""
     xp = array.namespace(x)
     if xp is np or _direct:
         return buffer
@@ -600,17 +600,17 @@ def _moved(buffer, x):
     return result
 
 
-def _landing(out):
+def _recv_buffer(out):
     """Contiguous array that MPI may write to: `out` itself where it is one."""
     if array.namespace(out) is np:
         return out
     if _direct and out.flags.c_contiguous:
         array.synchronize(out)
         return out
-    return _room(out, out.shape)
+    return _out_buffer(out, out.shape)
 
 
-def _landed(received, out):
+def _unstage(received, out):
     """`out`, with what MPI wrote to `received`."""
     if received is not out:
         _from_host(received, out)

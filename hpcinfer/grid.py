@@ -33,10 +33,10 @@ class Grid:
     stage : those of the same pipeline stage, along dp, cp and tp
     experts : those over which experts are spread: `tp_cp`, `stage` or the FFN side; None for ep=1
         without sides
-    side : "attention" or "ffn"; "" if every rank does both
+    role : "attention" or "ffn"; "" if every rank does both
     inter : intercommunicator to the other side, or None
     node : the ranks of the grid that share memory with this one
-    alike : those of the node that differ from this one along dp and cp only
+    same_weights : those of the node that differ from this one along dp and cp only
     """
 
     def __init__(self, comm, layout):
@@ -49,7 +49,7 @@ class Grid:
         self.comm.Set_name("world")
         self.node = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
         self.node.Set_name("node")
-        self.side, self.inter, self._base = "", None, self.comm
+        self.role, self.inter, self._base = "", None, self.comm
         self._lengths = {axis: getattr(layout, axis) for axis in AXES}
         if layout.afd:
             self._take_sides(*layout.afd)
@@ -64,11 +64,11 @@ class Grid:
         self.dp_cp = self._split(("dp", "cp"), index)
         self.replica = self._split(("pp", "cp", "tp"), index)
         self.stage = self._split(("dp", "cp", "tp"), index)
-        alike = (int(self.side == "ffn") * layout.pp + index["pp"]) * comm.size + index["tp"]
-        self.alike = self.node.Split(alike, self.comm.rank)
-        self.alike.Set_name("alike")
+        alike = (int(self.role == "ffn") * layout.pp + index["pp"]) * comm.size + index["tp"]
+        self.same_weights = self.node.Split(alike, self.comm.rank)
+        self.same_weights.Set_name("same weights")
         self.experts = None
-        if self.side == "ffn":
+        if self.role == "ffn":
             self.experts = self.tp
         elif layout.ep > 1 and not layout.afd:
             self.experts = self.stage if layout.experts_over_dp else self.tp_cp
@@ -84,7 +84,7 @@ class Grid:
     def _take_sides(self, M, N):
         """Divide the ranks in attention and FFN side, which meet over an intercommunicator."""
         attends = self.comm.rank < M
-        self.side = "attention" if attends else "ffn"
+        self.role = "attention" if attends else "ffn"
         self._base = self.comm.Split(int(not attends))
         self.inter = self._base.Create_intercomm(0, self.comm, M if attends else 0)
         self.inter.Set_name("afd")
@@ -116,7 +116,7 @@ class Grid:
     @property
     def is_leader(self):
         """True on the one rank of a replica that reads its requests and hands on its results."""
-        return self.replica.rank == 0 and self.side != "ffn"
+        return self.replica.rank == 0 and self.role != "ffn"
 
     @property
     def shares(self):

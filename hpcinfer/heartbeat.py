@@ -8,7 +8,7 @@ import time
 from contextlib import contextmanager
 
 
-class Place:
+class Heartbeat:
     """Where one rank is.
 
     Attributes
@@ -24,7 +24,7 @@ class Place:
         self.step, self.layer = 0, None
 
 
-here = Place()
+here = Heartbeat()
 
 
 @contextmanager

@@ -169,6 +169,6 @@ def core_quota():
         return None
 
 
-def crowd_is_meant():
+def oversubscription_is_meant():
     """True if the user has said that more ranks than cores are meant."""
-    return bool(os.environ.get("HPCINFER_CROWD"))
+    return bool(os.environ.get("HPCINFER_OVERSUBSCRIBE"))

@@ -201,7 +201,7 @@ def guided(remaining, P):
 
 
 @dataclass(frozen=True)
-class Share:
+class ExpertShare:
     """Experts of one rank, and the columns of each that it has.
 
     Attributes
@@ -225,15 +225,15 @@ def experts(E, F, ep, tp=1):
 
     Returns
     -------
-    list of Share, length ep · tp
+    list of ExpertShare, length ep · tp
     """
     if E < 1:
         raise ValueError(f"partition: got {E} experts, need 1 or more")
     if ep <= E:
         columns = block(F, tp)
-        return [Share(owned, part) for owned in block(E, ep) for part in columns]
+        return [ExpertShare(owned, part) for owned in block(E, ep) for part in columns]
     return [
-        Share((e, e + 1), part)
+        ExpertShare((e, e + 1), part)
         for e, ranks in enumerate(counts(block(ep, E)))
         for part in block(F, ranks * tp)
     ]
@@ -245,7 +245,7 @@ def destinations(ids, shares, common=False):
     Parameters
     ----------
     ids : (T, k) int, experts chosen by each token, host; negative ones are no choice
-    shares : list of Share, one per rank
+    shares : list of ExpertShare, one per rank
     common : True if there is an expert beside these that all tokens choose and all ranks share
 
     Returns

@@ -7,7 +7,7 @@
 # HPCINFER_SRUN_MPI            value of srun --mpi= (default: pmi2 with the MPICH wheel, else the
 #                              site's); pmix with most builds of Open MPI; srun --mpi=list names them
 # HPCINFER_LAUNCHER_OPTIONS    more words for the launcher, such as "--cpu-bind=cores"
-# HPCINFER_CROWD               yes: more ranks than cores are meant, give no advice about it
+# HPCINFER_OVERSUBSCRIBE               yes: more ranks than cores are meant, give no advice about it
 # OMP_NUM_THREADS              threads per rank (default: --cpus-per-task, else cores / ranks of a node)
 #
 # GPUs: rank number i of a node takes GPU number i of those it sees, so --gres=gpu:4 with 4 ranks per

@@ -242,7 +242,7 @@ def clean_environment():
     programs = Path(sys.executable).parent
     paths = [str(ROOT), *filter(None, [kept.get("PYTHONPATH")])]
     return kept | {
-        "HPCINFER_CROWD": "yes",
+        "HPCINFER_OVERSUBSCRIBE": "yes",
         "PATH": os.pathsep.join([str(programs), kept.get("PATH", os.defpath)]),
         "PYTHONPATH": os.pathsep.join(paths),
     }

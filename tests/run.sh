@@ -15,7 +15,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export HPCINFER_EXTRAS="test ${HPCINFER_EXTRAS:-}"
 source jobs/environment.sh
-export PYTHONUNBUFFERED=1 HPCINFER_CROWD=yes
+export PYTHONUNBUFFERED=1 HPCINFER_OVERSUBSCRIBE=yes
 
 start=$(date +%s.%N)
 reports=$PWD/results/tests

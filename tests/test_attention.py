@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hpcinfer import partition
-from hpcinfer.model.block_table import Books
+from hpcinfer.model.block_table import BlockTable
 from hpcinfer.model.cache import PAGE, Cache, page_bytes
 from hpcinfer.ops.attention import attention, merge, paged_attention
 from hpcinfer.ops.cache import store
@@ -40,10 +40,10 @@ def dense(q, k, v, q_pos, k_pos, *, scale, groups, window=None):
     q, k, v = (x.astype(np.float64) for x in (q, k, v))
     kv_head = np.concatenate([np.full(b - a, g) for g, (a, b) in enumerate(groups)])
     scores = np.einsum("shk,lhk->shl", q, k[:, kv_head]) * scale
-    seen = k_pos[None, :] <= q_pos[:, None]
+    visible = k_pos[None, :] <= q_pos[:, None]
     if window is not None:
-        seen &= k_pos[None, :] > q_pos[:, None] - window
-    scores = np.where(seen[:, None, :], scores, -np.inf)
+        visible &= k_pos[None, :] > q_pos[:, None] - window
+    scores = np.where(visible[:, None, :], scores, -np.inf)
     top = np.maximum(scores.max(-1, keepdims=True, initial=-np.inf), -1e300)
     weights = np.exp(scores - top)
     total = weights.sum(-1)
@@ -194,7 +194,7 @@ def paged(sequences, G, K, dtype, pools):
 
     Returns
     -------
-    Books and pages (k, v) of every pool, k and v of every sequence whole in the cache's type
+    BlockTable and pages (k, v) of every pool, k and v of every sequence whole in the cache's type
     """
     rng = np.random.default_rng(0)
     needed = [-(-n // PAGE) for n in sequences]
@@ -214,8 +214,8 @@ def paged(sequences, G, K, dtype, pools):
             store(k[own], v[own], rows, cache.k[0], cache.v[0], slots)
         whole.append((k.astype(dtype), v.astype(dtype)))
     lengths = np.array(sequences)
-    books = [Books(places, first, pool, pools, lengths) for pool in range(pools)]
-    return books, [(cache.k[0], cache.v[0]) for cache in caches], whole
+    block_table = [BlockTable(places, first, pool, pools, lengths) for pool in range(pools)]
+    return block_table, [(cache.k[0], cache.v[0]) for cache in caches], whole
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, BF16])
@@ -225,14 +225,15 @@ def test_scattered_pages_equal_whole_sequences(pools, window, dtype):
     """Prefill, chunk, decode; lengths at and around the edges of pages; pages of other ranks."""
     new = {5: 5, 110: 70, PAGE: 1, PAGE + 1: 1, 3 * PAGE + 8: 1, 2 * PAGE: 2 * PAGE}
     groups, K = ((0, 2), (2, 3)), 4
-    books, pages, whole = paged(list(new), len(groups), K, dtype, pools)
+    block_table, pages, whole = paged(list(new), len(groups), K, dtype, pools)
     tokens = np.array(
         [(b, at) for b, (length, n) in enumerate(new.items()) for at in range(length - n, length)]
     )
     q = normal((len(tokens), 3, K), 9)
     options = {"scale": 0.5, "groups": groups, "window": window}
     parts = [
-        paged_attention(q, tokens, *pages[pool], books[pool], **options) for pool in range(pools)
+        paged_attention(q, tokens, *pages[pool], block_table[pool], **options)
+        for pool in range(pools)
     ]
     o, lse = parts[0]
     for part in parts[1:]:
@@ -245,11 +246,11 @@ def test_scattered_pages_equal_whole_sequences(pools, window, dtype):
 
 @pytest.mark.parametrize("pools", [1, 2, 3])
 def test_books_count_the_keys_of_every_pool(pools):
-    books, _, _ = paged([5, 110, PAGE, 3 * PAGE + 8], 1, 2, np.float32, pools)
-    for b, length in enumerate(books[0].lengths.tolist()):
+    block_table, _, _ = paged([5, 110, PAGE, 3 * PAGE + 8], 1, 2, np.float32, pools)
+    for b, length in enumerate(block_table[0].lengths.tolist()):
         for start in (0, 3, PAGE, length - 1):
-            counts = books[0].keys(b, start)
-            numbers = [book.pages(b, start)[1] for book in books]
+            counts = block_table[0].keys(b, start)
+            numbers = [book.pages(b, start)[1] for book in block_table]
             held = [sum(min(PAGE, length - n * PAGE) for n in own.tolist()) for own in numbers]
             assert counts.tolist() == held
             assert sum(held) == max(0, length - start // PAGE * PAGE)

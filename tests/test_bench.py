@@ -20,7 +20,7 @@ from hpcinfer.bench import (
     sequence,
     zero,
 )
-from hpcinfer.bench.shape import Ffn, Shape
+from hpcinfer.bench.shape import AttentionShape, Ffn
 from hpcinfer.cli import main
 from hpcinfer.errors import UsageError
 from hpcinfer.io.rows import text_table
@@ -70,7 +70,9 @@ def sound(rows, comm):
 def test_prefill_rows(comm, dtype):
     """Fewer tokens than ranks, and more."""
     for tokens in (2, 37):
-        rows = attention.run(comm, CPU, Shape(6, 3, 8, dtype), tokens, ["zigzag", "contiguous"], 2)
+        rows = attention.run(
+            comm, CPU, AttentionShape(6, 3, 8, dtype), tokens, ["zigzag", "contiguous"], 2
+        )
         assert [row["cut"] for row in rows] == [None, "zigzag", "contiguous"]
         assert sound(rows, comm)
         for row in rows[1:]:
@@ -83,7 +85,7 @@ def test_prefill_rows(comm, dtype):
 
 def test_prefill_limit_counts_the_causal_products(comm):
     """Two products of 2 K operations for every pair of a query and a key that it sees."""
-    row = attention.run(comm, CPU, Shape(2, 1, 4, "float32"), 3, ["striped"], 1)[1]
+    row = attention.run(comm, CPU, AttentionShape(2, 1, 4, "float32"), 3, ["striped"], 1)[1]
     pairs = 1 + 2 + 3
     assert row["limit_flop_per_s"] == approx(4 * 4 * 2 * pairs * row["limit_tokens_per_s"] / 3)
 
@@ -94,7 +96,7 @@ def test_prefill_limit_counts_the_causal_products(comm):
 def test_decode_rows(comm):
     """Bytes are the formulas', of all ranks together."""
     H, G, K, P = 4, 2, 8, comm.size
-    rows = decode_attention.run(comm, CPU, Shape(H, G, K, "float32"), [40, 3], [1, 3], 2)
+    rows = decode_attention.run(comm, CPU, AttentionShape(H, G, K, "float32"), [40, 3], [1, 3], 2)
     assert sound(rows, comm)
     assert len(decode_attention.table(rows).splitlines()) == 2 + 1 + len(rows)
     strategies = ["one rank", "ring", "gather", "tree", "tree_single"]
@@ -206,7 +208,7 @@ def test_disagg_rows(comm, work, context):
     if comm.size < 2:
         pytest.skip("two sides need two ranks")
     T, D, M = 7, 8, comm.size - 1
-    shape, ffn, split = Shape(2, 2, 4, "float32"), Ffn(D, 20), (M, 1)
+    shape, ffn, split = AttentionShape(2, 2, 4, "float32"), Ffn(D, 20), (M, 1)
     rows = disagg.run(comm, CPU, shape, ffn, T, 2, split, [1, 2, 3], context, work, 2)
     assert alike(rows, comm, "disagg")
     assert [row["batch"] for row in rows] == [1, 2, 3]

@@ -42,13 +42,13 @@ def test_cache_memory_is_divided(comm, shared_path):
     """The pages of one long text are dealt evenly: each rank holds 1/P of them."""
     engine = context(comm, shared_path)
     held = []
-    pages, step = engine.scheduler.pages, engine.record.step
+    pages, step = engine.scheduler.pages, engine.stats.step
 
     def watch(*arguments):
-        held.append([pages.n - pages.free(rank) for rank in range(pages.ranks)])
+        held.append([pages.n - pages.n_free(rank) for rank in range(pages.ranks)])
         step(*arguments)
 
-    engine.record.step = watch
+    engine.stats.step = watch
     greedy(engine, [models.tokens(CASE, 4 * PAGE * comm.size - 4)], 2)
     assert len(held[0]) == comm.size
     assert set(held[0]) == {4}
@@ -59,9 +59,9 @@ def test_prefixes_are_reused(comm, shared_path):
     engine = context(comm, shared_path)
     text = models.tokens(CASE, 150)
     first = greedy(engine, [text], 8)
-    computed = engine.record.prefill.tokens
+    computed = engine.stats.prefill.tokens
     assert greedy(engine, [text], 8) == first
-    assert engine.record.prefill.tokens - computed == 150 - 150 // PAGE * PAGE
+    assert engine.stats.prefill.tokens - computed == 150 - 150 // PAGE * PAGE
     assert engine.scheduler.reused_tokens == 150 // PAGE * PAGE
 
 
@@ -98,7 +98,7 @@ def test_keys_are_cut_rather_than_copied(comm, shared_path):
     if comm.size < 8:
         pytest.skip("needs 8 ranks: 2 key/value heads, tp=4, cp=2")
     engine = load(comm, CASE, "directory", shared_path, layout="tp=4,cp=2")
-    assert engine.model.context.sharers == 2
+    assert engine.model.attention.sharers == 2
     assert engine.scheduler.pages.ranks == 4
     text = models.tokens(CASE, 150)
     expected = load(comm, CASE, "directory", shared_path)

@@ -13,7 +13,7 @@ from hpcinfer.ops.cpu import attention_prefill
 pytest.importorskip("numba")
 
 from hpcinfer import array
-from hpcinfer.model.block_table import Books
+from hpcinfer.model.block_table import BlockTable
 from hpcinfer.ops import (
     activation,
     attention,
@@ -102,7 +102,7 @@ def test_rounding_to_bfloat16_is_that_of_the_type():
 
 def coded(n_out, n_in, bits, group, dtype, seed=3):
     numbers, scales = quantize.quantize(normal((n_out, n_in), seed), bits, group)
-    form = quantize.Form(bits, group, n_in, 0, np.dtype(dtype))
+    form = quantize.QuantFormat(bits, group, n_in, 0, np.dtype(dtype))
     held = np.zeros((n_out, form.groups), np.float16)
     held[:, : scales.shape[1]] = scales
     return quantize.Quantized(form, quantize.pack(numbers, bits), held)
@@ -141,7 +141,7 @@ def test_products_with_all_codes(bits):
     """Every code is what it says, whichever word and place it has."""
     numbers = np.arange(512).reshape(2, 256).astype(np.uint8).view(np.int8)
     numbers = numbers if bits == 8 else ((numbers & 15) ^ 8) - 8
-    form = quantize.Form(bits, 32, 256, 0, BF16)
+    form = quantize.QuantFormat(bits, 32, 256, 0, BF16)
     scales = (1 + np.arange(16).reshape(2, 8)).astype(np.float16)
     scales = np.pad(scales, ((0, 0), (0, form.groups - 8)))
     w = quantize.Quantized(form, quantize.pack(numbers, bits), scales)
@@ -229,14 +229,14 @@ def paged(lengths, G, K, width, dtype, pools=1, pool=0):
     order = rng.permutation(total)
     for b, n in enumerate(counts):
         places[b, :n], order = order[:n], order[n:]
-    books = Books(places, np.zeros(len(lengths), int), pool, pools, np.array(lengths))
+    block_table = BlockTable(places, np.zeros(len(lengths), int), pool, pools, np.array(lengths))
     k, v = normal((total, G, 32, K), 1, dtype), normal((total, G, 32, width), 2, dtype)
 
     # What lies behind the last token is whatever was in memory.
     for b, n in enumerate(lengths):
         if n % 32:
             k[places[b, n // 32], :, n % 32 :] = v[places[b, n // 32], :, n % 32 :] = np.nan
-    return books, k, v
+    return block_table, k, v
 
 
 @pytest.mark.parametrize("dtype", [*HALF, np.dtype(np.float32)])
@@ -251,15 +251,15 @@ def test_decoding_over_pages(heads, dtype):
     H, G, K, width = heads
     groups = [(g * H // G, (g + 1) * H // G) for g in range(G)]
     for lengths in ([1], [33, 700, 64], [1030]):
-        books, k, v = paged(lengths, G, K, width, dtype)
+        block_table, k, v = paged(lengths, G, K, width, dtype)
         tokens = np.array([(b, n - 1) for b, n in enumerate(lengths)], np.int32)
         q = normal((len(tokens), H, K), 3)
         for window in (None, 40):
             options = {"scale": K**-0.5, "groups": groups, "window": window}
             options["v_columns"] = None if width else 64
-            got = attention.paged_attention(q, tokens, k, v, books, **options)
+            got = attention.paged_attention(q, tokens, k, v, block_table, **options)
             dispatch.use("plain")
-            expected = attention.paged_attention(q, tokens, k, v, books, **options)
+            expected = attention.paged_attention(q, tokens, k, v, block_table, **options)
             dispatch.use("auto")
             for a, b in zip(got, expected, strict=True):
                 agree(a, b, ROUNDED[dtype])
@@ -269,10 +269,10 @@ def test_decoding_with_several_queries_and_pools():
     tokens = np.array([(0, 100), (0, 101), (0, 102), (1, 0), (2, 50), (2, 51)], np.int32)
     parts_of = []
     for pool in range(2):
-        books, k, v = paged([103, 1, 52], 2, 16, 16, np.dtype(np.float32), 2, pool)
+        block_table, k, v = paged([103, 1, 52], 2, 16, 16, np.dtype(np.float32), 2, pool)
         q, options = normal((6, 4, 16), 3), {"scale": 0.3, "groups": [(0, 2), (2, 4)]}
-        got = attention.paged_attention(q, tokens, k, v, books, **options)
-        expected = attention.paged_attention.plain(q, tokens, k, v, books, **options)
+        got = attention.paged_attention(q, tokens, k, v, block_table, **options)
+        expected = attention.paged_attention.plain(q, tokens, k, v, block_table, **options)
         for a, b in zip(got, expected, strict=True):
             np.testing.assert_allclose(a, b, atol=2e-6)
         parts_of.append(got)
@@ -290,12 +290,12 @@ def test_many_queries_over_pages(window, heads):
     options = {"groups": [(g * H // G, (g + 1) * H // G) for g in range(G)], "window": window}
     options |= {"scale": K**-0.5, "v_columns": None if width else 128}
     for lengths, cached in (([150], [0]), ([70, 700, 1, 1100], [0, 688, 0, 1000])):
-        books, k, v = paged(lengths, G, K, width, BF16)
+        block_table, k, v = paged(lengths, G, K, width, BF16)
         tokens = [(b, p) for b, n in enumerate(lengths) for p in range(cached[b], n)]
         tokens, q = np.array(tokens, np.int32), normal((len(tokens), H, K), 3)
-        got = attention.paged_attention(q, tokens, k, v, books, **options)
+        got = attention.paged_attention(q, tokens, k, v, block_table, **options)
         wide = k.astype(np.float32), v.astype(np.float32)
-        expected = attention.paged_attention.plain(q, tokens, *wide, books, **options)
+        expected = attention.paged_attention.plain(q, tokens, *wide, block_table, **options)
         for a, b in zip(got, expected, strict=True):
             agree(a, b, 1.5e-2)
 
@@ -403,12 +403,14 @@ def test_a_processor_without_avx512(tmp_path):
 @pytest.mark.parametrize("threads", [2, 3])
 def test_threads_share_the_groups_of_a_query(threads):
     """Long enough for several threads: a part begins and ends between the groups of a query."""
-    books, k, v = paged([900, 1500], 5, 64, 64, BF16)
+    block_table, k, v = paged([900, 1500], 5, 64, 64, BF16)
     tokens, q = np.array([(0, 899), (1, 1499)], np.int32), normal((2, 15, 64), 3)
     options = {"scale": 0.125, "groups": [(3 * g, 3 * g + 3) for g in range(5)]}
-    one = attention.paged_attention(q, tokens, k, v, books, **options)
+    one = attention.paged_attention(q, tokens, k, v, block_table, **options)
     node.use_threads(threads)
-    for a, b in zip(attention.paged_attention(q, tokens, k, v, books, **options), one, strict=True):
+    for a, b in zip(
+        attention.paged_attention(q, tokens, k, v, block_table, **options), one, strict=True
+    ):
         assert (a == b).all()
 
 

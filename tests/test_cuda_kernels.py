@@ -19,7 +19,7 @@ from mpi4py import MPI
 from test_vocabulary import mixture
 
 from hpcinfer import array, partition
-from hpcinfer.model.block_table import Books
+from hpcinfer.model.block_table import BlockTable
 from hpcinfer.ops import (
     activation,
     attention,
@@ -426,7 +426,7 @@ def codes_of(rng, kind, dtype, n_out, n_in):
     """A weight as codes, of all that there are."""
     (bits, group), half = kind, 1 << kind[0] - 1
     codes = rng.integers(-half, half, (n_out, n_in), np.int8)
-    form = quantize.Form(bits, group, n_in, 0, array.DTYPES[dtype])
+    form = quantize.QuantFormat(bits, group, n_in, 0, array.DTYPES[dtype])
     scales = (normal(rng, n_out, form.groups) / half).astype(np.float16)
     return quantize.Quantized(form, quantize.pack(codes, bits), scales)
 
@@ -653,27 +653,29 @@ def in_pages(rng, lengths, n_heads, K, dtype, page=32, pool=0, pools=1):
 
     Returns
     -------
-    k_pages, v_pages, books
+    k_pages, v_pages, block_table
     """
     n_pages = [-(-length // page) for length in lengths]
     places = np.zeros((len(lengths), max(n_pages)), np.int64)
     order = rng.permutation(sum(n_pages))
     for b, n in enumerate(n_pages):
         places[b, :n] = order[sum(n_pages[:b]) :][:n]
-    books = Books(places, np.arange(len(lengths)) % pools, pool, pools, np.array(lengths))
+    block_table = BlockTable(
+        places, np.arange(len(lengths)) % pools, pool, pools, np.array(lengths)
+    )
     shape = (sum(n_pages), n_heads, page, K)
     k, v = (normal(rng, *shape).astype(array.DTYPES[dtype]) for _ in range(2))
     for b, length in enumerate(lengths):
         last, behind = places[b, (length - 1) // page], slice((length - 1) % page + 1, None)
         k[last, :, behind] = v[last, :, behind] = np.nan
-    return k, v, books
+    return k, v, block_table
 
 
-def attend(put, q, tokens, k, v, books, groups, window, tolerance=1e-5):
+def attend(put, q, tokens, k, v, block_table, groups, window, tolerance=1e-5):
     options = {"scale": q.shape[-1] ** -0.5, "groups": groups, "window": window}
-    there = put(q), tokens, put(k), put(v), books
+    there = put(q), tokens, put(k), put(v), block_table
     got = fast("attention").paged_attention(*there, **options)
-    expected = plain(attention.paged_attention)(q, tokens, k, v, books, **options)
+    expected = plain(attention.paged_attention)(q, tokens, k, v, block_table, **options)
     agree(got, expected, tolerance)
 
     # Rounded for a product that follows.
@@ -705,10 +707,10 @@ def tokens_at(*runs):
 def test_decode(put, rng, dtype, K, groups, window):
     """Sequences of several lengths, heads and a window; one split or more."""
     lengths = [1, 40, 333]
-    k, v, books = in_pages(rng, lengths, len(groups), K, dtype)
+    k, v, block_table = in_pages(rng, lengths, len(groups), K, dtype)
     q = normal(rng, 3, groups[-1][1], K)
     tokens = tokens_at(*((b, n - 1, 1) for b, n in enumerate(lengths)))
-    attend(put, q, tokens, k, v, books, groups, window)
+    attend(put, q, tokens, k, v, block_table, groups, window)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -739,9 +741,9 @@ def test_decode_over_a_part_of_the_pages(put, rng, monkeypatch, dtype, splits, p
     monkeypatch.setattr(fast("attention"), "_BUSY_BLOCKS", 6 * splits)
     monkeypatch.setattr(fast("decode"), "_MULTIPROCESSORS", splits)
     lengths = [5, 290, 33]
-    k, v, books = in_pages(rng, lengths, 2, 32, dtype, pool=pool, pools=3)
+    k, v, block_table = in_pages(rng, lengths, 2, 32, dtype, pool=pool, pools=3)
     tokens = tokens_at(*((b, n - 1, 1) for b, n in enumerate(lengths)))
-    attend(put, normal(rng, 3, 4, 32), tokens, k, v, books, [(0, 2), (2, 4)], None)
+    attend(put, normal(rng, 3, 4, 32), tokens, k, v, block_table, [(0, 2), (2, 4)], None)
 
 
 @pytest.mark.parametrize(
@@ -759,12 +761,12 @@ def test_decode_over_a_part_of_the_pages(put, rng, monkeypatch, dtype, splits, p
 def test_decode_of_some_queries(put, rng, K, groups, queries, window):
     """Those of a sequence share its keys, up to so many rows; more rows are in several blocks."""
     lengths = [queries, 71, 134]
-    k, v, books = in_pages(rng, lengths, len(groups), K, "bfloat16")
+    k, v, block_table = in_pages(rng, lengths, len(groups), K, "bfloat16")
     runs = ((0, 0, queries), (1, 70, 1), (2, 134 - queries, queries))
     tokens = tokens_at(*runs)
     q = normal(rng, len(tokens), groups[-1][1], K)
-    assert not fast("decode")._table(tokens, books, groups, window, k).has_others
-    attend(put, q, tokens, k, v, books, groups, window, 2e-5)
+    assert not fast("decode")._table(tokens, block_table, groups, window, k).has_others
+    attend(put, q, tokens, k, v, block_table, groups, window, 2e-5)
 
 
 @pytest.mark.parametrize(
@@ -775,15 +777,15 @@ def test_splits_of_pages(put, rng, monkeypatch, multiprocessors, most_splits):
     module, lengths, groups = fast("decode"), [30, 1500, 900, 1, 64], [(0, 4)]
     monkeypatch.setattr(module, "_MULTIPROCESSORS", multiprocessors)
     monkeypatch.setattr(module, "_MOST_SPLITS", most_splits)
-    k, v, books = in_pages(rng, lengths, 1, 64, "bfloat16")
+    k, v, block_table = in_pages(rng, lengths, 1, 64, "bfloat16")
     tokens = tokens_at(*((b, n - 1, 1) for b, n in enumerate(lengths)))
-    table = module._table(tokens, books, groups, None, k)
+    table = module._table(tokens, block_table, groups, None, k)
     items = array.host(table.values)[: 8 * table.n_items].reshape(-1, 8)
     used = items[items[:, 7] > 0]
     assert used[:, 4].sum() == sum(-(-n // 32) for n in lengths)
     assert len(used) <= len(lengths) + 4 * multiprocessors and used[:, 7].max() <= most_splits
     assert multiprocessors == 1 or used[:, 7].max() > 1
-    attend(put, normal(rng, 5, 4, 64), tokens, k, v, books, groups, None)
+    attend(put, normal(rng, 5, 4, 64), tokens, k, v, block_table, groups, None)
     assert not array.host(launch.counters(array.namespace(put(k)), 1)).any()
 
 
@@ -796,43 +798,43 @@ def test_room_for_later_steps(put, rng, monkeypatch):
         return tables[-1][0]
 
     monkeypatch.setattr(fast("decode"), "on_device", on_device)
-    k, v, books = in_pages(rng, [40, 70], 1, 64, "bfloat16")
-    books.room, tokens = (40, 30), tokens_at((0, 39, 1), (1, 69, 1))
-    attend(put, normal(rng, 2, 4, 64), tokens, k, v, books, groups, None)
+    k, v, block_table = in_pages(rng, [40, 70], 1, 64, "bfloat16")
+    block_table.room, tokens = (40, 30), tokens_at((0, 39, 1), (1, 69, 1))
+    attend(put, normal(rng, 2, 4, 64), tokens, k, v, block_table, groups, None)
     k, v, later = in_pages(rng, [700, 3], 1, 64, "bfloat16")
-    vars(books).update(vars(later), room=books.room)
+    vars(block_table).update(vars(later), room=block_table.room)
     tokens[:, 1] = 699, 2
     for table, build in tables:
         table[...] = put(build())
-    attend(put, normal(rng, 2, 4, 64), tokens, k, v, books, groups, None)
+    attend(put, normal(rng, 2, 4, 64), tokens, k, v, block_table, groups, None)
     assert len(tables) == 1
 
 
 def test_decode_beside_prefill(put, rng):
     """Sequences with one query, with some and with many, whose queries see different keys."""
-    k, v, books = in_pages(rng, [50, 70, 64], 1, 32, "float16")
+    k, v, block_table = in_pages(rng, [50, 70, 64], 1, 32, "float16")
     tokens = tokens_at((0, 49, 1), (1, 67, 3), (2, 40, 24))
-    attend(put, normal(rng, len(tokens), 2, 32), tokens, k, v, books, [(0, 2)], 40, 2e-3)
+    attend(put, normal(rng, len(tokens), 2, 32), tokens, k, v, block_table, [(0, 2)], 40, 2e-3)
 
 
 def test_tables_are_kept_for_the_layers_of_a_step(put, rng):
     """Every layer asks with the same arrays; another step does not find them."""
-    k, v, books = in_pages(rng, [40], 1, 16, "float32")
+    k, v, block_table = in_pages(rng, [40], 1, 16, "float32")
     tokens, table = tokens_at((0, 39, 1)), fast("attention")._table
-    first = table(tokens, books, [(0, 2)], None, k)
-    assert table(tokens, books, [(0, 2)], None, k) is first
-    assert table(tokens, books, [(0, 2)], 8, k) is not first
-    assert table(tokens.copy(), books, [(0, 2)], None, k) is not first
+    first = table(tokens, block_table, [(0, 2)], None, k)
+    assert table(tokens, block_table, [(0, 2)], None, k) is first
+    assert table(tokens, block_table, [(0, 2)], 8, k) is not first
+    assert table(tokens.copy(), block_table, [(0, 2)], None, k) is not first
 
 
 def test_decode_leaves_what_it_does_not_serve(put, rng):
     """Latent keys, wide or odd heads, and prefill alone."""
     groups, call = [(0, 2)], fast("attention").paged_attention
     for K, n, v_columns in ((264, 1, None), (12, 1, None), (16, 1, 8), (16, 9, None)):
-        k, v, books = in_pages(rng, [40], 1, K, "float32")
+        k, v, block_table = in_pages(rng, [40], 1, K, "float32")
         q, tokens = put(normal(rng, n, 2, K)), tokens_at((0, 40 - n, n))
         options = {"scale": 1.0, "groups": groups, "v_columns": v_columns}
-        assert call(q, tokens, put(k), put(v), books, **options) is NotImplemented
+        assert call(q, tokens, put(k), put(v), block_table, **options) is NotImplemented
 
 
 # Attention of many queries
@@ -855,14 +857,14 @@ def agree_rounded(got, expected, dtype):
 
 def attend_many(put, rng, lengths, runs, dtype, K, groups, window=None, **dealt):
     """Runs of queries (sequence, first position, tokens) over pages, beside the plain form."""
-    k, v, books = in_pages(rng, lengths, len(groups), K, dtype, **dealt)
+    k, v, block_table = in_pages(rng, lengths, len(groups), K, dtype, **dealt)
     tokens, scale = tokens_at(*runs), K**-0.5
     q = 10 * normal(rng, len(tokens), groups[-1][1] + 1, K)  # so that the largest scores grow
     q[:, 1:] = rounded_queries(q[:, 1:], scale, dtype)
     options = {"scale": scale, "groups": groups, "window": window}
     call = fast("attention").paged_attention
-    got = call(put(q)[:, 1:], tokens, put(k), put(v), books, **options)
-    expected = plain(attention.paged_attention)(q[:, 1:], tokens, k, v, books, **options)
+    got = call(put(q)[:, 1:], tokens, put(k), put(v), block_table, **options)
+    expected = plain(attention.paged_attention)(q[:, 1:], tokens, k, v, block_table, **options)
     agree_rounded(got, expected, dtype)
 
 
@@ -899,13 +901,15 @@ def test_many_queries_over_a_part_of_the_pages(put, rng, monkeypatch, splits, po
 @pytest.mark.parametrize("window", [None, 50])
 def test_queries_that_do_not_follow_one_another(put, rng, window):
     """As a cut of the sequence leaves them: blocks of positions, or in no order."""
-    k, v, books = in_pages(rng, [400], 1, 64, "bfloat16")
+    k, v, block_table = in_pages(rng, [400], 1, 64, "bfloat16")
     for positions in (np.r_[0:30, 200:260], rng.permutation(400)[:70]):
         tokens = np.stack([np.zeros(len(positions), np.int32), positions], axis=1)
         q = rounded_queries(normal(rng, len(tokens), 4, 64), 0.125, "bfloat16")
         options = {"scale": 0.125, "groups": [(0, 4)], "window": window}
-        got = fast("attention").paged_attention(put(q), tokens, put(k), put(v), books, **options)
-        expected = plain(attention.paged_attention)(q, tokens, k, v, books, **options)
+        got = fast("attention").paged_attention(
+            put(q), tokens, put(k), put(v), block_table, **options
+        )
+        expected = plain(attention.paged_attention)(q, tokens, k, v, block_table, **options)
         agree_rounded(got, expected, "bfloat16")
 
 
@@ -995,7 +999,10 @@ def test_choose(put, monkeypatch, few_threads, V, kind):
 @pytest.mark.parametrize("settings", [{"top_k": 300}, {"top_p": 0.999}, {"logprobs": 100}], ids=str)
 def test_choose_from_many(put, monkeypatch, few_threads, settings):
     """More candidates, or more to report, than the second pass gathers."""
-    logits, rows = logits_of("flat", 3, 5003), sample.Rows.make(3, temperature=1, **settings)
+    logits, rows = (
+        logits_of("flat", 3, 5003),
+        sample.SamplingBatch.make(3, temperature=1, **settings),
+    )
     chosen, expected = choose(put, monkeypatch, logits, rows), sample.choose(logits, rows)
     np.testing.assert_array_equal(chosen.token_ids, expected.token_ids)
     if "logprobs" in settings:
@@ -1010,8 +1017,8 @@ def test_choose_refuses_logits_without_a_largest(put, monkeypatch, few_threads, 
     logits = logits_of("smooth", 2, 300)
     logits[1, 7 if value > 0 or value != value else slice(None)] = value
     with pytest.raises(ValueError, match="row 1, need a finite logit"):
-        choose(put, monkeypatch, logits, sample.Rows.make(2, **settings))
-    rows = sample.Rows.make(2, banned=[(), tuple(range(300))], **settings)
+        choose(put, monkeypatch, logits, sample.SamplingBatch.make(2, **settings))
+    rows = sample.SamplingBatch.make(2, banned=[(), tuple(range(300))], **settings)
     with pytest.raises(ValueError, match="every token is banned"):
         choose(put, monkeypatch, logits, rows)
 
@@ -1076,5 +1083,5 @@ def sorted_report(keys):
 def test_columns_leave_what_they_do_not_serve(put):
     """A rank without columns, and no rows."""
     for shape in ((3, 0), (0, 5)):
-        x, rows = put(np.zeros(shape, np.float32)), sample.Rows.make(shape[0])
+        x, rows = put(np.zeros(shape, np.float32)), sample.SamplingBatch.make(shape[0])
         assert fast("sample").columns(x, 0, 5, rows, 64) is NotImplemented

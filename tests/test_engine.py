@@ -17,7 +17,7 @@ import hpcinfer
 from hpcinfer import partition
 from hpcinfer.engine import score as score_room
 from hpcinfer.engine.feed import Feed
-from hpcinfer.engine.generate import Generate
+from hpcinfer.engine.generate import GenerateTask
 from hpcinfer.engine.loop import run
 from hpcinfer.errors import UsageError, is_agreed
 from hpcinfer.ledger import ledger
@@ -138,7 +138,7 @@ def test_limits_of_step_and_cache_change_nothing(comm, engine, options):
             assert choice.logprobs == approx(other_choice.logprobs, abs=1e-4)
     if "pages" in options:
         assert other.scheduler.preemptions > 0
-        assert other.record.most_pages <= 6
+        assert other.stats.most_pages <= 6
     assert other.scheduler.pages.held == 0
 
 
@@ -179,7 +179,7 @@ def test_equal_beginnings_are_computed_once(comm):
     common = list(range(100, 196))
     fresh.generate([common + [i] for i in range(4)], max_tokens=2, ignore_eos=True)
     assert fresh.scheduler.reused_tokens == 3 * 96
-    assert fresh.record.prefill.tokens == 97 + 3
+    assert fresh.stats.prefill.tokens == 97 + 3
 
 
 # --- Ends ----------------------------------------------------------------------------------------
@@ -369,7 +369,7 @@ def test_requests_that_never_fit_become_records(comm):
         outcomes[index] = outcome
 
     with Feed(small.grid, reader.read_items(items), len(items)) as feed:
-        run(small, feed, deliver, Generate(small))
+        run(small, feed, deliver, GenerateTask(small))
     assert [isinstance(outcomes[i], BadRequest) for i in range(4)] == [False, True, False, True]
     assert outcomes[1].message == (
         "kv-memory: got a cache of 96 tokens, need 128 for this request; raise --kv-memory, use "

@@ -18,7 +18,7 @@ def counts(engine, case):
     text = models.tokens(case, 150)
     engine.score([text[:1], text[1:60], text[60:62]])
     greedy(engine, [text[n : n + m] for n, m in ((70, 5), (90, 50), (80, 1))], 4)
-    record, grid = engine.record, engine.grid
+    record, grid = engine.stats, engine.grid
     tokens = record.prefill.tokens + record.decode.tokens if grid.is_leader else 0
     assert grid.comm.allreduce(engine.scheduler.reused_tokens) == 0
     return engine.expert_load(), grid.comm.allreduce(tokens)

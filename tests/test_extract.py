@@ -21,7 +21,7 @@ from reference.parity import on_root
 
 import hpcinfer
 from hpcinfer.engine.activations import tap
-from hpcinfer.engine.activations.extract import Extract, check
+from hpcinfer.engine.activations.extract import ExtractTask, check
 from hpcinfer.engine.activations.selection import POINTS, Selection
 from hpcinfer.engine.activations.tap import spreads_of
 from hpcinfer.errors import UsageError, is_agreed
@@ -227,7 +227,7 @@ def test_every_column_is_written_once(comm, folder, axis):
 
 def write_all(comm, engine, path, items, selection):
     """Extract to files in this session; the root joins them."""
-    work = Extract(engine, selection)
+    work = ExtractTask(engine, selection)
     writers = []
     on_root(comm, lambda: writers.append(work.open(str(path), {"layout": "x"})))
     with work.into_parts(str(path)):

@@ -13,7 +13,7 @@ import pytest
 from conftest import run_job
 
 import hpcinfer
-from hpcinfer.io import soundness
+from hpcinfer.io import integrity
 from hpcinfer.io.convert import convert
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -132,10 +132,10 @@ def test_a_check_finds_what_no_run_would(comm, shared_path, model_h5, name):
 
 def test_a_check_knows_what_a_type_can_hold(comm, shared_path, model_h5):
     path = spoilt(comm, model_h5, shared_path, DOWN, 0x7F00, keep_checksum=False)  # 1.7e38
-    assert soundness.check(path) == (None, 0)
-    found, _ = soundness.check(path, dtype=np.dtype(np.float16))
+    assert integrity.check(path) == (None, 0)
+    found, _ = integrity.check(path, dtype=np.dtype(np.float16))
     assert "need values that float16 can hold; choose another --dtype" in found[1].line
-    assert soundness.check(model_h5)[0] is None and soundness.check(model_h5)[1] > 30
+    assert integrity.check(model_h5)[0] is None and integrity.check(model_h5)[1] > 30
 
 
 # --- As commands ---------------------------------------------------------------------------------

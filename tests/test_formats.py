@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from hpcinfer.requests.reader import (
-    Limits,
+    PromptLimits,
     RequestReader,
     defaults_from,
     id_key,
@@ -27,7 +27,7 @@ from hpcinfer.text.tokenizer import Text
 
 pytestmark = pytest.mark.single
 
-LIMITS = Limits(vocab_size=258, context=64, line_bytes=100_000)
+LIMITS = PromptLimits(vocab_size=258, context=64, line_bytes=100_000)
 DEFAULTS = Sampling(temperature=0.5, max_tokens=8)
 USER = {"role": "user", "content": "hi"}
 

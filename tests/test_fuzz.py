@@ -31,7 +31,7 @@ from test_formats import DEFAULTS, LIMITS, TEXT, make_text, mutated
 from test_text import CHATML, CONTROLS, LLAMA3, TOKENIZERS
 
 import hpcinfer
-from hpcinfer.io import hdf5, metadata, soundness
+from hpcinfer.io import hdf5, integrity, metadata
 from hpcinfer.io.convert import convert
 from hpcinfer.io.inspect import describe
 from hpcinfer.io.models import open_checkpoint
@@ -430,7 +430,7 @@ def test_converted_models(converted, tmp_path):
         with limited(("h5", case)):
             with open_checkpoint(path):
                 outcome = "opened"
-            found, _ = soundness.check(path)
+            found, _ = integrity.check(path)
             if found is not None:
                 raise ValueError(found[1].line)
             with open_checkpoint(path) as model:

@@ -12,7 +12,7 @@ from hpcinfer.array import BFLOAT16
 from hpcinfer.io import parts as room
 from hpcinfer.io.activations import ActivationsWriter, open_activations
 from hpcinfer.io.inspect import describe
-from hpcinfer.io.parts import Field, Parts, Share, next_generation, parts_folder
+from hpcinfer.io.parts import ColumnShare, Field, PartFiles, next_generation, parts_folder
 
 pytestmark = pytest.mark.single
 
@@ -39,7 +39,7 @@ class Run:
         self.writer = ActivationsWriter(self.path, self.fields, {"layout": "dp=2"}, resume=resume)
         self.generation = next_generation(self.path)
         self.ranks = {
-            (replica, rank): Parts(
+            (replica, rank): PartFiles(
                 self.path, self.generation, replica, 2 * replica + rank, self.shares(rank), compress
             )
             for replica in range(replicas)
@@ -49,7 +49,11 @@ class Run:
 
     def shares(self, rank):
         cuts = [list(pairwise(COLUMNS[f.name]))[rank] for f in self.fields]
-        return [Share(f, *cut) for f, cut in zip(self.fields, cuts, strict=True) if cut[1] > cut[0]]
+        return [
+            ColumnShare(f, *cut)
+            for f, cut in zip(self.fields, cuts, strict=True)
+            if cut[1] > cut[0]
+        ]
 
     def step(self, index, noted=True, ranks=(0, 1)):
         """One request of some tokens, computed by the replica whose turn it is."""

@@ -15,7 +15,7 @@ from test_engine import SEED, SHIPPED, answers, requests, same_on_all_ranks
 from test_scheduler import Run, sequence
 
 import hpcinfer
-from hpcinfer.engine.scheduler import Limits
+from hpcinfer.engine.scheduler import StepLimits
 from hpcinfer.model.cache import PAGE
 
 SIZE = MPI.COMM_WORLD.size
@@ -50,11 +50,11 @@ class Rounds(Run):
     def __init__(self, pages, parts=1, chunks=1, depth=1, **options):
         super().__init__(pages, **options)
         limits = self.scheduler.limits
-        self.scheduler.limits = Limits(limits.tokens, limits.sequences, parts, chunks)
+        self.scheduler.limits = StepLimits(limits.tokens, limits.sequences, parts, chunks)
         self.depth, self.rounds, self.seen = depth, deque(), {}
 
     def step(self):
-        """Launch as many steps as can be under way, and land the oldest; False if none is left."""
+        """Launch as many steps as can be under way, complete the oldest; False if none is left."""
         while len(self.rounds) < self.depth and (plan := self.scheduler.next_step()):
             before = [(s, s.computed, n) for s, n in plan]
             self.check_plan(before)
@@ -70,7 +70,7 @@ class Rounds(Run):
             assert self.scheduler.tokens_under_way == 0
             return False
         plan, ready = self.rounds.popleft()
-        self.scheduler.land(plan)
+        self.scheduler.complete(plan)
         for s in ready:
             self.advance(s)
         return True
@@ -185,7 +185,7 @@ def tight(load_with, layout, pages):
     comm = probe.grid.comm
     memory = pages * comm.allreduce(probe.model.page_bytes, MPI.MAX)
     engine = load_with(layout, kv_memory=memory)
-    if engine.grid.side != "ffn":
+    if engine.grid.role != "ffn":
         assert engine.scheduler.pages.n == pages
     return engine
 

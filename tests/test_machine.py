@@ -121,7 +121,7 @@ class Node:
         self.size, self._cores, self._gpus = len(cores), cores, gpus or [None] * len(cores)
         monkeypatch.setattr(node, "threads_per_rank", lambda: threads)
         monkeypatch.setattr(node, "core_quota", lambda: quota)
-        monkeypatch.delenv("HPCINFER_CROWD", raising=False)
+        monkeypatch.delenv("HPCINFER_OVERSUBSCRIBE", raising=False)
 
     def Get_name(self):
         return "node"
@@ -151,7 +151,7 @@ def test_advice(monkeypatch, cores, options, words):
     node = Node(monkeypatch, cores, **options)
     line = advice(node, CPU)
     assert (line is None) if words is None else re.match(f"advice: {words}", line)
-    monkeypatch.setenv("HPCINFER_CROWD", "yes")
+    monkeypatch.setenv("HPCINFER_OVERSUBSCRIBE", "yes")
     assert advice(node, CPU) is None
 
 
@@ -164,7 +164,7 @@ def test_advice_is_printed_once(tmp_path):
         sys.executable, "-m", "hpcinfer", "score", ROOT / "data" / "model", "--input",
         tmp_path / "in.txt", "--output", tmp_path / "out.jsonl", "--kv-memory", "16M",
     )  # fmt: skip
-    done = run_job(ranks, *command, HPCINFER_CROWD="")
+    done = run_job(ranks, *command, HPCINFER_OVERSUBSCRIBE="")
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r"^advice: got \d+ ranks on \d+ cores", done.stderr, re.MULTILINE)) == 1
 

@@ -98,13 +98,13 @@ def test_two_sides_hold_the_model_once(comm, shared_path, case):
     """Attention on one rank, FFNs on all others: no parameter of the other side, none twice."""
     engine = load(comm, shared_path, case, f"afd=1:{SIZE - 1}")
     own = parameters(engine.model.weights)
-    if engine.grid.side == "ffn":
+    if engine.grid.role == "ffn":
         assert {key for _, key in own} <= FFN_KEYS and None not in {n for n, _ in own}
-        assert not hasattr(engine.model, "cache") and engine.record.kv_bytes == 0
+        assert not hasattr(engine.model, "cache") and engine.stats.kv_bytes == 0
         assert held_bytes(engine) <= engine.model.weights.nbytes
     else:
         assert not {key for _, key in own} & FFN_KEYS
-        assert engine.record.kv_bytes > 0
+        assert engine.stats.kv_bytes > 0
     whole = parameters(alone(shared_path, case).model.weights)
     expected = {name: x.size for name, x in whole.items()}
     assert sum_by_name(comm, engine.model.weights) == expected
@@ -114,15 +114,15 @@ def test_two_sides_hold_the_model_once(comm, shared_path, case):
 def test_attention_side_reads_its_part_of_the_file(comm, shared_path):
     """Both sides together read the file once, and neither what is the other's."""
     engine = load(comm, shared_path, "mixtral", f"afd=1:{SIZE - 1}")
-    read = comm.allgather(engine.record.bytes_read)
+    read = comm.allgather(engine.stats.bytes_read)
     ffn = sum(
         4 * int(np.prod(row.shape)) for row in table(engine.model.arch) if row.key in FFN_KEYS
     )
-    assert sum(read) == engine.record.file_bytes
-    assert read[0] == engine.record.file_bytes - ffn
+    assert sum(read) == engine.stats.file_bytes
+    assert read[0] == engine.stats.file_bytes - ffn
 
 
-# --- Pieces of layers ----------------------------------------------------------------------------
+# --- Parts of layers ----------------------------------------------------------------------------
 
 
 def padded(x):
@@ -209,7 +209,7 @@ def test_a_stage_holds_its_layers_only(comm, shared_path, case, stages):
     if model.arch.tied and SIZE > 1:
         expected[None, "embed"] *= 2
     assert sum_by_name(comm, model.weights) == expected
-    assert engine.record.kv_bytes == engine.scheduler.pages.n * model.page_bytes
+    assert engine.stats.kv_bytes == engine.scheduler.pages.n * model.page_bytes
 
 
 @pytest.mark.single
@@ -330,14 +330,14 @@ def test_equal_weights_are_one_memory(comm, shared_path, case, layout):
         pytest.skip("no experts")
     engine = load(comm, shared_path, case, layout)
     grid, weights = engine.grid, engine.model.weights
-    if grid.side == "ffn":
-        assert grid.alike.size == 1
+    if grid.role == "ffn":
+        assert grid.same_weights.size == 1
     spread = grid.cp.size > 1 or grid.layout.experts_over_dp
     own = parameters(weights)
     shared = {
         name: x
         for name, x in own.items()
-        if grid.alike.size > 1
+        if grid.same_weights.size > 1
         and not (name[1] == "head" and grid.cp.size > 1)
         and not (name[1].startswith("experts") and grid.experts is not None and spread)
     }
@@ -350,19 +350,19 @@ def test_equal_weights_are_one_memory(comm, shared_path, case, layout):
         if not x.size:
             continue
         at = (-1,) * x.ndim
-        before = grid.alike.bcast(x[at])
+        before = grid.same_weights.bcast(x[at])
         assert x[at] == before
-        grid.alike.Barrier()
-        if grid.alike.rank == 0:
+        grid.same_weights.Barrier()
+        if grid.same_weights.rank == 0:
             x[at] = 77
         else:
             assert not x.flags.writeable
             with pytest.raises(ValueError, match="read-only"):
                 x[at] = 0
-        grid.alike.Barrier()
+        grid.same_weights.Barrier()
         assert x[at] == 77, name
-        grid.alike.Barrier()
-        if grid.alike.rank == 0:
+        grid.same_weights.Barrier()
+        if grid.same_weights.rank == 0:
             x[at] = before
     comm.Barrier()
     assert not difference(engine, case)
@@ -374,7 +374,7 @@ def test_equal_weights_are_one_memory(comm, shared_path, case, layout):
 def test_the_file_is_read_once(comm, shared_path, case, axis):
     engine = load(comm, shared_path, case, f"{axis}={SIZE}")
     assert engine.shares_weights
-    total = comm.allreduce(engine.record.bytes_read)
+    total = comm.allreduce(engine.stats.bytes_read)
     whole = alone(shared_path, case).record.bytes_read
     assert total == whole
 
@@ -391,8 +391,8 @@ def test_a_rank_that_cannot_map_reads_alone(comm, shared_path, monkeypatch, case
     assert engine.shares_weights == (comm.rank != victim)
     assert any(map(is_mapped, parameters(engine.model.weights).values())) == engine.shares_weights
     assert not difference(engine, case)
-    read = comm.allgather(engine.record.bytes_read)
-    assert read[victim] > engine.record.file_bytes / (2 if axis == "cp" else 1.5)
+    read = comm.allgather(engine.stats.bytes_read)
+    assert read[victim] > engine.stats.file_bytes / (2 if axis == "cp" else 1.5)
 
 
 def with_another_head(path, rows):

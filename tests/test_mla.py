@@ -45,8 +45,8 @@ def test_the_latents_of_ranks_with_the_same_tokens_are_cut(comm, shared_path):
         pytest.skip("needs an even number of ranks, 4 or more to have both axes")
     layout = f"tp=2,cp={comm.size // 2}"
     engine = load(comm, CASE, "directory", shared_path, layout=layout)
-    assert engine.model.context.kv.size == (comm.size if comm.size > 2 else 1)
-    assert not engine.model.context.by_columns
+    assert engine.model.attention.kv.size == (comm.size if comm.size > 2 else 1)
+    assert not engine.model.attention.by_columns
     [path] = [p for p in models.record(CASE)["greedy"] if p["prompt"] == 90]
     assert greedy(engine, [models.tokens(CASE, 90)], 64) == [path["tokens"]]
 

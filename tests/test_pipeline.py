@@ -37,9 +37,11 @@ def through(comm, stages, xs):
         assert (y is not None) == pipeline.is_last
         if pipeline.is_last:
             ys.append(y)
-            pipeline.announce(_digest(y))
+            pipeline.broadcast_result(_digest(y))
         pipeline.test()
-    heard = [_digest(y) for y in ys] if pipeline.is_last else [pipeline.hear() for _ in xs]
+    heard = (
+        [_digest(y) for y in ys] if pipeline.is_last else [pipeline.receive_result() for _ in xs]
+    )
     pipeline.wait()
     return ys, heard
 
@@ -92,10 +94,10 @@ def test_results_are_heard_in_order_while_micro_batches_pass(comm):
             x = np.full((1, D), values[b] if pipeline.is_first else np.nan, np.float32)
             y = pipeline.forward(x, lambda x: x + 1)
             if pipeline.is_last:
-                pipeline.announce(y[0].view(np.uint8))
+                pipeline.broadcast_result(y[0].view(np.uint8))
                 values[b] = y[0, 0]
         if not pipeline.is_last:
-            values = [pipeline.hear().view(np.float32)[0] for _ in range(m)]
+            values = [pipeline.receive_result().view(np.float32)[0] for _ in range(m)]
     pipeline.wait()
     assert values == [b + rounds * comm.size for b in range(m)]
 
@@ -139,5 +141,5 @@ def test_the_last_rank_refuses_to_wait_for_itself(comm):
     pipeline = Pipeline(comm)
     if pipeline.is_last:
         with pytest.raises(RuntimeError, match="pipeline: got rank .* need a rank before it"):
-            pipeline.hear()
+            pipeline.receive_result()
     assert ledger.calls() == 0

@@ -29,7 +29,7 @@ from hpcinfer.model.weights.quantize import recoding
 from hpcinfer.model.weights.table import QUANTISED, table
 from hpcinfer.ops import quantize as room
 from hpcinfer.ops.linear import linear
-from hpcinfer.ops.quantize import Form, Quantized, dequantize, pack, quantize, unpack
+from hpcinfer.ops.quantize import QuantFormat, Quantized, dequantize, pack, quantize, unpack
 
 BF16, FULL = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
 KINDS = [(bits, group) for bits in room.BITS for group in room.GROUPS]
@@ -48,7 +48,7 @@ def normal(shape, seed=0):
 
 def packed(codes, scales, bits, group, offset=0, dtype=FULL):
     """Codes (..., O, I) with the scales of the groups in which they lie, as a weight in memory."""
-    form = Form(bits, group, codes.shape[-1], offset, dtype)
+    form = QuantFormat(bits, group, codes.shape[-1], offset, dtype)
     padded = np.zeros((*codes.shape[:-1], form.groups), np.float16)
     padded[..., : scales.shape[-1]] = scales
     return Quantized(form, pack(codes, bits, offset), padded)

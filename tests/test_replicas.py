@@ -70,7 +70,7 @@ def prompts_of(n):
 
 def answered(engine):
     """Requests that each replica has answered since it was loaded, on every rank."""
-    own = engine.record.answered if engine.grid.is_leader else None
+    own = engine.stats.answered if engine.grid.is_leader else None
     return [n for n in engine.grid.comm.allgather(own) if n is not None]
 
 
@@ -147,7 +147,7 @@ def test_the_report_is_that_of_all_replicas(comm, shared_path, layout):
     """Tokens, reused tokens and preemptions are sums, pages the most of any."""
     engine = load(comm, shared_path, CASE, layout)
     engine.generate([models.tokens(CASE, 70)] * 12, max_tokens=3, temperature=0, ignore_eos=True)
-    record, scheduler, grid = engine.record, engine.scheduler, engine.grid
+    record, scheduler, grid = engine.stats, engine.scheduler, engine.grid
     own = scheduler.reused_tokens, record.prefill.tokens, record.decode.tokens
     own = own if grid.is_leader else (0, 0, 0)
     reused, computed, decoded = map(sum, zip(*comm.allgather(own), strict=True))
@@ -166,7 +166,7 @@ def test_a_replica_without_requests_takes_steps_with_the_others(comm, shared_pat
     """Where replicas meet inside of steps they count as time that it was not busy."""
     engine = load(comm, shared_path, CASE, layout)
     engine.generate(prompts_of(1), max_tokens=4, temperature=0, ignore_eos=True)
-    record, grid = engine.record, engine.grid
+    record, grid = engine.stats, engine.grid
     steps = record.prefill.steps + record.decode.steps
     own = (steps, record.empty_s > 0) if grid.is_leader else None
     replicas = [r for r in comm.allgather(own) if r is not None]

@@ -214,12 +214,12 @@ def test_what_was_generated_is_not_generated_again(comm, engines, straight, fold
     engine = engines[0]
     counts = []
     for stop in (StopAt(0, 10), None):
-        before = engine.record.decode.tokens + engine.record.answered
+        before = engine.stats.decode.tokens + engine.stats.answered
         run(engine, "generate", folder, stop=stop)
-        counts.append(engine.record.decode.tokens + engine.record.answered - before)
-    once = engine.record.decode.tokens + engine.record.answered
+        counts.append(engine.stats.decode.tokens + engine.stats.answered - before)
+    once = engine.stats.decode.tokens + engine.stats.answered
     run(engine, "generate", folder, "again")
-    once = engine.record.decode.tokens + engine.record.answered - once
+    once = engine.stats.decode.tokens + engine.stats.answered - once
     assert counts[0] > 0 and sum(counts) <= once
 
 

@@ -51,7 +51,7 @@ def run(engine, folder, kind="generate", stop_at=None, keeps_kv=True, name="out"
     """One start; (True if it was stopped, prompt tokens that all replicas computed)."""
     comm, outputs = engine.grid.comm, [str(folder / f"{name}.jsonl")]
     source, sampling = str(folder / "in.jsonl"), {"max_tokens": 8, "ignore_eos": True}
-    before, stopped = engine.record.prefill.tokens, False
+    before, stopped = engine.stats.prefill.tokens, False
     stop = Stop() if stop_at is None else StopAt(0, stop_at)
     n_lines = batch.check_files(comm, source, outputs)
     try:
@@ -64,10 +64,10 @@ def run(engine, folder, kind="generate", stop_at=None, keeps_kv=True, name="out"
         stopped = True
     assert stopped or not any(engine.scheduler.pages._holders)
     engine._forget(engine.scheduler.pages.n)
-    if engine.grid.side != "ffn":
+    if engine.grid.role != "ffn":
         for _, x in engine.model.cache.arrays():
             x[:] = 9
-    own = engine.record.prefill.tokens - before if engine.grid.is_leader else 0
+    own = engine.stats.prefill.tokens - before if engine.grid.is_leader else 0
     return stopped, comm.allreduce(own)
 
 

@@ -89,7 +89,7 @@ def test_frequencies_are_those_of_the_softmax(settings, kept):
         probability[np.argsort(-x)[kept:]] = 0
     probability /= probability.sum()
 
-    rows = sample.Rows.make(R, position=np.arange(R), **settings)
+    rows = sample.SamplingBatch.make(R, position=np.arange(R), **settings)
     drawn = sample.choose(np.broadcast_to(x, (R, V)), rows).token_ids
     count = np.bincount(drawn, minlength=V)
     possible = probability > 0
@@ -137,7 +137,9 @@ def test_filters_keep_the_right_set(settings, seed):
     """Logits in halves, so that many are equal and the cut often falls among them."""
     R, V = 600, 23
     x = np.round(normal(V, seed, 1.5) * 2) / 2
-    rows = sample.Rows.make(R, temperature=1.3, key=seed, position=np.arange(R), **settings)
+    rows = sample.SamplingBatch.make(
+        R, temperature=1.3, key=seed, position=np.arange(R), **settings
+    )
     drawn = sample.choose(np.broadcast_to(x, (R, V)), rows).token_ids
     expected = allowed_ids(x, 1.3, **settings)
     likely = {i for i in expected if x[i] > x.max() - 3}
@@ -146,7 +148,7 @@ def test_filters_keep_the_right_set(settings, seed):
 
 def test_greedy_takes_the_lowest_id_of_equals():
     logits = np.array([[0, 2, 2, 1], [-1, -1, -1, -1], [-0.0, 0.0, -0.0, 0.0]], np.float32)
-    rows = sample.Rows.make(3, temperature=[0, 0, 1e-6], top_k=2, top_p=0.5)
+    rows = sample.SamplingBatch.make(3, temperature=[0, 0, 1e-6], top_k=2, top_p=0.5)
     np.testing.assert_array_equal(sample.choose(logits, rows).token_ids, [1, 0, 0])
 
 
@@ -154,7 +156,7 @@ def test_penalties_as_defined():
     """Repetition over prompt and generated tokens, the others over the generated ones only."""
     x = np.array([[2, -2, 4, 3, -1, 0.5]], np.float32)
     seen = sample.History([0, 1, 1, 0], [2, 2, 1])
-    rows = sample.Rows.make(
+    rows = sample.SamplingBatch.make(
         1, history=[seen], banned=[(3, 5)], repetition=2, frequency=0.25, presence=1
     )
     expected = [[1, -4 - 0.25 - 1, 2 - 0.5 - 1, -np.inf, -1, -np.inf]]
@@ -168,7 +170,7 @@ def test_penalties_of_a_part_are_the_part_of_the_penalties():
     rng = np.random.default_rng(1)
     history = [sample.History(rng.integers(V, size=r), rng.integers(V, size=9)) for r in range(R)]
     history[4] = None
-    rows = sample.Rows.make(
+    rows = sample.SamplingBatch.make(
         R,
         history=history,
         banned=[tuple(range(r)) for r in range(R)],
@@ -184,7 +186,10 @@ def test_penalties_of_a_part_are_the_part_of_the_penalties():
 
 def test_neutral_rows_leave_the_logits_alone():
     x = normal((3, 7))
-    assert sample.penalise(x, 0, sample.Rows.make(3, history=[None] * 3, banned=[()] * 3)) is x
+    assert (
+        sample.penalise(x, 0, sample.SamplingBatch.make(3, history=[None] * 3, banned=[()] * 3))
+        is x
+    )
 
 
 def test_history_counts_like_a_dictionary():
@@ -200,7 +205,7 @@ def test_history_counts_like_a_dictionary():
 def test_logprobs_are_those_of_the_raw_logits():
     R, V = 4, 301
     logits = normal((R, V))
-    rows = sample.Rows.make(
+    rows = sample.SamplingBatch.make(
         R, temperature=[0, 2, 2, 0.5], banned=[(int(x.argmax()),) for x in logits],
         logprobs=[-1, 0, 5, 1000], top_k=3,
     )  # fmt: skip
@@ -214,7 +219,7 @@ def test_logprobs_are_those_of_the_raw_logits():
         order = np.argsort(-logits[r], kind="stable")[:n]
         assert [i for i, _ in chosen.top[r]] == order.tolist()
         np.testing.assert_allclose([p for _, p in chosen.top[r]], expected[r, order], atol=2e-6)
-    assert sample.choose(logits, sample.Rows.make(R)).top is None
+    assert sample.choose(logits, sample.SamplingBatch.make(R)).top is None
 
 
 def test_keys_sort_by_logit_then_id():
@@ -241,7 +246,7 @@ def test_weights_sum_the_same_in_any_order(V):
 def test_result_does_not_depend_on_the_batch():
     R, V = 12, 97
     logits = normal((R, V))
-    rows = sample.Rows.make(
+    rows = sample.SamplingBatch.make(
         R, temperature=np.linspace(0, 2, R), top_k=np.arange(R), seed=3, key=np.arange(R) % 5,
         sample=np.arange(R) % 2, position=np.arange(R), banned=[(r,) for r in range(R)],
         history=[sample.History([r]) for r in range(R)], repetition=1.5,
@@ -257,7 +262,7 @@ def test_result_does_not_depend_on_the_batch():
 
 def test_half_precision_logits_are_widened():
     logits = normal((5, 50)).astype(ml_dtypes.bfloat16)
-    rows = sample.Rows.make(5, temperature=1, top_p=0.9, key=np.arange(5))
+    rows = sample.SamplingBatch.make(5, temperature=1, top_p=0.9, key=np.arange(5))
     expected = sample.choose(logits.astype(np.float32), rows).token_ids
     np.testing.assert_array_equal(sample.choose(logits, rows).token_ids, expected)
 
@@ -286,7 +291,7 @@ def test_half_precision_logits_are_widened():
 )
 def test_rows_refuse(columns):
     with pytest.raises(ValueError, match="^sample: got .* need "):
-        sample.Rows.make(3, **columns)
+        sample.SamplingBatch.make(3, **columns)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -294,12 +299,12 @@ def test_refuses_logits_without_a_largest(value):
     logits = np.zeros((2, 4), np.float32)
     logits[1] = value
     with pytest.raises(ValueError, match="row 1, need a finite logit"):
-        sample.choose(logits, sample.Rows.make(2))
+        sample.choose(logits, sample.SamplingBatch.make(2))
 
 
 def test_refuses_a_row_of_banned_tokens_only():
     with pytest.raises(ValueError, match="every token is banned"):
-        sample.choose(np.zeros((1, 2), np.float32), sample.Rows.make(1, banned=[(0, 1)]))
+        sample.choose(np.zeros((1, 2), np.float32), sample.SamplingBatch.make(1, banned=[(0, 1)]))
 
 
 @pytest.mark.parametrize("width", [0, 1, 5, 29, 30, 64])

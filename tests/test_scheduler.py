@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from hpcinfer.engine.block_manager import Pages, pages_for
+from hpcinfer.engine.block_manager import BlockManager, pages_for
 from hpcinfer.engine.build_step import build_step
-from hpcinfer.engine.scheduler import Limits, Scheduler
+from hpcinfer.engine.scheduler import Scheduler, StepLimits
 from hpcinfer.engine.sequence import Sequence
 from hpcinfer.model.cache import PAGE
 from hpcinfer.ops.rope import Rope
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.single
 
 def sequence(tokens, new=0, score=False):
     """A sequence that generates `new` tokens after its prompt, or is scored."""
-    return Sequence(SimpleNamespace(new=new), 0, list(tokens), len(tokens), all_rows=score)
+    return Sequence(SimpleNamespace(new=new), 0, list(tokens), len(tokens), wants_all_hidden=score)
 
 
 def hashes(tokens):
@@ -42,8 +42,8 @@ class Run:
     """
 
     def __init__(self, pages, tokens=2048, sequences=256, rope=None, pools=1, cp=1, columns=False):
-        self.pages = Pages(pages, pools)
-        self.scheduler = Scheduler(self.pages, Limits(tokens, sequences), rope)
+        self.pages = BlockManager(pages, pools)
+        self.scheduler = Scheduler(self.pages, StepLimits(tokens, sequences), rope)
         self.options = {"cp": cp, "by_columns": columns, "rope": rope}
         self.text, self.computed, self.steps, self.finished = {}, 0, [], []
 
@@ -98,7 +98,7 @@ class Run:
         assert first.token_ids.tolist() == [plan[b][0].tokens[at] for b, at in tokens]
         assert first.lengths.tolist() == [start + n for _, start, n in plan]
         assert all(s.computed == start + n for s, start, n in plan)
-        wanted = [plan[b][0].all_rows or at + 1 == plan[b][0].target for b, at in tokens]
+        wanted = [plan[b][0].wants_all_hidden or at + 1 == plan[b][0].target for b, at in tokens]
         assert first.rows.tolist() == [t for t, want in enumerate(wanted) if want]
 
         # Every part computes its tokens; every token's key is stored once
@@ -108,7 +108,9 @@ class Run:
         assert parts == (sorted(everyone * cp) if first.columns else everyone)
         stored = []
         for pool, step in enumerate(steps):
-            for t, slot in zip(step.mine[step.stored].tolist(), step.slots.tolist(), strict=True):
+            for t, slot in zip(
+                step.mine[step.stored].tolist(), step.slot_mapping.tolist(), strict=True
+            ):
                 b, at = tokens[t]
                 self.text[pool, slot] = texts[b][at]
                 stored.append(t)
@@ -120,7 +122,7 @@ class Run:
         for b, (_, start, n) in enumerate(plan):
             found = {}
             for pool, step in enumerate(steps):
-                for place, number in zip(*step.books.pages(b), strict=True):
+                for place, number in zip(*step.block_table.pages(b), strict=True):
                     for at in range(number * PAGE, min((number + 1) * PAGE, start + n)):
                         found[at] = self.text[pool, place * PAGE + at % PAGE]
             assert found == dict(enumerate(texts[b][: start + n]))

@@ -11,7 +11,7 @@ from hpcinfer import collectives, partition, verify
 from hpcinfer.cli import main
 from hpcinfer.errors import is_agreed
 from hpcinfer.ops.attention import ragged_attention
-from hpcinfer.verify import Row, Trial, linear, oracle, row
+from hpcinfer.verify import Case, Trial, linear, oracle, row
 from hpcinfer.verify.attention import LENGTHS, deal, problem
 
 APART = ["tensor, sum in GELU", "split K only"]  # rows that must differ
@@ -25,7 +25,7 @@ def one(comm, function, equal=True):
         got, want, formula_bytes = function(comm)
         return Trial((np.asarray(got, float),), (np.asarray(want, float),), formula_bytes)
 
-    return row.run_row(comm, Row("a strategy", "a cut", trial, equal), np.random.default_rng(0))
+    return row.run_case(comm, Case("a strategy", "a cut", trial, equal), np.random.default_rng(0))
 
 
 # --- the table -----------------------------------------------------------------------------------
@@ -52,8 +52,8 @@ def test_a_row_that_needs_more_ranks_neither_fails_nor_passes(comm):
     def never(c, rng, put):
         raise AssertionError("tried")
 
-    wide = Row("a strategy", "a cut", never, least_ranks=comm.size + 1)
-    outcome = row.run_row(comm, wide, np.random.default_rng(0))
+    wide = Case("a strategy", "a cut", never, least_ranks=comm.size + 1)
+    outcome = row.run_case(comm, wide, np.random.default_rng(0))
     assert outcome.passed is None and not outcome.tried
     assert outcome.cells()[-1] == f"needs {comm.size + 1} ranks"
     facts = json.loads(json.dumps(outcome.facts(), allow_nan=False))
@@ -130,7 +130,7 @@ def test_an_error_on_all_ranks_fails_the_row_alone(comm):
         collectives.Shift(c, np.ones(1), np.empty(1))
         raise ValueError("ring: got nothing, need\nsomething")
 
-    rows = [Row("bad", "a cut", fails), *(r for r in verify.ROWS if r.strategy == "ring")]
+    rows = [Case("bad", "a cut", fails), *(r for r in verify.ROWS if r.strategy == "ring")]
     bad, *good = verify.run(comm, rows)
     assert bad.error == "ring: got nothing, need something"
     assert not bad.passed and "FAILED" in bad.cells()
@@ -151,7 +151,7 @@ def one_raises(comm, rng, put):
     comm.Barrier()
 
 row.GRACE_S = 0.5
-verify.ROWS[:] = [verify.Row("bad", "a cut", one_raises)]
+verify.ROWS[:] = [verify.Case("bad", "a cut", one_raises)]
 main(["verify"])
 """
     done = mpirun(3, sys.executable, "-c", source, timeout_s=40)
@@ -166,8 +166,8 @@ def test_the_command_names_the_rows_that_fail(comm, monkeypatch, capsys):
     def wrong(c, rng, put):
         return Trial((np.ones(1),), (np.zeros(1),), 0)
 
-    wide = Row("wide", "a cut", wrong, least_ranks=comm.size + 1)
-    monkeypatch.setattr(verify, "ROWS", [Row("bad", "of all", wrong), linear.ROWS[0], wide])
+    wide = Case("wide", "a cut", wrong, least_ranks=comm.size + 1)
+    monkeypatch.setattr(verify, "ROWS", [Case("bad", "of all", wrong), linear.ROWS[0], wide])
     arguments = main.parser().parse_args(["verify"])
     with pytest.raises(RuntimeError, match=r"got 1 rows that fail, .* bad \(of all\)") as raised:
         arguments.run(arguments)

@@ -29,7 +29,7 @@ def mixture(R, V, seed=0):
         sample.History(rng.integers(V, size=8), rng.integers(V, size=8)) if some(2) else None
         for _ in range(R)
     ]
-    return sample.Rows.make(
+    return sample.SamplingBatch.make(
         R,
         temperature=some([0, 0.3, 1, 1, 5], R),
         top_k=some([0, 0, 1, 40, 70, 3000], R),
@@ -95,7 +95,7 @@ def test_choose_does_not_depend_on_the_batch(comm):
 
 
 def test_choose_of_no_rows(comm):
-    chosen = choose(comm, normal((0, 11)), sample.Rows.make(0))
+    chosen = choose(comm, normal((0, 11)), sample.SamplingBatch.make(0))
     assert chosen.token_ids.shape == (0,) and chosen.top is None
 
 
@@ -107,7 +107,7 @@ def test_choose_of_no_rows(comm):
 def test_cost_of_an_unfiltered_step(comm, settings):
     """One Allgather of 16 bytes a row, whatever the vocabulary."""
     R, V = 25, 3001
-    rows = sample.Rows.make(R, key=np.arange(R), **settings)
+    rows = sample.SamplingBatch.make(R, key=np.arange(R), **settings)
     ledger.clear()
     choose(comm, normal((R, V)), rows)
     assert ledger.calls() == ledger.calls("Allgather", purpose="choose") == 1
@@ -117,7 +117,7 @@ def test_cost_of_an_unfiltered_step(comm, settings):
 def test_cost_of_a_filtered_step(comm):
     """Candidates of the filtered rows, totals of those with top-p alone, reports where asked."""
     R, V, P = 12, 3001, comm.size
-    rows = sample.Rows.make(
+    rows = sample.SamplingBatch.make(
         R,
         temperature=[1] * 10 + [0, 0],
         top_p=[0.5] * 7 + [1] * 5,
@@ -140,7 +140,7 @@ def test_a_prefix_with_gaps_is_not_taken(comm, settings):
     R, V = 50, 999
     logits = np.full((R, V), -20, np.float32)
     logits[:, :150], logits[:, 600:750] = 1, 0.9
-    rows = sample.Rows.make(R, temperature=1, position=np.arange(R), **settings)
+    rows = sample.SamplingBatch.make(R, temperature=1, position=np.arange(R), **settings)
     expected = sample.choose(logits, rows)
     assert (expected.token_ids < 600).all() and expected.token_ids.max() > 64
     assert_equal(choose(comm, logits, rows), expected)
@@ -151,7 +151,7 @@ def test_candidates_grow_to_the_whole_vocabulary(comm):
     V, P = 5003, comm.size
     logits = normal((3, V), scale=0.01)
     logits[1, 17] = 100
-    rows = sample.Rows.make(3, temperature=[1, 1, 0], top_p=0.99)
+    rows = sample.SamplingBatch.make(3, temperature=[1, 1, 0], top_p=0.99)
     ledger.clear()
     chosen = choose(comm, logits, rows)
     start, stop = partition.block(V, P)[comm.rank]
@@ -222,9 +222,9 @@ def test_refuses(comm):
     with pytest.raises(ValueError, match="need one per row"):
         vocabulary.log_softmax_of(comm, own, start, np.array([0, 1, 2]))
     with pytest.raises(ValueError, match="cut the vocabulary with partition.block"):
-        vocabulary.choose(comm, own, start, 10, sample.Rows.make(3))
+        vocabulary.choose(comm, own, start, 10, sample.SamplingBatch.make(3))
     with pytest.raises(ValueError, match="cut the vocabulary with partition.block"):
-        vocabulary.choose(comm, own, start + 1, 10, sample.Rows.make(2))
+        vocabulary.choose(comm, own, start + 1, 10, sample.SamplingBatch.make(2))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -234,4 +234,4 @@ def test_refuses_infinite_logits_on_every_rank(comm, value):
     logits[2, 7] = value
     for temperature in (0, 1):
         with pytest.raises(ValueError, match="row 2, need a finite logit"):
-            choose(comm, logits, sample.Rows.make(3, temperature=temperature))
+            choose(comm, logits, sample.SamplingBatch.make(3, temperature=temperature))

@@ -42,8 +42,8 @@ def judge(folder, step):
     name, _, status = step.rpartition(":")
     report = read_report(Path(folder) / f"{name}.xml")
     outcomes = report or []
-    explained = any(kind in ("failed", "error") for kind, _ in outcomes)
-    if int(status) not in (0, NO_TESTS) and not explained:
+    blame = any(kind in ("failed", "error") for kind, _ in outcomes)
+    if int(status) not in (0, NO_TESTS) and not blame:
         outcomes.append(("failed", f"ended with status {status}"))
     elif name.startswith("ranks-") and report is None:
         outcomes.append(("failed", "left no report"))

@@ -25,7 +25,7 @@ def run(comm, device, shape, tokens, cuts, repeat):
     Parameters
     ----------
     device : array.Device of this rank
-    shape : Shape
+    shape : AttentionShape
     tokens : length of the sequence
     cuts : names of `partition.CUTS`
     repeat : repetitions, of which the median counts

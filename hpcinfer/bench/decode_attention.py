@@ -27,7 +27,7 @@ def run(comm, device, shape, cached, queries, repeat):
     Parameters
     ----------
     device : array.Device of this rank
-    shape : Shape
+    shape : AttentionShape
     cached : numbers of tokens in the whole cache
     queries : numbers of sequences, which have one query each and share the cache
     repeat : repetitions, of which the median counts
@@ -37,7 +37,7 @@ def run(comm, device, shape, cached, queries, repeat):
     list of rows, the same on every rank
     """
     rates = limits.read_rates(comm, device)
-    caches = (_Cache(comm, device, shape, L, T) for L in cached for T in queries)
+    caches = (_CutCache(comm, device, shape, L, T) for L in cached for T in queries)
     return [row for cache in caches for row in _rows(cache, rates, repeat)]
 
 
@@ -57,7 +57,7 @@ def table(rows):
     return head + text_table(headings, [_cells(row) for row in rows])
 
 
-class _Cache:
+class _CutCache:
     """Queries, and this rank's part of the cache; rank 0 has room for the whole.
 
     Attributes

@@ -30,7 +30,7 @@ def run(comm, device, shape, ffn, tokens, layers, split, micro, context, work, r
     Parameters
     ----------
     device : array.Device of this rank
-    shape : shape.Shape of the attention, H · K being the model's width
+    shape : shape.AttentionShape of the attention, H · K being the model's width
     ffn : shape.Ffn
     tokens : of one step, over all attention ranks
     layers : how many

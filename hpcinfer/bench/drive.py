@@ -16,13 +16,13 @@ from hpcinfer.bench.limits import measured
 from hpcinfer.bench.random_checkpoint import RandomCheckpoint, has_weights
 from hpcinfer.bench.shape import numbers
 from hpcinfer.engine import api
-from hpcinfer.engine.block_manager import Pages, pages_for
+from hpcinfer.engine.block_manager import BlockManager, pages_for
 from hpcinfer.engine.feed import Feed
-from hpcinfer.engine.generate import Generate
+from hpcinfer.engine.generate import GenerateTask
 from hpcinfer.engine.loop import run as run_loop
 from hpcinfer.engine.loop import sequences_of
 from hpcinfer.engine.scheduler import Scheduler
-from hpcinfer.engine.stats import Record
+from hpcinfer.engine.stats import RunStats
 from hpcinfer.errors import agreed
 from hpcinfer.grid import agree_all
 from hpcinfer.ops import dispatch
@@ -121,8 +121,8 @@ class Bench:
             source, comm, setting.layout, setting.dtype, setting.device,
             step_tokens=setting.step_tokens, sequences=2 * sequences, context=context,
         )  # fmt: skip
-        self.load_s, self.bytes_read = engine.record.load_s, engine.record.bytes_read
-        engine.record = _Steps(engine.grid, 0, 0)
+        self.load_s, self.bytes_read = engine.stats.load_s, engine.stats.bytes_read
+        engine.stats = _Steps(engine.grid, 0, 0)
         self.arch, self.model, self.grid = engine.model.arch, engine.model, engine.grid
         self.most_pages = engine.scheduler.pages.n
         self.allocate(min(1, self.most_pages))
@@ -171,7 +171,7 @@ class Bench:
     def read_bytes(self, batch, length, touched=1.0):
         """Bytes that a step of one token of every sequence reads, on all ranks together."""
         own, nbytes = self.own(batch), 0.0
-        if own or self.grid.side == "ffn":
+        if own or self.grid.role == "ffn":
             nbytes = work.weight_bytes(self.model, touched)
             nbytes += own * work.cache_bytes(self.model, length)
         return sum(self.comm.allgather(nbytes))
@@ -183,7 +183,7 @@ class Bench:
     def facts(self):
         """What the rows of this model have in common; every rank calls this."""
         model, most = self.model, lambda n: max(self.comm.allgather(n))
-        shapes = [x.nbytes for _, x in model.cache.arrays()] if self.grid.side != "ffn" else []
+        shapes = [x.nbytes for _, x in model.cache.arrays()] if self.grid.role != "ffn" else []
         return {
             "model": self.setting.name,
             "dtype": str(model.dtype),
@@ -212,11 +212,11 @@ class Bench:
 
     def _run(self, batch, context, max_tokens, cached):
         engine, own = self.engine, self.own(batch)
-        engine.record.steps = []
+        engine.stats.steps = []
         engine.scheduler = Scheduler(
-            Pages(self._pages, self.model.pools), engine.limits, self.arch.rope
+            BlockManager(self._pages, self.model.pools), engine.limits, self.arch.rope
         )
-        todo = Generate(engine)
+        todo = GenerateTask(engine)
         for sequence in self._sequences(todo, own, context, max_tokens):
             if cached:
                 self._take_up(sequence, context - 1)
@@ -224,12 +224,12 @@ class Bench:
                 engine.scheduler.add(sequence)
         with Feed(self.grid, iter(()), 0) as feed:
             run_loop(engine, feed, _refuse, todo)
-        return Spent(engine.record.steps, own)
+        return Spent(engine.stats.steps, own)
 
     def _sequences(self, todo, n, context, max_tokens):
         """Sequences of random prompts, each with its own."""
         rng, V = np.random.default_rng(self.grid.dp.rank), self.arch.V
-        prompts = rng.integers(0, V, (n, context)) if self.grid.side != "ffn" else []
+        prompts = rng.integers(0, V, (n, context)) if self.grid.role != "ffn" else []
         reader = self.engine.reader(
             {
                 "max_tokens": max_tokens, "temperature": 0.0, "ignore_eos": True,
@@ -246,10 +246,10 @@ class Bench:
         pages = self.engine.scheduler.pages
         first = pages.emptiest
         owners = [(first + i) % pages.ranks for i in range(pages_for(computed))]
-        self.engine.scheduler.take_up(sequence, computed, pages.take(owners))
+        self.engine.scheduler.resume(sequence, computed, pages.allocate(owners))
 
 
-class _Steps(Record):
+class _Steps(RunStats):
     """A record that keeps every step."""
 
     steps = ()

@@ -16,7 +16,7 @@ from hpcinfer import array, partition
 from hpcinfer.bench import measure
 from hpcinfer.grid import agree_all
 from hpcinfer.io.atomic import writing
-from hpcinfer.io.parts import Field, Parts, Share, clear_parts, parts_folder
+from hpcinfer.io.parts import ColumnShare, Field, PartFiles, clear_parts, parts_folder
 from hpcinfer.io.rows import text_table
 
 
@@ -46,10 +46,10 @@ def run(comm, device, folder, width, layers, tokens, steps, dtype, repeat):
     rng = np.random.default_rng(comm.rank)
     block = rng.normal(size=(tokens, own[1] - own[0])).astype(np.float32)
     block = device.put(array.narrow(block, fields[0].dtype))
-    shares = [Share(field, *own) for field in fields] if block.size else []
+    shares = [ColumnShare(field, *own) for field in fields] if block.size else []
 
     def parts():
-        writer = Parts(path, 1, 0, comm.rank, shares)
+        writer = PartFiles(path, 1, 0, comm.rank, shares)
         for _ in range(steps):
             for share in shares:
                 writer.append(share.field.name, array.host(block))

@@ -37,7 +37,7 @@ _TURNS = 5
 
 
 @dataclass(frozen=True)
-class Limits:
+class MachineLimits:
     """What the ranks can do at most, all together.
 
     Attributes
@@ -81,7 +81,7 @@ def measured(comm, device, dtype, width, kernels="auto"):
         read, flop = read_rate(comm, device), matrix_rate(comm, device, dtype)
     finally:
         dispatch.use(kernels)
-    return Limits(read, flop, reduce_s(comm, width))
+    return MachineLimits(read, flop, reduce_s(comm, width))
 
 
 def read_rate(comm, device):

@@ -95,11 +95,11 @@ def _through(comm, stage, x, m):
     for _ in range(m):
         y = pipeline.forward(x if pipeline.is_first else array.namespace(x).empty_like(x), stage)
         if pipeline.is_last:
-            pipeline.announce(array.host(y[-1]).view(np.uint8))
+            pipeline.broadcast_result(array.host(y[-1]).view(np.uint8))
         pipeline.test()
     if not pipeline.is_last:
         for _ in range(m):
-            pipeline.hear()
+            pipeline.receive_result()
     pipeline.wait()
 
 

@@ -35,7 +35,7 @@ def run(comm, device, ffn, tokens, layers, repeat):
     list of rows, the same on every rank
     """
     one_rate, all_rate = limits.matrix_rates(comm, device)
-    ways = [way(comm, device, ffn, tokens) for way in (_One, _Tensor, _Sequence)]
+    ways = [way(comm, device, ffn, tokens) for way in (_One, _TensorParallel, _SequenceParallel)]
     times, between = {way: [] for way in ways}, {way: [] for way in ways}
     for _ in range(repeat):
         for way in ways:
@@ -138,7 +138,7 @@ class _One:
         return self.half(self.x, lambda x: self.scratch)
 
 
-class _Tensor(_One):
+class _TensorParallel(_One):
     """All tokens on every rank, columns cut."""
 
     name, clock = "tensor", staticmethod(measure.together_s)
@@ -153,7 +153,7 @@ class _Tensor(_One):
         return tensor.complete(self.comm, x, products)
 
 
-class _Sequence(_Tensor):
+class _SequenceParallel(_TensorParallel):
     """Tokens cut outside the products, columns inside them."""
 
     name = "sequence"

@@ -15,7 +15,7 @@ _NUMBERS = 1 << 20  # random numbers, repeated where more are needed: making the
 
 
 @dataclass(frozen=True)
-class Shape:
+class AttentionShape:
     """Attention of a model.
 
     Attributes

@@ -16,7 +16,7 @@ def weight_bytes(model, touched=1.0):
     """
     if model.grid.layout.zero != "off":
         return _bytes_of_layers(model, touched)
-    w, cp = model.weights, 1 if model.grid.side == "ffn" else model.grid.cp.size
+    w, cp = model.weights, 1 if model.grid.role == "ffn" else model.grid.cp.size
     outside = [w.embed, w.positions] + ([w.head] if w.tied_rows is None else [])
     experts = sum(_expert_bytes(layer) for layer in w.layers)
     nbytes = w.nbytes - sum(x.nbytes for x in outside if x is not None) - experts

@@ -49,7 +49,7 @@ def run(comm, device, ffn, tokens, layers, repeat):
     ]
     x = device.put(ffn.tokens(tokens))
     ways = {"kept whole": _Kept(comm, whole)} | {
-        name: _Parts(comm, device, whole, *how) for name, how in _WAYS.items()
+        name: _ZeroLayers(comm, device, whole, *how) for name, how in _WAYS.items()
     }
 
     # Let every way take its turn in every repetition, with and without computing.
@@ -119,7 +119,7 @@ class _Kept:
         """Nothing is under way."""
 
 
-class _Parts:
+class _ZeroLayers:
     """Layers in parts, or each whole on one rank.
 
     Attributes

@@ -254,7 +254,7 @@ def _run_on(comm, kind, arguments, sampling, selection, n_lines, state, stop):
         arguments.show,
         selection,
     )
-    report = engine.record.report(engine)
+    report = engine.stats.report(engine)
     if arguments.trace:
         write_trace(arguments.trace, comm.rank, ledger.events)
     if report is not None:

@@ -23,7 +23,7 @@ class Ahead:
     def serves(self):
         """True where a device computes beside the host, and no other rank is waited for."""
         model = self._engine.model
-        alone = self._engine.depth == self._engine.width == 1 and not self._engine.grid.side
+        alone = self._engine.depth == self._engine.width == 1 and not self._engine.grid.role
         return alone and model.device.name != "cpu"
 
     def prepare(self):
@@ -62,7 +62,7 @@ class Ahead:
         """True if nothing is known that ends a sequence, and its pages have room for a token."""
         return (
             sequence.computed == sequence.target
-            and not sequence.all_rows
+            and not sequence.wants_all_hidden
             and sequence.n_new + 1 < sequence.request.sampling.max_tokens
             and pages_for(sequence.computed + 1) <= len(sequence.pages)
         )

@@ -14,19 +14,19 @@ import time
 
 from hpcinfer import array
 from hpcinfer.engine import nonfinite
-from hpcinfer.engine.activations.extract import Extract, activations_of, gathered
+from hpcinfer.engine.activations.extract import ExtractTask, activations_of, gathered
 from hpcinfer.engine.activations.selection import Selection
 from hpcinfer.engine.ahead import Ahead
-from hpcinfer.engine.block_manager import Pages, pages_for
+from hpcinfer.engine.block_manager import BlockManager, pages_for
 from hpcinfer.engine.build_step import build_step
 from hpcinfer.engine.expert_load import ExpertLoad
 from hpcinfer.engine.feed import Feed
-from hpcinfer.engine.generate import Generate
+from hpcinfer.engine.generate import GenerateTask
 from hpcinfer.engine.loop import run as run_loop
 from hpcinfer.engine.placement import take_device, take_sums, take_threads
-from hpcinfer.engine.scheduler import Limits, Scheduler
-from hpcinfer.engine.score import Score
-from hpcinfer.engine.stats import Record
+from hpcinfer.engine.scheduler import Scheduler, StepLimits
+from hpcinfer.engine.score import ScoreTask
+from hpcinfer.engine.stats import RunStats
 from hpcinfer.errors import agreed
 from hpcinfer.grid import agree_all, grid_of
 from hpcinfer.io.models import open_checkpoint
@@ -34,12 +34,11 @@ from hpcinfer.launcher import world
 from hpcinfer.layout import parse_layout
 from hpcinfer.ledger import ledger
 from hpcinfer.model.families import read_architecture
-from hpcinfer.model.ffn_rank import FfnSide
+from hpcinfer.model.ffn_rank import FfnRank
 from hpcinfer.model.forward import Model
 from hpcinfer.model.layout_check import refuse_unfit
 from hpcinfer.model.weights.check import check
-from hpcinfer.requests.reader import Limits as PromptLimits
-from hpcinfer.requests.reader import RequestReader, defaults_from
+from hpcinfer.requests.reader import PromptLimits, RequestReader, defaults_from
 from hpcinfer.requests.request import BadRequest
 from hpcinfer.requests.sampling import Sampling
 from hpcinfer.text.tokenizer import Text
@@ -118,7 +117,7 @@ class Engine:
     path : where the model was read from
     context : positions that a sequence may have
     scheduler : Scheduler
-    record : Record, what the run has cost so far
+    stats : RunStats, what the run has cost so far
     depth : rounds of micro-batches under way at a time, one for each stage of the pipeline
     width : micro-batches of a round
     """
@@ -136,19 +135,19 @@ class Engine:
             self.text = Text(checkpoint)
             self.generation_config = checkpoint.generation_config
             self.checksum = checkpoint.checksum
-            part = FfnSide if grid.side == "ffn" else Model
+            part = FfnRank if grid.role == "ffn" else Model
             self.model = part(arch, checkpoint, grid, device, dtype)
             self.model.expert_load = ExpertLoad(arch)
-            self.record = Record(grid, checkpoint.bytes_read, checkpoint.file_bytes)
+            self.stats = RunStats(grid, checkpoint.bytes_read, checkpoint.file_bytes)
         self.context = _context(arch, context)
         self.path, self._kv_memory, self.ahead = path, kv_memory, Ahead(self)
         self._stops = {}
-        self.record.load_s = time.perf_counter() - start_s
+        self.stats.load_s = time.perf_counter() - start_s
 
     def ready(self):
         """Give every rank the same number of cache pages, the most that all can hold."""
         model, comm = self.model, self.grid.comm
-        self.shares_weights = model.share()
+        self.shares_weights = model.share_weights()
         model.device.trim()
         agree_all(comm, self._read_alone)
         if self._kv_memory is None:
@@ -169,7 +168,7 @@ class Engine:
             )
         model.allocate_cache(pages)
         self._forget(pages)
-        self.record.kv_bytes = pages * model.page_bytes
+        self.stats.kv_bytes = pages * model.page_bytes
         ledger.clear()
         return self
 
@@ -178,11 +177,11 @@ class Engine:
         if not self.shares_weights:
             with open_checkpoint(self.path) as checkpoint:
                 self.model.read(checkpoint, alone=True)
-                self.record.bytes_read += checkpoint.bytes_read
+                self.stats.bytes_read += checkpoint.bytes_read
 
     def build_step(self, plan):
         """Arrays of the step that the scheduler has planned, for this rank."""
-        context = self.model.context
+        context = self.model.attention
         return build_step(
             plan,
             self.scheduler.pages,
@@ -218,7 +217,7 @@ class Engine:
         ValueError
             If an item cannot be used.
         """
-        return self._run(Generate, self.reader(sampling), items)
+        return self._run(GenerateTask, self.reader(sampling), items)
 
     def score(self, items):
         """Log-probabilities of texts.
@@ -231,7 +230,7 @@ class Engine:
         -------
         list of Score in the order of `items`, on every rank
         """
-        return self._run(Score, self.reader({}, score=True), items)
+        return self._run(ScoreTask, self.reader({}, score=True), items)
 
     def extract(self, items, layers=None, what=("residual",), pool=None):
         """Activations of texts, in memory: for a few; `hpcinfer extract` writes those of many.
@@ -255,7 +254,7 @@ class Engine:
         """
         layers = None if layers is None else tuple(layers)
         what = (what,) if isinstance(what, str) else tuple(what)
-        work = Extract(self, Selection(what, layers, pool))
+        work = ExtractTask(self, Selection(what, layers, pool))
         with work.into_memory() as memory:
             outcomes = self._run(lambda engine: work, self.reader({}, score=True), items)
         replicas = gathered(self.grid, memory)
@@ -295,8 +294,8 @@ class Engine:
 
     def _forget(self, pages):
         """Start with an empty queue and a cache of `pages` pages per rank that hold nothing."""
-        books = Pages(pages, self.model.pools)
-        self.scheduler = Scheduler(books, self.limits, self.model.arch.rope)
+        block_table = BlockManager(pages, self.model.pools)
+        self.scheduler = Scheduler(block_table, self.limits, self.model.arch.rope)
 
     def _run(self, work, reader, items):
         finished, grid = {}, self.grid
@@ -304,7 +303,7 @@ class Engine:
         def deliver(outcome):
             index = outcome.index if isinstance(outcome, BadRequest) else outcome.request.index
             finished[index] = outcome
-            self.record.answered += 1
+            self.stats.answered += 1
 
         # Every replica reads what the first rank was given.
         items = list(items) if grid.is_root else []
@@ -343,6 +342,6 @@ def _limits(layout, step_tokens, sequences, micro_batches):
     """Bounds of a step, and in how many steps the work is spread."""
     if layout.afd:
         micro_batches = micro_batches or _MICRO_BATCHES
-        return Limits(step_tokens, sequences, parts=micro_batches, chunks=micro_batches)
+        return StepLimits(step_tokens, sequences, parts=micro_batches, chunks=micro_batches)
     chunks = layout.pp * (_CHUNKS_PER_STAGE if layout.pp > 1 else 1)
-    return Limits(step_tokens, sequences, parts=layout.pp, chunks=micro_batches or chunks)
+    return StepLimits(step_tokens, sequences, parts=layout.pp, chunks=micro_batches or chunks)

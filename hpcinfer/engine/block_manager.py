@@ -15,8 +15,8 @@ import numpy as np
 from hpcinfer.model.cache import PAGE
 
 
-class Pages:
-    """The books of a cache of `n` pages on each of `ranks` ranks.
+class BlockManager:
+    """The block table of a cache of `n` pages on each of `ranks` ranks.
 
     A page's number is rank · n + its place in the rank's pool.
 
@@ -37,49 +37,49 @@ class Pages:
         """Rank that has `page` in its pool."""
         return page // self.n
 
-    def free(self, rank):
+    def n_free(self, rank):
         """Pages of a rank's pool that nobody holds."""
         return len(self._blank[rank]) + len(self._retained[rank])
 
     @property
     def held(self):
         """Pages that sequences hold."""
-        return self.total - sum(self.free(rank) for rank in range(self.ranks))
+        return self.total - sum(self.n_free(rank) for rank in range(self.ranks))
 
     @property
     def emptiest(self):
         """Rank with the most free pages."""
-        return max(range(self.ranks), key=self.free)
+        return max(range(self.ranks), key=self.n_free)
 
-    def find(self, digests):
-        """Pages that hold the leading texts of `digests`, as far as they are in the cache.
+    def match_prefix(self, block_hashes):
+        """Pages that hold the leading texts of `block_hashes`, as far as they are in the cache.
 
         They end before a page that is not in the next pool: the same text may have been dealt anew
         from another rank on while later pages of it were still here.
         """
         pages = []
-        for digest in digests:
-            page = self._page_of.get(digest)
+        for block_hash in block_hashes:
+            page = self._page_of.get(block_hash)
             if page is None or (pages and self.owner(page) != self._next_owner(pages[-1])):
                 break
             pages.append(page)
         return pages
 
-    def fit(self, owners, found=()):
+    def can_allocate(self, owners, found=()):
         """True if a page from each of `owners`, and holding the pages `found`, can be had."""
         if not owners and not found:  # as in most steps of most sequences
             return True
         needed = Counter(owners)
         needed.update(self.owner(page) for page in found if self._holders[page] == 0)
-        return all(count <= self.free(rank) for rank, count in needed.items())
+        return all(count <= self.n_free(rank) for rank, count in needed.items())
 
-    def hold(self, pages):
+    def acquire(self, pages):
         """Hold pages that were found; they stay as they are until released."""
         for page in pages:
             self._holders[page] += 1
             self._retained[self.owner(page)].pop(page, None)
 
-    def take(self, owners):
+    def allocate(self, owners):
         """Pages to write, one from each of `owners`: blank ones, then the longest released.
 
         Raises
@@ -87,17 +87,17 @@ class Pages:
         RuntimeError
             If they cannot be had.
         """
-        if not self.fit(owners):
+        if not self.can_allocate(owners):
             raise RuntimeError(f"pages: got too few free pages for {len(owners)} more")
-        return [self._take(owner) for owner in owners]
+        return [self._allocate(owner) for owner in owners]
 
-    def name(self, page, digest):
+    def register(self, page, block_hash):
         """Make a page known by its text; a text that is known already keeps its first page."""
-        if digest not in self._page_of and page not in self._text_of:
-            self._page_of[digest] = page
-            self._text_of[page] = digest
+        if block_hash not in self._page_of and page not in self._text_of:
+            self._page_of[block_hash] = page
+            self._text_of[page] = block_hash
 
-    def release(self, pages):
+    def free(self, pages):
         """Give pages back, the last of a text first, so that beginnings stay longest."""
         for page in reversed(pages):
             self._holders[page] -= 1
@@ -110,7 +110,7 @@ class Pages:
     def _next_owner(self, page):
         return (self.owner(page) + 1) % self.ranks
 
-    def _take(self, owner):
+    def _allocate(self, owner):
         if self._blank[owner]:
             page = self._blank[owner].pop()
         else:
@@ -125,7 +125,7 @@ def pages_for(tokens):
     return -(-tokens // PAGE)
 
 
-def digests(tokens, known=(), seed=b""):
+def block_hashes(tokens, known=(), seed=b""):
     """Hash of the text up to the end of every full page of `tokens`.
 
     Parameters

@@ -3,7 +3,7 @@
 import numpy as np
 
 from hpcinfer import partition
-from hpcinfer.model.block_table import Books
+from hpcinfer.model.block_table import BlockTable
 from hpcinfer.model.cache import PAGE
 from hpcinfer.model.step import Step
 
@@ -30,7 +30,7 @@ def build_step(plan, pages, kv_rank=0, cp=1, by_columns=False, rope=None, tp=1):
     Returns
     -------
     Step; its `rows` are the last token of every sequence that is then complete, or all tokens of a
-    sequence with `all_rows`
+    sequence with `wants_all_hidden`
     """
     counts = np.array([n for _, n in plan], np.int64)
     bounds = np.concatenate([[0], np.cumsum(counts)])
@@ -49,8 +49,8 @@ def build_step(plan, pages, kv_rank=0, cp=1, by_columns=False, rope=None, tp=1):
     token_ids, rows = [], []
     for b, (sequence, n) in enumerate(plan):
         token_ids += sequence.tokens[sequence.computed : sequence.computed + n]
-        if sequence.all_rows:
-            known = min(max(sequence.known - sequence.computed, 0), n)
+        if sequence.wants_all_hidden:
+            known = min(max(sequence.n_known - sequence.computed, 0), n)
             rows += range(bounds[b] + known, bounds[b + 1])
         elif lengths[b] == sequence.target:
             rows.append(bounds[b + 1] - 1)
@@ -74,8 +74,10 @@ def build_step(plan, pages, kv_rank=0, cp=1, by_columns=False, rope=None, tp=1):
         home=np.full_like(part, -1) if columns else _homes(part, cp, tp),
         mine=mine,
         stored=stored,
-        slots=slots[mine[stored]],
-        books=Books(place, pool[:, 0] if plan else lengths, kv_rank, pages.ranks, lengths),
+        slot_mapping=slots[mine[stored]],
+        block_table=BlockTable(
+            place, pool[:, 0] if plan else lengths, kv_rank, pages.ranks, lengths
+        ),
     )
 
 

@@ -4,14 +4,14 @@ from dataclasses import dataclass, field
 from operator import is_
 
 from hpcinfer.engine.sequence import Sequence
-from hpcinfer.ops.sample import History, Rows
+from hpcinfer.ops.sample import History, SamplingBatch
 from hpcinfer.parallel import vocabulary
 from hpcinfer.requests.request import Choice, Result
 from hpcinfer.text.stream import TextStream
 
 
 @dataclass
-class Generate:
+class GenerateTask:
     """What `loop.run` does with requests that are answered."""
 
     engine: object
@@ -81,7 +81,7 @@ class Settings:
     Attributes
     ----------
     sequences : tuple of Sequence
-    rows : sample.Rows, for some position and without banned tokens
+    rows : sample.SamplingBatch, for some position and without banned tokens
     """
 
     sequences: tuple
@@ -130,7 +130,7 @@ def _rows(engine, ready):
     names = (
         "temperature top_k top_p min_p repetition presence frequency seed key sample logprobs"
     ).split()
-    return Rows.make(
+    return SamplingBatch.make(
         len(ready),
         history=[s.history for s in ready],
         **dict(zip(names, map(list, zip(*columns, strict=True)), strict=True)),

@@ -15,7 +15,7 @@ import numpy as np
 
 from hpcinfer import collectives
 from hpcinfer.engine.block_manager import pages_for
-from hpcinfer.engine.nonfinite import explained
+from hpcinfer.engine.nonfinite import blame
 from hpcinfer.heartbeat import here
 from hpcinfer.model.cache import PAGE
 from hpcinfer.requests.request import BadRequest
@@ -57,12 +57,12 @@ def run(engine, feed, deliver, work, between=None, stop=None):
     """
     began_s = time.perf_counter()
     with np.errstate(all="ignore"):  # what is not finite is refused where tokens are chosen
-        if engine.grid.side == "ffn":
+        if engine.grid.role == "ffn":
             _serve(engine, stop)
         else:
             _steps(engine, feed, deliver, work, between, stop)
     engine.model.settle()
-    engine.record.loop_s += time.perf_counter() - began_s
+    engine.stats.loop_s += time.perf_counter() - began_s
 
 
 def _steps(engine, feed, deliver, work, between, stop):
@@ -87,13 +87,13 @@ def _steps(engine, feed, deliver, work, between, stop):
         now_s = time.perf_counter()
         share_s = (now_s - landed_s) / len(batch)
         for micro in batch:
-            engine.record.step(micro.step, micro.n_prompt, share_s, held)
+            engine.stats.step(micro.step, micro.n_prompt, share_s, held)
         if stop is not None:
             stop.pace.step(max(micro.step.n_tokens for micro in batch), now_s - landed_s)
         landed_s = now_s
         if between is not None:
             between()
-    if engine.grid.side == "attention":
+    if engine.grid.role == "attention":
         _announce_round(engine, 0)
 
 
@@ -143,23 +143,23 @@ def _anyone(engine, planned):
 def _launch(engine, batch, work):
     """Compute a round as far as this rank's part goes; the last stage finds its results."""
     here.step += 1
-    if engine.grid.side == "attention":
+    if engine.grid.role == "attention":
         _announce_round(engine, len(batch))
     hidden = engine.model.forward([micro.step for micro in batch])
     pipeline = engine.model.pipeline
     for micro, of_micro in zip(batch, hidden, strict=True):
         if pipeline.is_last:
-            with explained(engine.path, engine.model):
+            with blame(engine.path, engine.model):
                 micro.result = work.find(micro.job, of_micro)
             if not pipeline.is_first:
-                pipeline.announce(np.frombuffer(pickle.dumps(micro.result), np.uint8))
+                pipeline.broadcast_result(np.frombuffer(pickle.dumps(micro.result), np.uint8))
 
 
 def _land(engine, micro, work, deliver):
     """Use what was found in a micro-batch."""
     if not engine.model.pipeline.is_last:
-        micro.result = pickle.loads(engine.model.pipeline.hear().tobytes())
-    engine.scheduler.land(micro.plan)
+        micro.result = pickle.loads(engine.model.pipeline.receive_result().tobytes())
+    engine.scheduler.complete(micro.plan)
     work.use(micro.job, micro.result, deliver)
 
 

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from hpcinfer.errors import NotFinite, agreed
 from hpcinfer.grid import agree_all
 from hpcinfer.heartbeat import here, waiting
-from hpcinfer.io import soundness
+from hpcinfer.io import integrity
 
 
 @contextmanager
-def explained(path, model):
+def blame(path, model):
     """Turn logits that are not finite into an error that names the tensor to blame.
 
     Collective over the ranks that share the vocabulary, all of which see the same logits.
@@ -74,6 +74,6 @@ def _check(path, comm, dtype):
     """The own share; whoever waits sees from layer to layer that this rank is at work."""
 
     def note(name):
-        here.layer = soundness.layer_of(name)
+        here.layer = integrity.layer_of(name)
 
-    return soundness.check(path, comm.rank, comm.size, dtype, note)
+    return integrity.check(path, comm.rank, comm.size, dtype, note)

@@ -103,7 +103,7 @@ def advice(on_node, device):
     threads = node.threads_per_rank()
     with waiting("allgather", on_node, "crowd"):
         of_ranks = on_node.allgather((node.cores(), device.identity, threads))
-    if node.crowd_is_meant():
+    if node.oversubscription_is_meant():
         return None
     cores, gpus = set().union(*(c for c, _, _ in of_ranks)), {gpu for _, gpu, _ in of_ranks}
     n_cores, ranks = min(len(cores), node.core_quota() or len(cores)), on_node.size

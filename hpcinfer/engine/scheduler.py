@@ -14,7 +14,7 @@ to be chosen.
 from collections import deque
 from dataclasses import dataclass
 
-from hpcinfer.engine.block_manager import digests, pages_for
+from hpcinfer.engine.block_manager import block_hashes, pages_for
 from hpcinfer.model.cache import PAGE
 
 # Tokens of a micro-batch at least, as far as there are as many.
@@ -22,7 +22,7 @@ _LEAST_TOKENS = 32
 
 
 @dataclass
-class Limits:
+class StepLimits:
     """Bounds of one step.
 
     Attributes
@@ -44,8 +44,8 @@ class Scheduler:
 
     Parameters
     ----------
-    pages : Pages
-    limits : Limits
+    pages : BlockManager
+    limits : StepLimits
     rope : Rope or None, asked whether a token's key depends on the length of its text
 
     Attributes
@@ -64,13 +64,13 @@ class Scheduler:
         sequence.number, self._added = self._added, self._added + 1
         self.waiting.append(sequence)
 
-    def take_up(self, sequence, computed, pages):
+    def resume(self, sequence, computed, pages):
         """Let a sequence run whose first `computed` tokens are in `pages`, which it holds."""
         sequence.number, self._added = self._added, self._added + 1
         sequence.computed, sequence.pages = computed, pages
         self.running.append(sequence)
-        for page, digest in zip(pages, self._digests(sequence, computed), strict=False):
-            self.pages.name(page, digest)
+        for page, block_hash in zip(pages, self._block_hashes(sequence, computed), strict=False):
+            self.pages.register(page, block_hash)
 
     def next_step(self):
         """Sequences of the next step with the number of tokens to compute of each.
@@ -90,7 +90,7 @@ class Scheduler:
             if n == 0:  # its next token is under way
                 position += 1
                 continue
-            if not self.pages.fit(self._owners(sequence, sequence.computed + n)):
+            if not self.pages.can_allocate(self._owners(sequence, sequence.computed + n)):
                 if self.running[-1].under_way:
                     return self._in_order(plan)
                 self._preempt(self.running.pop())
@@ -106,12 +106,12 @@ class Scheduler:
             if len(plan) >= most:
                 break
             sequence.pages = self._found(sequence)
-            if not self.pages.fit(self._owners(sequence, sequence.target), sequence.pages):
+            if not self.pages.can_allocate(self._owners(sequence, sequence.target), sequence.pages):
                 sequence.pages = []
                 break
             self.waiting.popleft()
             self.running.append(sequence)
-            self.pages.hold(sequence.pages)
+            self.pages.acquire(sequence.pages)
             sequence.computed = len(sequence.pages) * PAGE
             self.reused_tokens += sequence.computed
             n = min(room, sequence.target - sequence.computed)
@@ -147,7 +147,7 @@ class Scheduler:
             sequence.under_way += 1
             self.tokens_under_way += n
 
-    def land(self, plan):
+    def complete(self, plan):
         """Count a step as over."""
         for sequence, n in plan:
             sequence.under_way -= 1
@@ -156,21 +156,21 @@ class Scheduler:
     def finish(self, sequence):
         """Take a finished sequence out and release its pages."""
         self.running.remove(sequence)
-        self.pages.release(sequence.pages)
+        self.pages.free(sequence.pages)
         sequence.pages = []
 
     def _plan(self, plan, sequence, n):
         """Enter n tokens of a sequence in the step, with the pages that they need."""
         end = sequence.computed + n
-        sequence.pages += self.pages.take(self._owners(sequence, end))
+        sequence.pages += self.pages.allocate(self._owners(sequence, end))
         plan.append((sequence, n))
         if end // PAGE == sequence.computed // PAGE:
             return
 
         # The step writes its keys before any is read, so its full pages can be shared at once.
-        known = self._digests(sequence, end)
+        known = self._block_hashes(sequence, end)
         for page in range(sequence.computed // PAGE, len(known)):
-            self.pages.name(sequence.pages[page], known[page])
+            self.pages.register(sequence.pages[page], known[page])
 
     def _owners(self, sequence, end):
         """Ranks that own the pages which a sequence still lacks for its first `end` tokens.
@@ -185,25 +185,25 @@ class Scheduler:
 
     def _found(self, sequence):
         """Cached pages of a waiting sequence's beginning; its last token is always computed."""
-        return self.pages.find(self._digests(sequence, sequence.target - 1))
+        return self.pages.match_prefix(self._block_hashes(sequence, sequence.target - 1))
 
-    def _digests(self, sequence, end):
+    def _block_hashes(self, sequence, end):
         """Hashes of the full pages in the first `end` tokens; none where pages are not shared."""
-        if sequence.all_rows:
+        if sequence.wants_all_hidden:
             return []
         if self.rope is not None:
             end = min(end, sequence.n_prompt)
-        if len(sequence.digests) < end // PAGE:
+        if len(sequence.block_hashes) < end // PAGE:
             seed = b""
             if self.rope is not None:
                 seed = str(self.rope.length_class(sequence.n_prompt)).encode()
-            sequence.digests = digests(sequence.tokens[:end], sequence.digests, seed)
-        return sequence.digests[: end // PAGE]
+            sequence.block_hashes = block_hashes(sequence.tokens[:end], sequence.block_hashes, seed)
+        return sequence.block_hashes[: end // PAGE]
 
     def _preempt(self, sequence):
         """Send a running sequence back to the head of the queue, without its pages."""
-        self.pages.release(sequence.pages)
+        self.pages.free(sequence.pages)
         sequence.pages, sequence.computed = [], 0
-        sequence.known = len(sequence.logprobs) if sequence.all_rows else 0
+        sequence.n_known = len(sequence.logprobs) if sequence.wants_all_hidden else 0
         self.waiting.appendleft(sequence)
         self.preemptions += 1

@@ -12,14 +12,14 @@ import numpy as np
 from hpcinfer import partition
 from hpcinfer.engine.sequence import Sequence
 from hpcinfer.parallel import vocabulary
-from hpcinfer.requests.request import Score as Result
+from hpcinfer.requests.request import Score
 
 # Logits in memory at a time, in bytes.
 _LOGITS_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
-class Score:
+class ScoreTask:
     """What `loop.run` does with texts that are scored."""
 
     engine: object
@@ -34,9 +34,9 @@ class Score:
             deliver(_score(request, []))
             return []
         tokens = list(request.token_ids)
-        sequence = Sequence(request, 0, tokens, len(tokens), all_rows=True)
+        sequence = Sequence(request, 0, tokens, len(tokens), wants_all_hidden=True)
         for _, logprobs, _ in request.progress:
-            sequence.logprobs, sequence.known = list(logprobs), len(logprobs)
+            sequence.logprobs, sequence.n_known = list(logprobs), len(logprobs)
         return [sequence]
 
     def job(self, plan):
@@ -45,7 +45,11 @@ class Score:
         Without tokens whose log-probabilities are known already.
         """
         return [
-            (s, s.tokens[max(s.computed - n, s.known) + 1 : s.computed + 1], s.computed == s.target)
+            (
+                s,
+                s.tokens[max(s.computed - n, s.n_known) + 1 : s.computed + 1],
+                s.computed == s.target,
+            )
             for s, n in plan
         ]
 
@@ -87,7 +91,7 @@ def _log_probabilities(model, hidden, targets):
 def _score(request, logprobs):
     """Score of a text from the log-probabilities of all its tokens but the first."""
     total = math.fsum(logprobs)
-    return Result(
+    return Score(
         request,
         np.array([math.nan, *logprobs], np.float32),
         total,

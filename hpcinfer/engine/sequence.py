@@ -16,15 +16,16 @@ class Sequence:
     target : tokens that must be in the cache before the next one can be chosen
     computed : tokens that are in the cache
     pages : pages that hold them
-    all_rows : True if every token's hidden state is wanted, not only the last one's
-    whole : True if with `all_rows` the last token is computed too, though it predicts nothing
-    digests : hashes of the full pages of the text, as far as they were needed
+    wants_all_hidden : True if every token's hidden state is wanted, not only the last one's
+    computes_last : True if with `wants_all_hidden` the last token is computed too, though it
+        predicts nothing
+    block_hashes : hashes of the full pages of the text, as far as they were needed
     siblings : all samples of the request
     stream : text of the generated tokens, watched for stop strings
     stops : token ids that end it
     history : tokens seen so far, kept where penalties need them
     logprobs, top_logprobs : of the generated (or scored) tokens
-    known : with `all_rows`, leading tokens whose hidden states are not wanted again
+    n_known : with `wants_all_hidden`, leading tokens whose hidden states are not wanted again
     finish_reason : "stop" or "length" when the sequence has ended, else None
     under_way : steps under way that compute tokens of it
     number : sequences that were put in the queue before it
@@ -34,18 +35,18 @@ class Sequence:
     sample: int
     tokens: list
     n_prompt: int
-    all_rows: bool = False
-    whole: bool = False
+    wants_all_hidden: bool = False
+    computes_last: bool = False
     computed: int = 0
     pages: list = field(default_factory=list)
-    digests: list = field(default_factory=list)
+    block_hashes: list = field(default_factory=list)
     siblings: list = field(default_factory=list)
     stream: object = None
     stops: frozenset = frozenset()
     history: object = None
     logprobs: list = field(default_factory=list)
     top_logprobs: list = field(default_factory=list)
-    known: int = 0
+    n_known: int = 0
     finish_reason: str | None = None
     under_way: int = 0
     number: int = 0
@@ -53,7 +54,7 @@ class Sequence:
     @property
     def target(self):
         """Tokens to compute before the next is chosen; a scored text's last predicts nothing."""
-        return len(self.tokens) - (self.all_rows and not self.whole)
+        return len(self.tokens) - (self.wants_all_hidden and not self.computes_last)
 
     @property
     def n_new(self):

@@ -9,7 +9,7 @@ from hpcinfer.ledger import ledger
 
 
 @dataclass
-class Phase:
+class PhaseStats:
     """Steps of one kind."""
 
     tokens: int = 0
@@ -21,7 +21,7 @@ class Phase:
         return self.tokens / self.time_s if self.time_s else 0.0
 
 
-class Record:
+class RunStats:
     """Counters of one rank.
 
     A step that computes any prompt token counts as prefill with all its tokens and time; the others
@@ -32,7 +32,7 @@ class Record:
     load_s : seconds from opening the checkpoint to weights in memory
     bytes_read, file_bytes : tensor bytes read by this rank, and in the whole checkpoint
     kv_bytes : size of this rank's cache
-    prefill, decode : Phase
+    prefill, decode : PhaseStats
     loop_s : seconds in the loop of steps
     empty_s : those of them in steps that this replica took for the others' sake
     answered : requests that this replica finished
@@ -44,7 +44,7 @@ class Record:
         self.grid, self.bytes_read, self.file_bytes = grid, bytes_read, file_bytes
         self.load_s, self.kv_bytes = 0.0, 0
         self.most_pages = 0
-        self.prefill, self.decode = Phase(), Phase()
+        self.prefill, self.decode = PhaseStats(), PhaseStats()
         self.loop_s, self.empty_s, self.answered = 0.0, 0.0, 0
         self.written_bytes, self.write_s = 0, 0.0
 
@@ -69,7 +69,7 @@ class Record:
             "device_bytes": model.device.peak_bytes(),
             "cache_bytes": self.kv_bytes,
             "weight_bytes": model.weights.nbytes,
-            "side": grid.side,
+            "side": grid.role,
             "stage": grid.pp.rank,
             "replica": grid.dp.rank,
             "is_leader": grid.is_leader,
@@ -111,15 +111,15 @@ def _cache_line(ranks, total):
 def _memory_lines(grid, ranks):
     """Weights and cache of a rank, on each side where there are two; and the peak of all memory."""
     lines = []
-    for side in ("attention", "ffn") if grid.side else ("",):
+    for side in ("attention", "ffn") if grid.role else ("",):
         own = [r for r in ranks if r["side"] == side]
         of_side = f" on the {side.replace('ffn', 'FFN')} side" if side else ""
         lines.append(
             f"memory    weights per rank {_span([r['weight_bytes'] for r in own])}, cache "
             f"{_span([r['cache_bytes'] for r in own])}{of_side}"
         )
-    if grid.alike.size > 1 and grid.layout.zero == "off":
-        lines.append(f"memory    ranks of a node that hold equal weights: {grid.alike.size}")
+    if grid.same_weights.size > 1 and grid.layout.zero == "off":
+        lines.append(f"memory    ranks of a node that hold equal weights: {grid.same_weights.size}")
     if any(r["device_bytes"] for r in ranks):
         lines.append(f"memory    peak of the GPU {_span([r['device_bytes'] for r in ranks])}")
     return [*lines, f"memory    peak per rank {_span([r['peak_bytes'] for r in ranks])}"]

@@ -4,7 +4,7 @@ import os
 import re
 from functools import partial
 
-from hpcinfer.io import soundness
+from hpcinfer.io import integrity
 from hpcinfer.io.checkpoint import SCALES
 from hpcinfer.io.models import has_hdf5_signature, open_checkpoint
 
@@ -98,7 +98,7 @@ def size_text(nbytes):
 
 def _checked(path):
     """What reading all weights has shown, if they are sound."""
-    found, n_checksums = soundness.check(path)
+    found, n_checksums = integrity.check(path)
     if found is not None:
         raise ValueError(found[1].line)
     return f"all weights are finite, {n_checksums} checksums are right"

@@ -60,7 +60,7 @@ class Field(NamedTuple):
     description: str
 
 
-class Share(NamedTuple):
+class ColumnShare(NamedTuple):
     """A field with the columns of its first axis that one rank writes."""
 
     field: Field
@@ -96,14 +96,14 @@ def clear_parts(path):
                 os.unlink(os.path.join(folder, name))
 
 
-class Parts:
+class PartFiles:
     """The files of one rank.
 
     Parameters
     ----------
     path : joined file
     generation, replica, rank : numbers in the files' names
-    shares : list of Share, none of them empty
+    shares : list of ColumnShare, none of them empty
     compress : True to compress the rows
 
     Attributes
@@ -169,7 +169,7 @@ class _Segment:
     Parameters
     ----------
     path : file to make
-    shares : dict name -> Share
+    shares : dict name -> ColumnShare
     n_rows : rows that it has room for
     facts : dict, attributes of the file
     """

@@ -79,7 +79,7 @@ class KvState:
         if not sequences:
             return None
         held = {page for samples in sequences.values() for s in samples if s for page in s[2]}
-        pool = model.context.kv.rank
+        pool = model.attention.kv.rank
         own = sorted(page for page in held if self._pages.owner(page) == pool)
         generation, self._generation = self._generation, self._generation + 1
         path = kv_file(self._path, grid.dp.rank, generation, grid.comm.rank)
@@ -107,7 +107,7 @@ class KvState:
             "sequences": sequences,
         }
 
-    def take_up(self, sequences):
+    def resume(self, sequences):
         """Queue sequences of this replica: those whose pages are kept run, as far as they fit.
 
         The same on every rank of the replica, without a message.
@@ -137,12 +137,12 @@ class KvState:
         scheduler, pages = self._engine.scheduler, self._pages
         n = self._saved[self.sequences[sequence.request.index][0]]["pages"]
         owners = [page // n for page in old if page not in new_of]
-        if len(scheduler.running) == scheduler.limits.sequences or not pages.fit(owners):
+        if len(scheduler.running) == scheduler.limits.sequences or not pages.can_allocate(owners):
             return False
-        pages.hold([new_of[page] for page in old if page in new_of])
+        pages.acquire([new_of[page] for page in old if page in new_of])
         lacking = [page for page in old if page not in new_of]
-        new_of |= dict(zip(lacking, pages.take(owners), strict=True))
-        scheduler.take_up(sequence, computed, [new_of[page] for page in old])
+        new_of |= dict(zip(lacking, pages.allocate(owners), strict=True))
+        scheduler.resume(sequence, computed, [new_of[page] for page in old])
         return True
 
     def _copy(self, new_of):
@@ -167,7 +167,7 @@ class KvState:
     def _check_file(self):
         """Refuse this rank's file, if it should have one, unless it is whole and fits this run."""
         replica = self._engine.grid.dp.rank
-        if self._engine.grid.side == "ffn" or replica not in self._saved:
+        if self._engine.grid.role == "ffn" or replica not in self._saved:
             return
         expected = self._facts(self._saved[replica]["generation"])
         facts, _, _ = read_facts(self._file())
@@ -207,7 +207,7 @@ def _sequences(running):
     """
     found = {}
     for sequence in running:
-        last = len(sequence.logprobs) if sequence.all_rows else sequence.target - 1
+        last = len(sequence.logprobs) if sequence.wants_all_hidden else sequence.target - 1
         computed = min(sequence.computed, last)
         if computed < 1:
             continue
@@ -221,7 +221,7 @@ def _sequences(running):
 def _belongs(kept, sequence):
     """True if what is kept is of this sequence, and something of it is left to compute."""
     computed, checksum, _ = kept
-    last = sequence.known if sequence.all_rows else sequence.target - 1
+    last = sequence.n_known if sequence.wants_all_hidden else sequence.target - 1
     return computed <= min(last, sequence.target - 1) and checksum == _checksum(
         sequence.tokens[:computed]
     )

@@ -10,12 +10,12 @@ import numpy as np
 from tqdm import tqdm
 
 from hpcinfer import collectives
-from hpcinfer.engine.activations.extract import Extract
+from hpcinfer.engine.activations.extract import ExtractTask
 from hpcinfer.engine.feed import Feed
-from hpcinfer.engine.generate import Generate
+from hpcinfer.engine.generate import GenerateTask
 from hpcinfer.engine.loop import run as run_loop
 from hpcinfer.engine.loop import sequences_of
-from hpcinfer.engine.score import Score
+from hpcinfer.engine.score import ScoreTask
 from hpcinfer.errors import agreed
 from hpcinfer.grid import agree, agree_all
 from hpcinfer.io.lines import read_lines
@@ -35,9 +35,9 @@ from hpcinfer.requests.results import (
 
 _EXTENSIONS = (".h5", ".jsonl")
 _KINDS = {
-    "generate": (Generate, generate_record),
-    "score": (Score, score_record),
-    "extract": (Extract, extract_record),
+    "generate": (GenerateTask, generate_record),
+    "score": (ScoreTask, score_record),
+    "extract": (ExtractTask, extract_record),
 }
 
 # Seconds between two lines of progress: on a terminal, and in the log of a job.
@@ -115,13 +115,13 @@ def run(engine, kind, source, n_lines, sampling, facts, state, stop, show=False,
             lines = unfinished(lines, done | kept.keys(), rest)
 
         def deliver(outcome):
-            engine.record.answered += 1
+            engine.stats.answered += 1
             if grid.is_leader:
                 counts[int(isinstance(outcome, BadRequest))] += 1
                 outbox.put("record", record_of(outcome))
 
         def tell(last=False):
-            of_cache = kv.save() if kv is not None and grid.side != "ffn" else None
+            of_cache = kv.save() if kv is not None and grid.role != "ffn" else None
             if grid.is_leader:
                 outbox.put("under way", grid.dp.rank, under_way(engine.scheduler), last, of_cache)
 
@@ -139,13 +139,13 @@ def run(engine, kind, source, n_lines, sampling, facts, state, stop, show=False,
             entries = unfinished(_entries(engine, kind, source, sampling), done, left)
             return list(islice((e for e in entries if e.index in mine), len(mine)))
 
-        def take_up(found):
-            kv.take_up([s for entry in found for s in sequences_of(engine, entry, deliver, work)])
+        def resume(found):
+            kv.resume([s for entry in found for s in sequences_of(engine, entry, deliver, work)])
 
         if kept:
             found = agree_all(comm, lambda: kept_here() if grid.is_leader else [])
             found = grid.replica.bcast(found)
-            agree_all(comm, lambda: take_up(found))
+            agree_all(comm, lambda: resume(found))
         with Feed(grid, lines, n_lines - before - len(kept)) as feed:
             run_loop(engine, feed, deliver, work, between, stop)
             tell(last=True)
@@ -245,7 +245,7 @@ class _Output:
         """Write the record of one finished request."""
         for writer in self._writers:
             writer.write(record)
-        counter = self._engine.record
+        counter = self._engine.stats
         tokens = counter.prefill.tokens + counter.decode.tokens
         self._bar.set_postfix_str(
             f"{tokens / (time.perf_counter() - self._began_s):.0f} tokens/s", refresh=False

@@ -25,7 +25,7 @@ from hpcinfer.parallel.tree import tree_by_size
 from hpcinfer.parallel.ulysses import ulysses
 
 
-class Context:
+class CachedAttention:
     """One rank's place in the cut of heads, tokens and keys.
 
     Parameters
@@ -117,13 +117,13 @@ class Context:
     def _to_own_keys(self, n, q, tokens, step, dtype=np.float32):
         """Attention of queries to this rank's keys, of the heads that its own queries read."""
         return ops.paged_attention(
-            q, tokens, *self._cache(n), step.books, dtype=dtype, **self._local(n)
+            q, tokens, *self._cache(n), step.block_table, dtype=dtype, **self._local(n)
         )
 
     def _merge(self, n, q, step, tokens):
         """Attention of queries that every rank has: partial results over own keys, merged."""
         o, lse = ops.paged_attention(
-            q, tokens, *self._cache(n), step.books, **self._local(n, shared=True)
+            q, tokens, *self._cache(n), step.block_table, **self._local(n, shared=True)
         )
         merged = tree_by_size if self.grid.layout.decode == "tree" else gather
         return merged(self.kv, o, lse)
@@ -218,18 +218,22 @@ class Context:
         """(b, first token that is seen) of every sequence of a phase in layer n."""
         window = self.arch.windows[n]
         return [
-            (b, ops.reach(phase.tokens[rows, 1], window)) for b, rows in ops.sequences(phase.tokens)
+            (b, ops.window_start(phase.tokens[rows, 1], window))
+            for b, rows in ops.sequences(phase.tokens)
         ]
 
     def _key_counts(self, n, step, phase):
         """Cached keys that each rank brings to a phase."""
-        return sum(step.books.keys(b, start) for b, start in self._sequences(n, phase)).tolist()
+        return sum(
+            step.block_table.keys(b, start) for b, start in self._sequences(n, phase)
+        ).tolist()
 
     def _own_keys(self, n, step, phase):
         """This rank's keys and values for a phase: k, v (L/P, G, K) and k_tokens (L/P, 2)."""
         pages = self._cache(n)
         parts = [
-            (b, *ops.cached(*pages, step.books, b, start)) for b, start in self._sequences(n, phase)
+            (b, *ops.cached(*pages, step.block_table, b, start))
+            for b, start in self._sequences(n, phase)
         ]
         xp = array.namespace(pages[0])
         k, v = (_joined(xp, [part[i] for part in parts]) for i in (1, 2))

@@ -7,11 +7,11 @@ import numpy as np
 
 from hpcinfer import partition
 from hpcinfer.model.cache import PAGE
-from hpcinfer.ops.attention import reach, seen, sequences
+from hpcinfer.ops.attention import sequences, visible, window_start
 
 
 @dataclass
-class Books:
+class BlockTable:
     """Where the cached keys of a step's sequences are: pages dealt in turn to the pools of ranks.
 
     Attributes
@@ -57,7 +57,7 @@ class Books:
         """
         key = id(tokens), window
         if key not in self._tables:
-            self._tables[key] = Table(self, tokens, window)
+            self._tables[key] = PageIndex(self, tokens, window)
         return self._tables[key]
 
     def keys(self, b, start=0):
@@ -75,14 +75,14 @@ class Books:
         return partition.dealt(start // PAGE, last, self.pools, int(self.first[b]), pool)
 
 
-class Table:
+class PageIndex:
     """The pages that some queries meet on this rank, as arrays; each is made when it is asked for.
 
     Parameters
     ----------
-    books : Books
-    tokens : what it is made for; held, as `Books.table` knows it by its identity
-    window : as for `Books.table`
+    block_table : BlockTable
+    tokens : what it is made for; held, as `BlockTable.table` knows it by its identity
+    window : as for `BlockTable.table`
 
     Attributes
     ----------
@@ -90,8 +90,8 @@ class Table:
     most_queries : of one sequence
     """
 
-    def __init__(self, books, tokens, window):
-        self.tokens, self._books, self._window = tokens, books, window
+    def __init__(self, block_table, tokens, window):
+        self.tokens, self._block_table, self._window = tokens, block_table, window
         self.positions = tokens[:, 1].astype(np.int64)
         self._sequences = list(sequences(tokens))
         self.most_queries = max((rows.stop - rows.start for _, rows in self._sequences), default=0)
@@ -130,10 +130,10 @@ class Table:
         for b, rows in self._sequences:
             places, numbers = self._pages(b, rows)
             k_pos = (numbers[:, None] * PAGE + np.arange(PAGE)).reshape(-1)
-            L = int(np.searchsorted(k_pos, self._books.lengths[b]))
-            first, last = seen(self.positions[rows], k_pos[:L], self._window)
+            L = int(np.searchsorted(k_pos, self._block_table.lengths[b]))
+            first, last = visible(self.positions[rows], k_pos[:L], self._window)
             spans.append((rows, places.astype(np.int64), L, first, last))
         return spans
 
     def _pages(self, b, rows):
-        return self._books.pages(b, reach(self.positions[rows], self._window))
+        return self._block_table.pages(b, window_start(self.positions[rows], self._window))

@@ -36,7 +36,7 @@ class Cache:
         k, v : (T/P, G, K) float32, of the tokens step.mine; rounded to the cache's type. v is
             (T/P, G, 0) if it is in k
         """
-        store(k, v, step.stored, self.k[layer], self.v[layer], step.slots)
+        store(k, v, step.stored, self.k[layer], self.v[layer], step.slot_mapping)
 
     def place_heads(self, layer, step, qkv, norms, eps, rotation):
         """Norm and rotate queries and keys, and store keys and values, as `ops.cache` does.
@@ -50,7 +50,7 @@ class Cache:
         (T/P, H + G, K) float32: queries and keys
         """
         pages = self.k[layer], self.v[layer]
-        return place_heads(qkv, norms, eps, rotation, step.stored, *pages, step.slots)
+        return place_heads(qkv, norms, eps, rotation, step.stored, *pages, step.slot_mapping)
 
 
 def page_bytes(layers, n_kv, width, dtype, value_width=None):

@@ -33,8 +33,8 @@ class Cut:
     complete : function (x, products, bias, purpose) that completes the partial sums of `products`,
         as `tensor.complete` and `sequence.complete` do
     layer : function of a layer's number, this rank's parameters
-    middle, experts_middle, shared_middle : what stands between the two products of a dense FFN, of
-        an expert, of the shared experts
+    between, experts_between, shared_between : what stands between the two products of a dense FFN,
+        of an expert, of the shared experts
     first_expert : number of the first expert that this rank owns
     whole : function (T, own columns) -> (T, C/P) that completes queries, keys and values
     """
@@ -43,9 +43,9 @@ class Cut:
     counts: list | None
     complete: Callable
     layer: Callable
-    middle: Callable
-    experts_middle: Callable
-    shared_middle: Callable
+    between: Callable
+    experts_between: Callable
+    shared_between: Callable
     first_expert: int
     whole: Callable
 
@@ -69,7 +69,7 @@ def cut_by_tokens(arch, grid, ranges, layer):
     """Own tokens, all columns of the tensor-parallel shard."""
     widths = [partition.counts(_parts(ranges, c, grid.cp.size)) for c in FFN_CUTS]
     complete = partial(tensor.complete, grid.tp)
-    middles = [_middle(arch, of_parts) for of_parts in widths]
+    middles = [_between(arch, of_parts) for of_parts in widths]
     first = ranges["experts"][0]
     return Cut(grid.tp, None, complete, layer, *middles, first, lambda qkv: qkv)
 
@@ -91,10 +91,10 @@ def cut_by_columns(arch, grid, ranges, whole_layer, heads):
     widths = [partition.counts(_parts(ranges, c, cp)) for c in FFN_CUTS]
     bounds = [_parts(ranges, c, cp)[part] for c in FFN_CUTS]
     slices = [_column_and_row(arch, *bound) for bound in bounds]
-    middles = [_middle(arch, [stop - start]) for start, stop in bounds]
+    middles = [_between(arch, [stop - start]) for start, stop in bounds]
     if grid.experts is not None:
         # Experts that live on one rank are not divided once more.
-        slices[_MOE], middles[_MOE] = (slice(None), slice(None)), _middle(arch, widths[_MOE])
+        slices[_MOE], middles[_MOE] = (slice(None), slice(None)), _between(arch, widths[_MOE])
 
     def layer(n):
         return slice_columns(
@@ -116,7 +116,7 @@ def query_heads(heads, cp):
     return partition.block(heads.n_query, cp)
 
 
-def _middle(arch, widths):
+def _between(arch, widths):
     """An FFN's non-linearity, gated in blocks of columns or not."""
     function = activation.activation(arch.activation)
     if arch.gated:

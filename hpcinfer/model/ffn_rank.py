@@ -10,7 +10,7 @@ from hpcinfer.ops.experts import experts_ffn
 from hpcinfer.parallel import disagg, tensor
 
 
-class FfnSide:
+class FfnRank:
     """One rank's shard of all FFNs; it has no cache and sees no sequence.
 
     Parameters
@@ -30,7 +30,7 @@ class FfnSide:
         self.weights = load(arch, checkpoint, ranges, dtype, device, keep=self._keeps)
         self._cut = cut_by_tokens(arch, grid, ranges, self.weights.layer)
 
-    def share(self):
+    def share_weights(self):
         """No other rank holds the same weights."""
         return True
 
@@ -58,10 +58,10 @@ class FfnSide:
         here.layer = n
         w, cut = self._cut.layer(n), self._cut
         if not self.arch.sparse[n]:
-            y = tensor.partial_sum(x, w.up, cut.middle, w.down, w.up_bias)
+            y = tensor.partial_sum(x, w.up, cut.between, w.down, w.up_bias)
             return y if w.down_bias is None else y + w.down_bias
         y = experts_ffn(
-            x, ids, weights, w.experts_up, w.experts_down, cut.first_expert, cut.experts_middle
+            x, ids, weights, w.experts_up, w.experts_down, cut.first_expert, cut.experts_between
         )
         return y + weights[:, -1:] * shared_sum(cut, w, x) if self.arch.shared_F else y
 

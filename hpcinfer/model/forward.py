@@ -6,7 +6,7 @@ import numpy as np
 
 from hpcinfer import array, collectives
 from hpcinfer.heartbeat import here
-from hpcinfer.model.attention import Context
+from hpcinfer.model.attention import CachedAttention
 from hpcinfer.model.cache import Cache, page_bytes
 from hpcinfer.model.cut import cut_by_columns, cut_by_tokens, kept_at_home
 from hpcinfer.model.graphs import Graphs
@@ -16,10 +16,10 @@ from hpcinfer.model.token_owners import holders, in_parts
 from hpcinfer.model.weights import parameters as tables
 from hpcinfer.model.weights.expert_placement import expert_shares, ffn_shares
 from hpcinfer.model.weights.load import load
-from hpcinfer.model.weights.shared import own_keys, share
+from hpcinfer.model.weights.shared import private_keys, share_weights
 from hpcinfer.model.weights.stages import layers_of_stage
 from hpcinfer.model.weights.table import FFN_KEYS, owned
-from hpcinfer.model.weights.zero import Pieces
+from hpcinfer.model.weights.zero import ZeroWeights
 from hpcinfer.ops.inplace import add_into
 from hpcinfer.ops.linear import linear
 from hpcinfer.ops.rope import angles
@@ -55,8 +55,10 @@ class Model:
         self.operand_type = np.dtype(np.float32) if device.name == "cpu" else np.dtype(dtype)
         self.pipeline = Pipeline(grid.pp)
         self.layers = layers_of_stage(arch, grid.layout, dtype, checkpoint.tensors)[grid.pp.rank]
-        self.context = Context(arch, grid, lambda n: (self.cache.k[n], self.cache.v[n]), self)
-        self.heads = self.context.heads
+        self.attention = CachedAttention(
+            arch, grid, lambda n: (self.cache.k[n], self.cache.v[n]), self
+        )
+        self.heads = self.attention.heads
         cp = grid.cp.size
         ranges = owned(arch, grid.tp.size, grid.tp.rank, cp, grid.cp.rank)
         if grid.experts is not None:
@@ -64,9 +66,9 @@ class Model:
             ranges |= {"experts": share.experts, "moe": share.columns}
         self.embed_range, self.head_range = ranges["embed"], ranges["head"]
         zero = grid.layout.zero != "off"
-        pieces = Pieces(grid, self.layers, device.xp) if zero else None
-        self._shares = grid.alike.size > 1 and not zero and device.name == "cpu"
-        self._own_keys = own_keys(grid)
+        pieces = ZeroWeights(grid, self.layers, device.xp) if zero else None
+        self._shares = grid.same_weights.size > 1 and not zero and device.name == "cpu"
+        self._private_keys = private_keys(grid)
         self.ranges = ranges
         self.read(checkpoint, pieces)
         self._by_tokens = cut_by_tokens(arch, grid, ranges, self._layer)
@@ -83,21 +85,21 @@ class Model:
     @property
     def pools(self):
         """Ranks that the pages of a sequence are dealt to."""
-        return self.context.kv.size
+        return self.attention.kv.size
 
     def read(self, checkpoint, pieces=None, alone=False):
         """Read this rank's weights; unless `alone`, without those that it will share."""
-        follows = self._shares and self.grid.alike.rank > 0 and not alone
+        follows = self._shares and self.grid.same_weights.rank > 0 and not alone
 
         def keep(row):
-            return self._keeps(row) and (not follows or row.key in self._own_keys)
+            return self._keeps(row) and (not follows or row.key in self._private_keys)
 
         arch, cp = self.arch, self.grid.cp.size
         self.weights = load(
             arch, checkpoint, self.ranges, self.dtype, self.device, cp, keep, pieces
         )
 
-    def share(self):
+    def share_weights(self):
         """Let the ranks of a node have one copy of what they hold alike; every rank calls this.
 
         Returns
@@ -108,7 +110,7 @@ class Model:
             return True
         tied = self.arch.tied and self.pipeline.is_last
         tied_rows = tables.tied_rows(self.ranges) if tied else None
-        return share(self.weights, self.grid.alike, self._own_keys, tied_rows)
+        return share_weights(self.weights, self.grid.same_weights, self._private_keys, tied_rows)
 
     def cut(self, step):
         """How the work outside attention is divided among the ranks of cp and tp in a step."""
@@ -143,7 +145,7 @@ class Model:
         of the tensor and context axes; None on a stage that is not the pipeline's last
         """
         self.weights.release()
-        if self.grid.side == "attention":
+        if self.grid.role == "attention":
             return self._beside_ffn(steps)
         return [self._through_stage(step) for step in steps]
 
@@ -301,7 +303,7 @@ class Model:
         """True if a row of the table belongs to this rank's stage, and to its side."""
         if row.layer is not None:
             return row.layer in self.layers and not (
-                self.grid.side == "attention" and row.key in FFN_KEYS
+                self.grid.role == "attention" and row.key in FFN_KEYS
             )
         if row.key in ("embed", "positions"):
             return self.pipeline.is_first or (self.pipeline.is_last and self.arch.tied)

@@ -20,7 +20,7 @@ from hpcinfer.ledger import ledger
 from hpcinfer.model.cache import PAGE
 from hpcinfer.model.weights.shared import parameters
 from hpcinfer.ops import dispatch
-from hpcinfer.ops.quantize import arrays_of
+from hpcinfer.ops.quantize import to_arrays
 
 # Tokens of a step up to which it is worth it; and steps before one is captured, which costs as much
 # as replaying saves in some twenty on the CPU, in three on a GPU.
@@ -34,7 +34,7 @@ _MORE_PAGES = 16
 
 @dataclass
 class Table:
-    """What `Books.table` gives, in a frame.
+    """What `BlockTable.table` gives, in a frame.
 
     Attributes
     ----------
@@ -55,31 +55,31 @@ class Table:
 
 
 class FramedBooks:
-    """Books whose tables are those of a frame."""
+    """BlockTable whose tables are those of a frame."""
 
-    def __init__(self, books, tables):
-        self._books, self._tables = books, tables
+    def __init__(self, block_table, tables):
+        self._block_table, self._tables = block_table, tables
 
     def table(self, tokens, looks_back=None):
-        """As `Books.table`."""
+        """As `BlockTable.table`."""
         return self._tables[looks_back]
 
     def __getattr__(self, name):
         capture.refuse(f"{name} of the cache, which only a form that is not compiled asks for")
-        return getattr(self._books, name)
+        return getattr(self._block_table, name)
 
 
 class LentBooks:
-    """The books of the step at hand, with room in tables for what later ones need.
+    """The block table of the step at hand, with room in tables for what later ones need.
 
     Attributes
     ----------
-    now : Books
-    room : as in Books
+    now : BlockTable
+    room : as in BlockTable
     """
 
-    def __init__(self, books, room):
-        self.now, self.room = books, room
+    def __init__(self, block_table, room):
+        self.now, self.room = block_table, room
 
     def __getattr__(self, name):
         return getattr(self.now, name)
@@ -97,13 +97,16 @@ class Frame:
     def __init__(self, step, x, rotation, load):
         self.load, self.x = load, None if x is None else array.namespace(x).empty_like(x)
         self.rotation = None if rotation is None else tuple(map(np.empty_like, rotation))
-        self.stored, self.slots = np.empty_like(step.stored), np.empty_like(step.slots)
+        self.stored, self.slot_mapping = (
+            np.empty_like(step.stored),
+            np.empty_like(step.slot_mapping),
+        )
 
     def fill(self, step, x, rotation):
         """Write what a step has into the frame."""
         if x is not None:
             self.x[...] = x
-        self.stored[...], self.slots[...] = step.stored, step.slots
+        self.stored[...], self.slot_mapping[...] = step.stored, step.slot_mapping
         for into, of_step in zip(self.rotation or (), rotation or (), strict=True):
             into[...] = of_step
 
@@ -125,7 +128,7 @@ class HostFrame(Frame):
 
     def arrays(self):
         """All arrays of the frame."""
-        yield from (self.x, *(self.rotation or ()), self.stored, self.slots)
+        yield from (self.x, *(self.rotation or ()), self.stored, self.slot_mapping)
         for table in self.tables.values():
             yield from (table.positions, *table.pages)
 
@@ -139,14 +142,16 @@ class HostFrame(Frame):
         """Write what a step has into the frame."""
         super().fill(step, x, rotation)
         for looks_back, into in self.tables.items():
-            table = step.books.table(step.decoding.tokens, looks_back)
+            table = step.block_table.table(step.decoding.tokens, looks_back)
             into.positions[...], (into.bounds[...], places, numbers) = table.positions, table.pages
             into.places[: len(places)], into.numbers[: len(numbers)] = places, numbers
 
     def step(self, step):
         """The step with the frame's arrays."""
-        books = FramedBooks(step.books, self.tables)
-        return replace(step, stored=self.stored, slots=self.slots, books=books)
+        block_table = FramedBooks(step.block_table, self.tables)
+        return replace(
+            step, stored=self.stored, slot_mapping=self.slot_mapping, block_table=block_table
+        )
 
 
 class DeviceFrame(Frame):
@@ -157,17 +162,17 @@ class DeviceFrame(Frame):
         self.tokens, pages = np.empty_like(step.tokens), _pages(step)
         self.token_ids = np.empty_like(step.token_ids)
         room = 2 * int(pages.sum()) + _MORE_PAGES, 2 * int(pages.max()) + _MORE_PAGES
-        self.books = LentBooks(step.books, room)
+        self.block_table = LentBooks(step.block_table, room)
 
     def serves(self, step, load):
         """True if it counts there, and the pages that the step's sequences have fit in here."""
-        pages, (of_all, of_one) = _pages(step), self.books.room
+        pages, (of_all, of_one) = _pages(step), self.block_table.room
         return load is self.load and pages.sum() <= of_all and pages.max() <= of_one
 
     def fill(self, step, x, rotation):
         """Write what a step has into the frame."""
         super().fill(step, x, rotation)
-        self.tokens[...], self.books.now = step.tokens, step.books
+        self.tokens[...], self.block_table.now = step.tokens, step.block_table
         self.fill_tokens(step)
 
     def fill_tokens(self, step):
@@ -176,8 +181,12 @@ class DeviceFrame(Frame):
 
     def step(self, step):
         """The step with the frame's arrays."""
-        arrays = {"token_ids": self.token_ids, "tokens": self.tokens, "books": self.books}
-        return replace(step, **arrays, stored=self.stored, slots=self.slots)
+        arrays = {
+            "token_ids": self.token_ids,
+            "tokens": self.tokens,
+            "block_table": self.block_table,
+        }
+        return replace(step, **arrays, stored=self.stored, slot_mapping=self.slot_mapping)
 
 
 def _pages(step):
@@ -360,7 +369,7 @@ class Graphs:
         yield from capture.constants
         yield from frame.arrays()
         for _, _, x in parameters(self._model.weights):
-            yield from arrays_of(x)
+            yield from to_arrays(x)
         for _, pages in self._model.cache.arrays():
             yield pages
         if self._model.expert_load is not None:
@@ -382,12 +391,12 @@ def _reason_against(model):
         return "there are no compiled functions"
     if model.device.name == "cpu" and node.threads() > 1:
         return "several threads"
-    if grid.cp.size > 1 or model.context.kv.size > 1:
+    if grid.cp.size > 1 or model.attention.kv.size > 1:
         return "attention passes between ranks"
     if arch.mla is not None:
         return "latent attention"
     if grid.experts is not None:
         return "tokens travel between ranks"
-    if grid.layout.zero != "off" or grid.side:
+    if grid.layout.zero != "off" or grid.role:
         return "parameters or tokens come from other ranks"
     return None

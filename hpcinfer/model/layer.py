@@ -154,7 +154,7 @@ def _attention(model, n, cut, w, step, rotation):
         q, k, _ = _split(qk, heads)
         for point, heads_of_point in (("q", q), ("k", k), ("v", v)):
             model.show(point, n, heads_of_point, step, "mine")
-        o = model.context.attend(n, q, step)
+        o = model.attention.attend(n, q, step)
         return o.reshape(T, o.shape[1] * arch.K)
 
     return lambda x: tensor.partial_sum(x, w.qkv, attend, w.o, w.qkv_bias)
@@ -168,7 +168,7 @@ def _norm_of_all_heads(model, w, q, k):
     q, k : (T, H/P, K), (T, G/P, K) float32; a key head may be on several ranks and counts once
     """
     arch, xp = model.arch, array.namespace(q)
-    squares = xp.stack([_squares(q), _squares(k[:, slice(*model.context.first_kv)])])
+    squares = xp.stack([_squares(q), _squares(k[:, slice(*model.attention.first_kv)])])
     squares = collectives.Allreduce(model.grid.tp, squares, purpose="qk norm")
     results = []
     for x, weight, n, square in zip(
@@ -187,7 +187,7 @@ def _squares(x):
 def _ffn(model, n, cut, w, step):
     """This rank's share of the FFN half of layer n: function (T, D) -> (T, D){sum}."""
     if not model.arch.sparse[n]:
-        return lambda x: tensor.partial_sum(x, w.up, cut.middle, w.down, w.up_bias)
+        return lambda x: tensor.partial_sum(x, w.up, cut.between, w.down, w.up_bias)
 
     def mixture(x):
         ids, weights = routed_choices(model, n, w, x, step, "mine")

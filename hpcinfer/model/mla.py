@@ -48,7 +48,7 @@ def latent_attention(model, n, w, step, rotation):
         q_rotated = _rotated(mla, q[..., mla.plain :], rotation)
         q = xp.concatenate([q_plain, q_rotated], axis=-1)
         model.show("q", n, q, step, "mine")
-        o_latent = model.context.attend(n, q, step)
+        o_latent = model.attention.attend(n, q, step)
 
         # Expand the outputs, one value a head and token.
         o = _by_head(o_latent, of_heads[:, mla.plain :])

@@ -55,14 +55,14 @@ def moe_sum(cut, w, x, ids, weights):
     (T, D) float32, {sum}
     """
     y = experts_ffn(
-        x, ids, weights, w.experts_up, w.experts_down, cut.first_expert, cut.experts_middle
+        x, ids, weights, w.experts_up, w.experts_down, cut.first_expert, cut.experts_between
     )
     return y if w.shared_up is None else add_into(y, shared_sum(cut, w, x))
 
 
 def shared_sum(cut, w, x):
     """This rank's share of the experts that every token takes: (T, D) -> (T, D){sum}."""
-    y = linear_pair(x, w.shared_up, cut.shared_middle, w.shared_down)
+    y = linear_pair(x, w.shared_up, cut.shared_between, w.shared_down)
     if w.shared_gate is None:
         return y
     return y * sigmoid(linear(x, w.shared_gate))
@@ -86,7 +86,7 @@ def spread_experts(model, n, cut, w, x, step):
 
     def compute(x, ids, weights):
         up, down = w.experts_up, w.experts_down
-        return experts_ffn(x, ids, weights, up, down, cut.first_expert, cut.experts_middle)
+        return experts_ffn(x, ids, weights, up, down, cut.first_expert, cut.experts_between)
 
     shares = expert_shares(arch, model.grid)
     return expert.experts(model.grid.experts, x, ids, weights, shares, compute, model.dtype)

@@ -5,12 +5,12 @@ from functools import cached_property
 
 import numpy as np
 
-from hpcinfer.model.block_table import Books
+from hpcinfer.model.block_table import BlockTable
 from hpcinfer.model.token_owners import in_parts
 
 
 @dataclass
-class Phase:
+class TokenRun:
     """A run of a step's tokens that one strategy serves.
 
     Attributes
@@ -49,8 +49,8 @@ class Step:
     home : (T,) int64, which rank of tp keeps each token between the halves of a layer; -1 if all do
     mine : (T/P,) int64, own: the tokens that this rank computes
     stored : (n,) int64, own: which of `mine` have their key and value in this rank's cache
-    slots : (n,) int64, own: place of each of `stored` in the cache: page · PAGE + offset
-    books : Books, where the cached keys are
+    slot_mapping : (n,) int64, own: place of each of `stored` in the cache: page · PAGE + offset
+    block_table : BlockTable, where the cached keys are
     """
 
     token_ids: np.ndarray
@@ -67,8 +67,8 @@ class Step:
     home: np.ndarray
     mine: np.ndarray
     stored: np.ndarray
-    slots: np.ndarray
-    books: Books
+    slot_mapping: np.ndarray
+    block_table: BlockTable
 
     @property
     def n_tokens(self):
@@ -113,4 +113,4 @@ class Step:
         own = slice(*np.searchsorted(self.mine, (start, stop)))
         counts = np.bincount(self.part[start:stop], minlength=self.parts).tolist()
         order = in_parts(self.part[start:stop])
-        return Phase(self.tokens[start:stop], own, self.mine[own] - start, counts, order)
+        return TokenRun(self.tokens[start:stop], own, self.mine[own] - start, counts, order)

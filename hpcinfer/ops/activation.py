@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hpcinfer import array
-from hpcinfer.ops.dispatch import fastest
+from hpcinfer.ops.dispatch import dispatch
 
 
 def sigmoid(x):
@@ -78,7 +78,7 @@ def activation(name):
         raise ValueError(f"activation: got {name!r}, need one of {known}") from None
 
 
-@fastest
+@dispatch
 def gated(gate_up, function, widths, dtype=np.float32):
     """function(gate) · up (Shazeer 2020, arXiv:2002.05202).
 

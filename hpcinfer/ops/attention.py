@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 
 from hpcinfer import array
-from hpcinfer.ops.dispatch import fastest
+from hpcinfer.ops.dispatch import dispatch
 
 # Rows (queries times heads of a group) and keys of one block: 1 MB of scores stays in an L2 cache
 # of 2 MB beside its keys and values. Fewer rows meet more keys at a time.
@@ -18,7 +18,7 @@ _ROWS, _KEYS, _MOST_KEYS = 512, 512, 1024
 _LOWEST = np.finfo(np.float32).min
 
 
-@fastest
+@dispatch
 def attention(
     q, k, v, q_pos, k_pos, *, scale, groups, window=None, softcap=None, between=None, v_columns=None
 ):
@@ -38,21 +38,23 @@ def attention(
 
     Returns
     -------
-    o : (S, H, width of a value) float32; zero where no key is seen
-    lse : (S, H) float32; -inf where no key is seen
+    o : (S, H, width of a value) float32; zero where no key is visible
+    lse : (S, H) float32; -inf where no key is visible
     """
     xp = array.namespace(q)
     S, H, _ = q.shape
     width = v.shape[-1] if v_columns is None else v_columns
-    running = [_Running(xp, S, stop - start, width) for start, stop in groups]
+    running = [_RunningSoftmax(xp, S, stop - start, width) for start, stop in groups]
     factor = xp.float32(scale if softcap is None else scale / softcap)
     q_scaled = [q[:, start:stop] * factor for start, stop in groups]
-    for columns, seen in blocks(q_pos, k_pos, window, H / max(1, len(groups))):
-        seen = [(rows, None if hidden is None else xp.asarray(hidden)) for rows, hidden in seen]
+    for columns, visible in blocks(q_pos, k_pos, window, H / max(1, len(groups))):
+        visible = [
+            (rows, None if hidden is None else xp.asarray(hidden)) for rows, hidden in visible
+        ]
         for g, state in enumerate(running):
             k_block = array.widen(k[columns, g])
             v_block = array.widen(v[columns, g]) if v_columns is None else k_block[:, :v_columns]
-            for rows, hidden in seen:
+            for rows, hidden in visible:
                 state.add(rows, q_scaled[g][rows], k_block, v_block, hidden, softcap)
                 if between is not None:
                     between()
@@ -63,7 +65,7 @@ def attention(
     return o, lse
 
 
-class _Running:
+class _RunningSoftmax:
     """Attention of one group's query heads over the blocks of keys met so far.
 
     The same sums as `merge`, in the form of flash attention (Dao 2022, arXiv:2205.14135): o stays
@@ -87,7 +89,7 @@ class _Running:
         """Add a block of keys: q (s, n, K) of the queries `rows`, scaled; k, v (L, K) float32."""
         xp, (s, n, K) = self.xp, q.shape
 
-        # Score, cap, and hide what is not seen.
+        # Score, cap, and hide what is not visible.
         scores = (q.reshape(s * n, K) @ k.T).reshape(s, n, -1)
         if softcap is not None:
             xp.tanh(scores, out=scores)
@@ -125,7 +127,7 @@ def blocks(q_pos, k_pos, window, n, size=None):
     Yields
     ------
     columns : slice of the keys
-    seen : list of (rows, hidden): slice of the queries, and the (s, l) truth of "this query does
+    visible : list of (rows, hidden): slice of the queries, and the (s, l) truth of "this query does
         not see this key", None if each sees all
     """
     if not (n and len(q_pos) and len(k_pos)):
@@ -135,15 +137,15 @@ def blocks(q_pos, k_pos, window, n, size=None):
     keys = min(limit, max(most, int(most_rows * most / (n * min(s, len(q_pos))))))
     q_ranges, k_ranges = _position_ranges(q_pos, s), _position_ranges(k_pos, keys)
     for columns, k_first, k_last in k_ranges:
-        seen = []
+        visible = []
         for rows, q_first, q_last in q_ranges:
             begin = -1 if window is None else q_first - window
             if k_first > q_last or k_last <= begin:
                 continue
             whole = k_last <= q_first and (window is None or k_first > q_last - window)
-            seen.append((rows, None if whole else _hidden(q_pos[rows], k_pos[columns], window)))
-        if seen:
-            yield columns, seen
+            visible.append((rows, None if whole else _hidden(q_pos[rows], k_pos[columns], window)))
+        if visible:
+            yield columns, visible
 
 
 def _position_ranges(pos, size):
@@ -188,8 +190,8 @@ def ragged_attention(
 
     Returns
     -------
-    o : (T, H, width of a value) float32; zero where no key is seen
-    lse : (T, H) float32; -inf where no key is seen
+    o : (T, H, width of a value) float32; zero where no key is visible
+    lse : (T, H) float32; -inf where no key is visible
     """
     xp = array.namespace(q)
     if not _in_order(q_tokens):
@@ -327,9 +329,9 @@ def _order(tokens):
     return order, np.argsort(order)
 
 
-@fastest
+@dispatch
 def paged_attention(
-    q, q_tokens, k_pages, v_pages, books, *,
+    q, q_tokens, k_pages, v_pages, block_table, *,
     scale, groups, window=None, v_columns=None, dtype=np.float32,
 ):  # fmt: skip
     """Attention of some tokens of a step to the keys and values in this rank's pages.
@@ -339,8 +341,8 @@ def paged_attention(
     q : (T, H, K) float32
     q_tokens : (T, 2) int, sequence and position of every query, host; sequences ascending
     k_pages, v_pages : (pages, G, page, K), this step's keys and values already written
-    books : object whose `pages(b, start)` gives this rank's pages of sequence b, and which page of
-        the sequence each one is; and `lengths`, the keys of every sequence
+    block_table : object whose `pages(b, start)` gives this rank's pages of sequence b, and which
+        page of the sequence each one is; and `lengths`, the keys of every sequence
     scale, groups, window, v_columns : as for `attention`
     dtype : type that o is rounded to, where nothing but a product in it follows
 
@@ -355,7 +357,7 @@ def paged_attention(
     lse = xp.empty(q.shape[:2], xp.float32)
     for b, rows in sequences(q_tokens):
         q_pos = q_tokens[rows, 1]
-        k, v, k_pos = cached(k_pages, v_pages, books, b, reach(q_pos, window))
+        k, v, k_pos = cached(k_pages, v_pages, block_table, b, window_start(q_pos, window))
         o[rows], lse[rows] = attention(
             q[rows], k, v, q_pos, k_pos,
             scale=scale, groups=groups, window=window, v_columns=v_columns,
@@ -363,7 +365,7 @@ def paged_attention(
     return array.narrow(o, dtype), lse
 
 
-def cached(k_pages, v_pages, books, b, start=0):
+def cached(k_pages, v_pages, block_table, b, start=0):
     """Keys and values of sequence b in this rank's pages, from the page of token `start` on.
 
     Returns
@@ -372,22 +374,22 @@ def cached(k_pages, v_pages, books, b, start=0):
     k_pos : (L,) int64, host
     """
     page = k_pages.shape[2]
-    places, numbers = books.pages(b, start)
+    places, numbers = block_table.pages(b, start)
     k_pos = (numbers[:, None] * page + np.arange(page)).reshape(-1)
     length = len(k_pos)
-    if length and k_pos[-1] >= books.lengths[b]:
-        length -= int(k_pos[-1]) + 1 - int(books.lengths[b])
+    if length and k_pos[-1] >= block_table.lengths[b]:
+        length -= int(k_pos[-1]) + 1 - int(block_table.lengths[b])
     places = array.namespace(k_pages).asarray(places)
     k, v = (_flat(_taken(pool, places))[:length] for pool in (k_pages, v_pages))
     return k, v, k_pos[:length]
 
 
-def reach(q_pos, window):
+def window_start(q_pos, window):
     """First position that the queries at `q_pos` see: 0, or where the first one's window begins."""
     return 0 if window is None else max(0, int(q_pos.min()) - window + 1)
 
 
-def seen(q_pos, k_pos, window):
+def visible(q_pos, k_pos, window):
     """Which keys each query sees, of keys whose positions ascend.
 
     Returns

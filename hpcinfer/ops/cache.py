@@ -3,13 +3,13 @@
 import numpy as np
 
 from hpcinfer import array
-from hpcinfer.ops.dispatch import fastest
+from hpcinfer.ops.dispatch import dispatch
 from hpcinfer.ops.inplace import copy_into
 from hpcinfer.ops.norm import rms_norm
 from hpcinfer.ops.rope import rotate
 
 
-@fastest
+@dispatch
 def store(k, v, rows, k_pages, v_pages, slots):
     """Write some rows of k and v, rounded to the pages' type, where they belong.
 
@@ -26,7 +26,7 @@ def store(k, v, rows, k_pages, v_pages, slots):
         pages[places, :, offsets] = array.narrow(x[rows], pages.dtype)
 
 
-@fastest
+@dispatch
 def place_heads(qkv, norms, eps, rotation, rows, k_pages, v_pages, slots):
     """Norm and rotate queries and keys, and store keys and values.
 

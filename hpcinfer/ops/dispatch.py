@@ -17,7 +17,7 @@ _forms = []  # of every function, its fast form for each type of array, as far a
 _choice = "auto"
 
 
-def fastest(plain):
+def dispatch(plain):
     """A function with fast forms elsewhere; chosen by the namespace of its first argument.
 
     Returns

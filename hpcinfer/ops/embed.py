@@ -3,10 +3,10 @@
 import numpy as np
 
 from hpcinfer import array
-from hpcinfer.ops.dispatch import fastest
+from hpcinfer.ops.dispatch import dispatch
 
 
-@fastest
+@dispatch
 def embed(weight, token_ids, start):
     """Rows of an embedding.
 

@@ -3,11 +3,11 @@
 from itertools import pairwise
 
 from hpcinfer import array
-from hpcinfer.ops.dispatch import fastest
+from hpcinfer.ops.dispatch import dispatch
 from hpcinfer.ops.linear import linear_pair
 
 
-@fastest
+@dispatch
 def experts_ffn(x, ids, weights, up, down, first, function):
     """Sum over the own experts of weight · down · function(up · x), for every token.
 

@@ -3,14 +3,14 @@
 import numpy as np
 
 from hpcinfer import array
-from hpcinfer.ops.dispatch import fastest
+from hpcinfer.ops.dispatch import dispatch
 from hpcinfer.ops.quantize import Quantized, dequantize
 
 # Rows of a 16-bit or quantised weight that are widened at a time, in bytes of float32.
 _BLOCK_BYTES = 8 << 20
 
 
-@fastest
+@dispatch
 def linear(x, weight, bias=None):
     """x · weightᵀ + bias, accumulated in float32.
 
@@ -38,22 +38,22 @@ def linear(x, weight, bias=None):
     return y
 
 
-@fastest
-def linear_pair(x, first, middle, second, bias=None):
-    """Two products with something between: middle(x · firstᵀ + bias) · secondᵀ.
+@dispatch
+def linear_pair(x, first, between, second, bias=None):
+    """Two products with something between: between(x · firstᵀ + bias) · secondᵀ.
 
     Parameters
     ----------
     x : (T, I) float32, or rounded already
     first, second : (C, I), (O, M), as the weight of `linear`
-    middle : function (T, C) -> (T, M); fast forms know `activation.Gate`
+    between : function (T, C) -> (T, M); fast forms know `activation.Gate`
     bias : (C,) float32, or None
 
     Returns
     -------
     (T, O) float32
     """
-    return linear(middle(linear(x, first, bias)), second)
+    return linear(between(linear(x, first, bias)), second)
 
 
 def _widened(x, weight, wide):

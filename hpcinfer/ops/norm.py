@@ -3,11 +3,11 @@
 import numpy as np
 
 from hpcinfer import array
-from hpcinfer.ops.dispatch import fastest
+from hpcinfer.ops.dispatch import dispatch
 from hpcinfer.ops.inplace import add_into
 
 
-@fastest
+@dispatch
 def rms_norm(x, weight, eps, dtype=np.float32):
     """x / sqrt(mean(x²) + eps) · weight over the last axis (Zhang 2019, arXiv:1910.07467).
 
@@ -27,7 +27,7 @@ def rms_norm(x, weight, eps, dtype=np.float32):
     return array.narrow(x / xp.sqrt(mean_square + xp.float32(eps)) * weight, dtype)
 
 
-@fastest
+@dispatch
 def layer_norm(x, weight, bias, eps, dtype=np.float32):
     """(x - mean) / sqrt(variance + eps) · weight + bias, last axis (Ba 2016, arXiv:1607.06450).
 
@@ -49,7 +49,7 @@ def layer_norm(x, weight, bias, eps, dtype=np.float32):
     return array.narrow(y if bias is None else y + bias, dtype)
 
 
-@fastest
+@dispatch
 def add_rms_norm(y, x, weight, eps, dtype=np.float32):
     """y + x in the memory of y, and its RMS norm.
 
@@ -67,7 +67,7 @@ def add_rms_norm(y, x, weight, eps, dtype=np.float32):
     return y, rms_norm(y, weight, eps, dtype)
 
 
-@fastest
+@dispatch
 def add_layer_norm(y, x, weight, bias, eps, dtype=np.float32):
     """y + x in the memory of y, and its layer norm.
 

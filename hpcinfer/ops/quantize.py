@@ -29,7 +29,7 @@ _LARGEST = (-9.5, -9.0, -8.7, -8.4, -8.2, -8.0, -7.8, -7.6, -7.3, -7.0, 6.6, 7.0
 
 
 @dataclass(frozen=True)
-class Form:
+class QuantFormat:
     """How words and scales are to be read.
 
     Attributes
@@ -75,7 +75,7 @@ class Quantized:
 
     Attributes
     ----------
-    form : Form
+    form : QuantFormat
     words : (..., O, form.blocks · 32) uint16; a row is unbroken, rows may lie apart
     scales : (..., O, form.groups) float16, likewise
     """
@@ -206,7 +206,7 @@ def dequantize(weight):
     return codes
 
 
-def arrays_of(weight):
+def to_arrays(weight):
     """The arrays that a parameter is made of: words and scales, or itself."""
     return (weight.words, weight.scales) if isinstance(weight, Quantized) else (weight,)
 
@@ -216,7 +216,7 @@ def form_of(weight):
     return weight.form if isinstance(weight, Quantized) else None
 
 
-def joined(form, arrays):
+def from_arrays(form, arrays):
     """The parameter that is made of these arrays."""
     return arrays[0] if form is None else Quantized(form, *arrays)
 

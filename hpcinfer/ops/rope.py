@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hpcinfer import array
-from hpcinfer.ops.dispatch import fastest
+from hpcinfer.ops.dispatch import dispatch
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def angles(rope, positions, length_classes=None):
     return np.cos(angle) * factor, np.sin(angle) * factor
 
 
-@fastest
+@dispatch
 def rotate(x, cos, sin):
     """Rotate the first columns of every head; the pairs are columns i and i + dim/2.
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from hpcinfer import array
 from hpcinfer.ops.activation import sigmoid
-from hpcinfer.ops.dispatch import fastest
+from hpcinfer.ops.dispatch import dispatch
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Router:
     corrected: bool = False
 
 
-@fastest
+@dispatch
 def route(logits, router, bias=None):
     """Experts of every token, the best first, and their weights; of equal scores the lowest number.
 
@@ -94,7 +94,7 @@ def _largest(scores, k):
     return array.namespace(scores).argsort(-scores, axis=1, kind="stable")[:, :k]
 
 
-@fastest
+@dispatch
 def count_into(counts, ids):
     """Add to counts how many tokens chose each expert.
 

@@ -30,13 +30,13 @@ import numpy as np
 
 from hpcinfer import array
 from hpcinfer.errors import NotFinite
-from hpcinfer.ops.dispatch import fastest
+from hpcinfer.ops.dispatch import dispatch
 from hpcinfer.ops.random import gumbel, gumbel_range
 
 GREEDY_BELOW = 1e-5  # a temperature below it means the largest logit, as in vLLM
 BLOCK_ITEMS = 1 << 16  # logits handled at a time: temporaries stay bounded, and in cache
 
-# Columns of `Rows`: element type, neutral value, smallest and largest value.
+# Columns of `SamplingBatch`: element type, neutral value, smallest and largest value.
 _COLUMNS = {
     "temperature": (np.float64, 0.0, 0.0, 1e30),
     "top_k": (np.int64, 0, 0, 2**63 - 1),
@@ -95,8 +95,8 @@ _NOTHING_SEEN = History(())
 
 
 @dataclass(frozen=True)
-class Rows:
-    """How to choose the next token of R sequences, one item per sequence; made by `Rows.make`.
+class SamplingBatch:
+    """How to choose the next token of R sequences, one item each; made by `SamplingBatch.make`.
 
     Attributes
     ----------
@@ -150,7 +150,7 @@ class Rows:
         columns = {name: getattr(self, name)[index] for name in _COLUMNS}
         history = self.history and tuple(self.history[i] for i in index)
         banned = self.banned and tuple(self.banned[i] for i in index)
-        return Rows(**columns, history=history, banned=banned)
+        return SamplingBatch(**columns, history=history, banned=banned)
 
     def at(self, positions, banned):
         """The same rows for tokens at other positions, where other ids may be banned."""
@@ -210,7 +210,7 @@ def choose(logits, rows):
     Parameters
     ----------
     logits : (R, V) of any floating type
-    rows : Rows, R of them
+    rows : SamplingBatch, R of them
 
     Returns
     -------
@@ -262,7 +262,7 @@ def _choose_row(x, rows, r):
 # ---- what a rank does with its own columns ----
 
 
-@fastest
+@dispatch
 def columns(logits, start, V, rows, width, between=None):
     """A rank's own columns of the logits, ready for the questions that a choice asks of them.
 
@@ -271,7 +271,7 @@ def columns(logits, start, V, rows, width, between=None):
     logits : (R, V/P) of any floating type
     start : vocabulary id of the first column
     V : length of the whole vocabulary
-    rows : Rows, R of them, `Rows.within` the vocabulary
+    rows : SamplingBatch, R of them, `Rows.within` the vocabulary
     width : candidates that the first round asks for
     between : function called while a device computes, or None
 
@@ -345,7 +345,7 @@ def penalise(logits, start, rows):
     ----------
     logits : (R, V/P)
     start : vocabulary id of the first column
-    rows : Rows
+    rows : SamplingBatch
 
     Returns
     -------
@@ -394,7 +394,7 @@ def best(x, start, rows):
     ----------
     x : (R, V/P) float32, penalised
     start : vocabulary id of the first column
-    rows : Rows
+    rows : SamplingBatch
 
     Returns
     -------
@@ -500,7 +500,8 @@ def draw(keys, floor, total, V, rows):
     floor : (n,) uint64, 0 where the candidates are the whole vocabulary
     total : (n,) int64, sum of the weights after min-p; not read in rows with top-k
     V : length of the whole vocabulary
-    rows : Rows, n of them; each top_k at most the number of its candidates from the floor upward
+    rows : SamplingBatch, n of them; each top_k at most the number of its candidates from the
+        floor upward
 
     Returns
     -------
@@ -625,7 +626,7 @@ def _units_of_one(V):
 
 
 def _column(name, values, R):
-    """One checked column of `Rows`, filled up where a scalar or nothing is given."""
+    """One checked column of `SamplingBatch`, filled up where a scalar or nothing is given."""
     dtype, neutral, lowest, highest = _COLUMNS[name]
     if values is None:
         return np.full(R, neutral, dtype)

@@ -34,7 +34,7 @@ class Dispatch:
     comm : intercommunicator to the FFN ranks
     x : (T/M, D) float32
     ids, weights : (T/M, k) int, float32: experts that each token chose
-    shares : list of partition.Share, the experts and columns of every FFN rank
+    shares : list of partition.ExpertShare, the experts and columns of every FFN rank
     dtype : element type in which tokens travel
     common : True if the FFN side has an expert beside these that all tokens choose
 
@@ -97,7 +97,7 @@ def attention_side(comm, layers, xs, attend, add, shares, dtype=np.float32, purp
     attend : function (n, b, x) -> x, sent, ids, weights, common: the attention half of layer n for
         micro-batch b, and the tokens (T/M, D) that go to the FFN side with their choices
     add : function (n, b, x, y) -> x: the FFN's result (T/M, D) taken up
-    shares : function of a layer's number, the list of partition.Share of the FFN ranks
+    shares : function of a layer's number, the list of partition.ExpertShare of the FFN ranks
 
     Returns
     -------

@@ -28,7 +28,7 @@ def experts(comm, x, ids, weights, shares, compute, dtype=np.float32, purpose="e
     x : (T/P, D) float32
     ids : (T/P, k) int, experts that each token chose; negative ones are no choice
     weights : (T/P, k) float32
-    shares : list of partition.Share, the experts and columns of every rank
+    shares : list of partition.ExpertShare, the experts and columns of every rank
     compute : function (x, ids, weights) -> (n, D) float32, the weighted sum of the results of this
         rank's experts, own columns; choices of other ranks' experts are left out
     dtype : element type in which tokens travel; that of the weights loses nothing, as products

@@ -19,8 +19,8 @@ def gather(comm, o, lse, root=0, purpose="gather"):
 
     Parameters
     ----------
-    o : (T, H, K) float32, zero where this rank's keys are not seen
-    lse : (T, H) float32, -inf where this rank's keys are not seen
+    o : (T, H, K) float32, zero where this rank's keys are not visible
+    lse : (T, H) float32, -inf where this rank's keys are not visible
     root : rank that merges
 
     Returns

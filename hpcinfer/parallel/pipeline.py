@@ -58,7 +58,7 @@ class Pipeline:
         )
         return None
 
-    def announce(self, result):
+    def broadcast_result(self, result):
         """Send what the last rank found in a micro-batch to all others, without waiting.
 
         Parameters
@@ -69,7 +69,7 @@ class Pipeline:
             purpose = f"{self.purpose} result"
             self._outgoing.add(collectives.Isend(self.comm, result, rank, _BACK, purpose))
 
-    def hear(self):
+    def receive_result(self):
         """What the last rank announced of the oldest micro-batch not heard of: (n,) uint8, host.
 
         Raises

@@ -20,16 +20,16 @@ from hpcinfer.ops.linear import linear_pair
 
 
 def half_layer(
-    comm, x, counts, column, middle, row, column_bias=None, row_bias=None, purpose="sequence"
+    comm, x, counts, column, between, row, column_bias=None, row_bias=None, purpose="sequence"
 ):
-    """Allgather, column product, `middle`, row product, ReduceScatter.
+    """Allgather, column product, `between`, row product, ReduceScatter.
 
     Parameters
     ----------
     x : (T/P, D) float32, or rounded for the column product
     counts : tokens of every rank
     column, column_bias : (C/P, D), (C/P,) or None
-    middle : function (T, C/P) -> (T, M/P), of this rank's columns only
+    between : function (T, C/P) -> (T, M/P), of this rank's columns only
     row, row_bias : (D, M/P), (D,) or None; the bias is whole
 
     Returns
@@ -38,7 +38,7 @@ def half_layer(
     """
 
     def products(x_all):
-        return linear_pair(x_all, column, middle, row, column_bias)
+        return linear_pair(x_all, column, between, row, column_bias)
 
     return complete(comm, x, counts, products, row_bias, purpose)
 

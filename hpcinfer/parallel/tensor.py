@@ -6,8 +6,8 @@
     source   Shoeybi et al. 2019, section 3 (arXiv:1909.08053)
 
 Both halves of a layer have this form. In the attention half the column product gives the queries,
-keys and values of the rank's own heads, and `middle` is attention over them; in the FFN half it
-gives the rank's own columns, and `middle` is the non-linearity. Neither mixes columns of different
+keys and values of the rank's own heads, and `between` is attention over them; in the FFN half it
+gives the rank's own columns, and `between` is the non-linearity. Neither mixes columns of different
 ranks, so it can be applied to a part of the columns, but never to a partial sum: f(a + b) != f(a) +
 f(b). The row product turns the parts into partial sums, which the Allreduce completes in float32.
 The row bias belongs to the complete sum and is added once, after it. A rank may own no columns at
@@ -19,14 +19,14 @@ from hpcinfer.ops.inplace import add_into
 from hpcinfer.ops.linear import linear_pair
 
 
-def half_layer(comm, x, column, middle, row, column_bias=None, row_bias=None, purpose="tensor"):
-    """Column product, `middle`, row product, Allreduce.
+def half_layer(comm, x, column, between, row, column_bias=None, row_bias=None, purpose="tensor"):
+    """Column product, `between`, row product, Allreduce.
 
     Parameters
     ----------
     x : (T, D) float32, or rounded for the column product; equal on every rank
     column, column_bias : (C/P, D), (C/P,) or None
-    middle : function (T, C/P) -> (T, M/P), of this rank's columns only
+    between : function (T, C/P) -> (T, M/P), of this rank's columns only
     row, row_bias : (D, M/P), (D,) or None; the bias is whole
 
     Returns
@@ -34,7 +34,7 @@ def half_layer(comm, x, column, middle, row, column_bias=None, row_bias=None, pu
     (T, D) float32, equal on every rank
     """
     return complete(
-        comm, x, lambda x: partial_sum(x, column, middle, row, column_bias), row_bias, purpose
+        comm, x, lambda x: partial_sum(x, column, between, row, column_bias), row_bias, purpose
     )
 
 
@@ -55,6 +55,6 @@ def complete(comm, x, products, bias=None, purpose="tensor"):
     return y if bias is None else add_into(y, bias)
 
 
-def partial_sum(x, column, middle, row, column_bias=None):
+def partial_sum(x, column, between, row, column_bias=None):
     """This rank's share of a half layer before the reduction: (T, D){sum}."""
-    return linear_pair(x, column, middle, row, column_bias)
+    return linear_pair(x, column, between, row, column_bias)

@@ -32,8 +32,8 @@ def tree(comm, o, lse, purpose="tree"):
 
     Parameters
     ----------
-    o : (T, H, K) float32, zero where this rank's keys are not seen
-    lse : (T, H) float32, -inf where this rank's keys are not seen
+    o : (T, H, K) float32, zero where this rank's keys are not visible
+    lse : (T, H) float32, -inf where this rank's keys are not visible
 
     Returns
     -------

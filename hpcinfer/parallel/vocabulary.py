@@ -113,7 +113,7 @@ def choose(comm, logits, start, V, rows, between=None):
     logits : (R, V/P) of any floating type, cut by `partition.block`
     start : vocabulary id of the first own column
     V : length of the whole vocabulary
-    rows : sample.Rows, R of them, equal on every rank
+    rows : sample.SamplingBatch, R of them, equal on every rank
     between : function called while a device computes, or None
 
     Returns

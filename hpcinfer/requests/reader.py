@@ -60,7 +60,7 @@ _BATCH_FIELDS = {"custom_id", "method", "url", "body"}
 
 
 @dataclass(frozen=True)
-class Limits:
+class PromptLimits:
     """What a prompt must keep to.
 
     Attributes
@@ -92,7 +92,7 @@ class RequestReader:
     text : Text
     defaults : Sampling
         For the fields that an entry leaves out.
-    limits : Limits
+    limits : PromptLimits
     plain : bool
         Whether the lines are prompts, not JSON.
     score : bool
@@ -103,7 +103,7 @@ class RequestReader:
         self,
         text: Text,
         defaults: Sampling,
-        limits: Limits,
+        limits: PromptLimits,
         plain: bool = False,
         score: bool = False,
     ) -> None:
@@ -153,7 +153,7 @@ def parse_line(
     raw: bytes,
     text: Text,
     defaults: Sampling,
-    limits: Limits,
+    limits: PromptLimits,
     score: bool = False,
 ) -> Request | BadRequest:
     """Entry of one JSONL line, in the form of OpenAI Batch or the short form.
@@ -166,7 +166,7 @@ def parse_line(
         The line, with or without its line end.
     text : Text
     defaults : Sampling
-    limits : Limits
+    limits : PromptLimits
     score : bool
         Whether the prompt is a text to score as it stands.
 
@@ -190,7 +190,7 @@ def parse_text_line(
     raw: bytes,
     text: Text,
     defaults: Sampling,
-    limits: Limits,
+    limits: PromptLimits,
     score: bool = False,
 ) -> Request | BadRequest:
     """Entry of one line of plain text: the prompt is the line without its line end."""
@@ -206,7 +206,7 @@ def parse_item(
     item,
     text: Text,
     defaults: Sampling,
-    limits: Limits,
+    limits: PromptLimits,
     score: bool = False,
     line: int | None = None,
 ) -> Request | BadRequest:
@@ -277,7 +277,7 @@ def _hash(purpose: bytes, data: bytes) -> int:
     return int.from_bytes(blake2b(data, digest_size=8, person=purpose).digest(), "little")
 
 
-def _unicode(line: int, raw: bytes, limits: Limits) -> str:
+def _unicode(line: int, raw: bytes, limits: PromptLimits) -> str:
     """Text of a raw line; a byte order mark before the first one is dropped."""
     n_bytes = raw.nbytes if isinstance(raw, LongLine) else len(raw)
     if n_bytes > limits.line_bytes or isinstance(raw, LongLine):
@@ -429,7 +429,9 @@ def _chat_logprobs(body: dict) -> dict:
     return {"logprobs": (0 if top is None else top) if switch else None}
 
 
-def _prompt(body: dict, kind: str, text: Text, limits: Limits, score: bool) -> tuple[int, ...]:
+def _prompt(
+    body: dict, kind: str, text: Text, limits: PromptLimits, score: bool
+) -> tuple[int, ...]:
     """Token ids of the one prompt of a body, within the limits."""
     given = [name for name in _PROMPT_FIELDS if body.get(name) is not None]
     if len(given) != 1:
@@ -457,7 +459,7 @@ def _only_one(prompt):
     return prompt
 
 
-def _token_ids(value, name: str, limits: Limits, reserved: int) -> tuple[int, ...]:
+def _token_ids(value, name: str, limits: PromptLimits, reserved: int) -> tuple[int, ...]:
     """Token ids of a prompt, checked; `reserved` places of the context stay free."""
     if not isinstance(value, list | tuple):
         raise _refusal(f"{name} {shown(value)}", "text or a list of token ids", "correct the field")
@@ -507,7 +509,7 @@ def _content(content) -> str | None:
     return "\n".join(texts)
 
 
-def _fitted(sampling: Sampling, prompt_tokens: int, text: Text, limits: Limits) -> Sampling:
+def _fitted(sampling: Sampling, prompt_tokens: int, text: Text, limits: PromptLimits) -> Sampling:
     """Sampling that ends at the end of the context window, with stops that can occur."""
     if sampling.stop and not text.available:
         raise _refusal(

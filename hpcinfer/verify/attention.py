@@ -13,7 +13,7 @@ from hpcinfer import partition
 from hpcinfer.ops.attention import ragged_attention
 from hpcinfer.parallel import gather, ring, split, tree, ulysses
 from hpcinfer.verify import oracle
-from hpcinfer.verify.row import Row, Trial
+from hpcinfer.verify.row import Case, Trial
 
 LENGTHS = (83, 1, 37, 6)
 LONGEST = max(LENGTHS)
@@ -202,18 +202,18 @@ def decode_ring(comm, rng, put, cut):
 
 
 ROWS = [
-    Row("split Q only", "Q", split_q),
-    Row("split V only", "V", split_v),
-    Row("split K only", "K", split_k, equal=False),
-    Row("split, keys gathered", "Q, K, V", split_gathered),
-    *(Row("ring", cut.replace("_", "-"), partial(ring_keys, cut=cut)) for cut in partition.CUTS),
-    Row("ring, window", "contiguous", partial(ring_window, cut="contiguous")),
-    Row("ring, queries pass", "block-cyclic", partial(ring_queries, cut="block_cyclic")),
-    Row("ulysses", "block-cyclic, heads", partial(ulysses_heads, cut="block_cyclic")),
-    Row("decode, gather", "block-cyclic", partial(decode_gather, cut="block_cyclic")),
-    Row("decode, tree", "block-cyclic", partial(decode_tree, cut="block_cyclic")),
-    Row("decode, tree_single", "block-cyclic", partial(decode_tree_single, cut="block_cyclic")),
-    Row("decode, ring", "block-cyclic", partial(decode_ring, cut="block_cyclic")),
+    Case("split Q only", "Q", split_q),
+    Case("split V only", "V", split_v),
+    Case("split K only", "K", split_k, equal=False),
+    Case("split, keys gathered", "Q, K, V", split_gathered),
+    *(Case("ring", cut.replace("_", "-"), partial(ring_keys, cut=cut)) for cut in partition.CUTS),
+    Case("ring, window", "contiguous", partial(ring_window, cut="contiguous")),
+    Case("ring, queries pass", "block-cyclic", partial(ring_queries, cut="block_cyclic")),
+    Case("ulysses", "block-cyclic, heads", partial(ulysses_heads, cut="block_cyclic")),
+    Case("decode, gather", "block-cyclic", partial(decode_gather, cut="block_cyclic")),
+    Case("decode, tree", "block-cyclic", partial(decode_tree, cut="block_cyclic")),
+    Case("decode, tree_single", "block-cyclic", partial(decode_tree_single, cut="block_cyclic")),
+    Case("decode, ring", "block-cyclic", partial(decode_ring, cut="block_cyclic")),
 ]
 
 

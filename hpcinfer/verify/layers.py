@@ -18,7 +18,7 @@ from hpcinfer.parallel.expert import experts
 from hpcinfer.parallel.pipeline import Pipeline
 from hpcinfer.verify import oracle
 from hpcinfer.verify.linear import counts, normal, own
-from hpcinfer.verify.row import Row, Trial
+from hpcinfer.verify.row import Case, Trial
 
 # Layers, tokens, widths, experts, choices of a token, items: none divides by 2, 3, 4 or 8.
 N, T, D, F, E, TOP, ITEMS = 5, 19, 13, 11, 11, 2, 101
@@ -70,9 +70,9 @@ def pipeline_stages(comm, rng, put):
         )
         if pipeline.is_last:
             heard.append(array.host(y))
-            pipeline.announce(heard[-1].reshape(-1).view(np.uint8))
+            pipeline.broadcast_result(heard[-1].reshape(-1).view(np.uint8))
     if not pipeline.is_last:
-        heard = [pipeline.hear().view(np.float32).reshape(-1, D) for _ in micro]
+        heard = [pipeline.receive_result().view(np.float32).reshape(-1, D) for _ in micro]
     pipeline.wait()
     formula_bytes = 2 * WORD * T * D * (comm.size - 1)
     return Trial((np.concatenate(heard),), (_through(x, layers),), formula_bytes)
@@ -162,14 +162,14 @@ def data_queue(comm, rng, put):
 
 
 ROWS = [
-    Row("zero, allgather", "parameters", partial(zero_units, small_bytes=0)),
-    Row("zero, broadcast", "parameters", partial(zero_units, small_bytes=np.inf)),
-    Row("pipeline", "layers", pipeline_stages),
-    Row("expert", "experts", partial(expert_cut, n_experts=E)),
-    Row("expert, E < P", "experts, columns", few_experts),
-    Row("disagg", "experts apart", partial(disagg_sides, n_experts=E), least_ranks=2),
-    Row("disagg, dense", "columns apart", partial(disagg_sides, n_experts=1), least_ranks=2),
-    Row("data", "queue", data_queue),
+    Case("zero, allgather", "parameters", partial(zero_units, small_bytes=0)),
+    Case("zero, broadcast", "parameters", partial(zero_units, small_bytes=np.inf)),
+    Case("pipeline", "layers", pipeline_stages),
+    Case("expert", "experts", partial(expert_cut, n_experts=E)),
+    Case("expert, E < P", "experts, columns", few_experts),
+    Case("disagg", "experts apart", partial(disagg_sides, n_experts=E), least_ranks=2),
+    Case("disagg, dense", "columns apart", partial(disagg_sides, n_experts=1), least_ranks=2),
+    Case("data", "queue", data_queue),
 ]
 
 

@@ -11,7 +11,7 @@ from hpcinfer.ops.attention import ragged_attention
 from hpcinfer.ops.linear import linear
 from hpcinfer.parallel import matmul, sequence, tensor, vocabulary
 from hpcinfer.verify import oracle
-from hpcinfer.verify.row import Row, Trial
+from hpcinfer.verify.row import Case, Trial
 
 # Tokens, columns in and out of a product, and the model's widths: none divides by 2, 3, 4 or 8.
 T, IN, OUT, D, F, V = 19, 31, 23, 29, 37, 101
@@ -151,23 +151,23 @@ def vocabulary_log_softmax(comm, rng, put):
 
 def vocabulary_greedy(comm, rng, put):
     (logits,) = normal(rng, put, (T, V))
-    mine, rows = own(comm, V), sample.Rows.make(T, temperature=0)
+    mine, rows = own(comm, V), sample.SamplingBatch.make(T, temperature=0)
     chosen = vocabulary.choose(comm, logits[:, mine], mine.start, V, rows)
     formula_bytes = comm.size * (comm.size - 1) * 16 * T
     return Trial((chosen.token_ids,), (array.host(logits).argmax(axis=1),), formula_bytes)
 
 
 ROWS = [
-    Row("matmul columns", "B outer", matmul_columns),
-    Row("matmul gathered", "A rows, B outer", matmul_gathered),
-    Row("matmul inner", "A, B inner", matmul_inner),
-    Row("matmul inner_cut", "A, B inner, C rows", matmul_inner_cut),
-    Row("tensor FFN", "columns, rows", tensor_ffn),
-    Row("tensor attention", "heads", tensor_attention),
-    Row("tensor, sum in GELU", "inner, rows", tensor_sum_through_gelu, equal=False),
-    Row("sequence FFN", "tokens; columns, rows", sequence_ffn),
-    Row("sequence attention", "tokens; heads", sequence_attention),
-    Row("vocabulary embed", "ids", vocabulary_embed),
-    Row("vocabulary log_softmax", "ids", vocabulary_log_softmax),
-    Row("vocabulary greedy", "ids", vocabulary_greedy),
+    Case("matmul columns", "B outer", matmul_columns),
+    Case("matmul gathered", "A rows, B outer", matmul_gathered),
+    Case("matmul inner", "A, B inner", matmul_inner),
+    Case("matmul inner_cut", "A, B inner, C rows", matmul_inner_cut),
+    Case("tensor FFN", "columns, rows", tensor_ffn),
+    Case("tensor attention", "heads", tensor_attention),
+    Case("tensor, sum in GELU", "inner, rows", tensor_sum_through_gelu, equal=False),
+    Case("sequence FFN", "tokens; columns, rows", sequence_ffn),
+    Case("sequence attention", "tokens; heads", sequence_attention),
+    Case("vocabulary embed", "ids", vocabulary_embed),
+    Case("vocabulary log_softmax", "ids", vocabulary_log_softmax),
+    Case("vocabulary greedy", "ids", vocabulary_greedy),
 ]

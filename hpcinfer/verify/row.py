@@ -17,7 +17,7 @@ GRACE_S = 10.0  # how long a rank that failed waits for the others
 
 
 @dataclass(frozen=True)
-class Row:
+class Case:
     """A strategy in one of its cuts.
 
     Attributes
@@ -74,7 +74,7 @@ class Outcome:
     error : what the row raised, or ""
     """
 
-    row: Row
+    row: Case
     ranks: int
     equal: bool | None = None
     difference: float = math.inf
@@ -148,7 +148,7 @@ def run(comm, rows, seed=0, put=np.asarray):
 
     Parameters
     ----------
-    rows : list of Row
+    rows : list of Case
     seed : of the random data, 0 or more
     put : as a row's function takes it
 
@@ -156,10 +156,12 @@ def run(comm, rows, seed=0, put=np.asarray):
     -------
     list of Outcome, equal on every rank
     """
-    return [run_row(comm, row, np.random.default_rng([seed, i]), put) for i, row in enumerate(rows)]
+    return [
+        run_case(comm, row, np.random.default_rng([seed, i]), put) for i, row in enumerate(rows)
+    ]
 
 
-def run_row(comm, row, rng, put=np.asarray):
+def run_case(comm, row, rng, put=np.asarray):
     """Outcome of one row, on a communicator of its own: an error leaves no message to the next."""
     if comm.size < row.least_ranks:
         return Outcome(row, comm.size)

@@ -10,12 +10,12 @@ from hpcinfer.errors import UsageError, is_agreed
 from hpcinfer.grid import agree, agree_all
 from hpcinfer.io.activations import ActivationsWriter
 from hpcinfer.io.models import open_checkpoint
-from hpcinfer.io.parts import Parts, next_generation
+from hpcinfer.io.parts import PartFiles, next_generation
 from hpcinfer.model.families import read_architecture
 from hpcinfer.requests.request import Extracted
 
 
-class Extract:
+class ExtractTask:
     """What `loop.run` does with texts whose activations are extracted.
 
     Parameters
@@ -46,18 +46,18 @@ class Extract:
 
         def open_parts(shares):
             numbers = self._generation, grid.dp.rank, grid.comm.rank
-            return Parts(path, *numbers, shares, self.selection.compress)
+            return PartFiles(path, *numbers, shares, self.selection.compress)
 
         with self._tapped(open_parts) as parts:
             yield
         if parts is not None:
-            record = self.engine.record
+            record = self.engine.stats
             record.written_bytes, record.write_s = parts.written_bytes, parts.time_s
 
     @contextmanager
     def into_memory(self):
-        """While entered, every rank keeps its rows; yields a Memory."""
-        with self._tapped(Memory) as memory:
+        """While entered, every rank keeps its rows; yields a ActivationMemory."""
+        with self._tapped(ActivationMemory) as memory:
             yield memory
 
     @contextmanager
@@ -66,11 +66,11 @@ class Extract:
 
         Parameters
         ----------
-        open_sink : function (list of Share) -> object with `append(name, rows)`, `close()` and
-            `abandon()`
+        open_sink : function (list of ColumnShare) -> object with `append(name, rows)`, `close()`
+            and `abandon()`
         """
         model, grid, sink = self.engine.model, self.engine.grid, None
-        if grid.side != "ffn":
+        if grid.role != "ffn":
             spreads = spreads_of(model, self.fields)
             sink = open_sink([s.share for s in spreads.values() if s.share.stop > s.share.start])
             model.tap = Tap(model, self.selection, spreads, sink)
@@ -95,7 +95,9 @@ class Extract:
     def sequences_of(self, request, deliver):
         """The text as one sequence."""
         tokens = list(request.token_ids)
-        return [Sequence(request, 0, tokens, len(tokens), all_rows=True, whole=True)]
+        return [
+            Sequence(request, 0, tokens, len(tokens), wants_all_hidden=True, computes_last=True)
+        ]
 
     def job(self, plan):
         """The step's sequences that are then complete, each with the first of its rows."""
@@ -124,12 +126,12 @@ class Extract:
             deliver(Extracted(sequence.request, self._generation, replica, first, n_rows))
 
 
-class Memory:
+class ActivationMemory:
     """Keeps the rows of one rank.
 
     Parameters
     ----------
-    shares : list of Share
+    shares : list of ColumnShare
     """
 
     def __init__(self, shares):

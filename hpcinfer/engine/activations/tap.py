@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hpcinfer import array, partition
-from hpcinfer.io.parts import Share
+from hpcinfer.io.parts import ColumnShare
 from hpcinfer.model.token_owners import holders, in_parts
 from hpcinfer.parallel.ulysses import to_heads
 
@@ -25,13 +25,13 @@ class Spread:
 
     Attributes
     ----------
-    share : Share, the own columns
+    share : ColumnShare, the own columns
     held : (start, stop) among the columns at hand on this rank, those of which it answers for
         together with other ranks
     over_cp, over_all : (start, stop) of every rank of cp, and of tp x cp, among the columns at hand
     """
 
-    share: Share
+    share: ColumnShare
     held: slice
     over_cp: list
     over_all: list | None = None
@@ -44,7 +44,7 @@ def spreads_of(model, fields):
     for spec in fields:
         point, _, n = spec.name.partition("/")
         if point == "logits" and last is not None:
-            share = Share(spec, *model.head_range)
+            share = ColumnShare(spec, *model.head_range)
             spreads[spec.name] = Spread(share, slice(None), [])
         elif point != "logits" and (int(n) in layers or int(n) == last):
             spreads[spec.name] = _spread(model, spec, point)
@@ -59,15 +59,15 @@ def _spread(model, spec, point):
         n = heads.n_query
     elif point in ("k", "v") and spec.labels[0] == "heads":
         # A head that several ranks have is written by the first of them.
-        start, stop = model.context.first_kv
+        start, stop = model.attention.first_kv
         held, first, n = slice(start, stop), heads.kv[0] + start, max(0, stop - start)
     else:
         ranges = partition.block(spec.shape[0], tp.size * cp.size)
         of_cp = ranges[tp.rank * cp.size : (tp.rank + 1) * cp.size]
-        return Spread(Share(spec, *of_cp[cp.rank]), slice(None), of_cp, ranges)
+        return Spread(ColumnShare(spec, *of_cp[cp.rank]), slice(None), of_cp, ranges)
     of_cp = partition.block(n, cp.size)
     own = of_cp[cp.rank]
-    return Spread(Share(spec, first + own[0], first + own[1]), held, of_cp)
+    return Spread(ColumnShare(spec, first + own[0], first + own[1]), held, of_cp)
 
 
 class Tap:
@@ -78,7 +78,7 @@ class Tap:
     model : Model
     selection : Selection
     spreads : dict name -> Spread
-    sink : see `Extract`
+    sink : see `ExtractTask`
     """
 
     def __init__(self, model, selection, spreads, sink):

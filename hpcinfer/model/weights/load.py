@@ -12,7 +12,7 @@ from hpcinfer.model.weights.check import check, coding_of
 from hpcinfer.model.weights.parameters import Layer, Weights, tied_rows
 from hpcinfer.model.weights.table import by_target, find, in_parts, table, vocabulary_row
 from hpcinfer.ops import quantize
-from hpcinfer.ops.quantize import LANES, Form, Quantized, arrays_of, form_of, joined
+from hpcinfer.ops.quantize import LANES, QuantFormat, Quantized, form_of, from_arrays, to_arrays
 
 _FULL = ("router", "shared_gate")
 
@@ -27,9 +27,9 @@ def load(arch, checkpoint, ranges, dtype, device, cp=1, keep=None, pieces=None):
     ----------
     ranges : dict cut -> (start, stop), as `owned` returns it; its parts of cp follow from the rest
     cp : ranks of cp
-    keep : function of a Row, True if this rank has it; None for all
-    pieces : Pieces, which then keeps a part of the parameters and fetches them when they are used;
-        None to keep them whole
+    keep : function of a TensorSpec, True if this rank has it; None for all
+    pieces : ZeroWeights, which then keeps a part of the parameters and fetches them when they are
+        used; None to keep them whole
 
     Returns
     -------
@@ -82,7 +82,7 @@ def _empty(shape, dtype, coding, first):
     """Room for a parameter, quantised if there is a coding, whose inputs begin with `first`."""
     if coding is None:
         return node.large_empty(shape, dtype)
-    form = Form(coding.bits, coding.group, shape[-1], first % coding.group, np.dtype(dtype))
+    form = QuantFormat(coding.bits, coding.group, shape[-1], first % coding.group, np.dtype(dtype))
     words = node.large_empty((*shape[:-1], form.blocks * LANES), np.uint16)
     return Quantized(form, words, np.zeros((*shape[:-1], form.groups), np.float16))
 
@@ -100,7 +100,7 @@ def _cuts_inputs(row):
 
 def _put(device, parameter):
     """A parameter in the device's memory."""
-    return joined(form_of(parameter), [device.put(x) for x in arrays_of(parameter)])
+    return from_arrays(form_of(parameter), [device.put(x) for x in to_arrays(parameter)])
 
 
 def _stacked(rows, ranges):

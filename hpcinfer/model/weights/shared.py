@@ -12,7 +12,7 @@ import numpy as np
 
 from hpcinfer import node
 from hpcinfer.model.weights.parameters import Layer
-from hpcinfer.ops.quantize import Form, arrays_of, form_of, joined
+from hpcinfer.ops.quantize import QuantFormat, form_of, from_arrays, to_arrays
 
 _ALIGN = 64
 _OUTSIDE = ("embed", "positions", "final_norm", "final_norm_bias")
@@ -20,23 +20,23 @@ _EXPERTS = frozenset(("experts_up", "experts_down"))
 
 
 @dataclass(frozen=True)
-class Place:
+class ParameterAddress:
     """Where one parameter lies in the common memory.
 
     Attributes
     ----------
     layer, key : which parameter it is
-    form : Form if it is quantised, else None
+    form : QuantFormat if it is quantised, else None
     arrays : (start, shape, dtype) of the arrays that it is made of
     """
 
     layer: int | None
     key: str
-    form: Form | None
+    form: QuantFormat | None
     arrays: tuple
 
 
-def own_keys(grid):
+def private_keys(grid):
     """Keys of the parameters that ranks of one node do not have alike."""
     own, over_cp = frozenset(), grid.cp.size > 1
     if over_cp:
@@ -46,7 +46,7 @@ def own_keys(grid):
     return own
 
 
-def share(weights, comm, own, tied_rows):
+def share_weights(weights, comm, own, tied_rows):
     """Let all ranks of a communicator have the parameters that its first rank has read.
 
     Parameters
@@ -87,10 +87,10 @@ def _places(weights, own):
     for layer, key, x in parameters(weights):
         if key not in own:
             arrays = []
-            for part in arrays_of(x):
+            for part in to_arrays(x):
                 arrays.append((size, part.shape, part.dtype))
                 size += -(-part.nbytes // _ALIGN) * _ALIGN
-            places.append(Place(layer, key, form_of(x), tuple(arrays)))
+            places.append(ParameterAddress(layer, key, form_of(x), tuple(arrays)))
     return places, size
 
 
@@ -113,6 +113,6 @@ def _take(weights, places, memory, fill=False):
             stop = start + int(np.prod(shape)) * dtype.itemsize
             views.append(memory[start:stop].view(dtype).reshape(shape))
         if fill:
-            for view, x in zip(views, arrays_of(getattr(target, place.key)), strict=True):
+            for view, x in zip(views, to_arrays(getattr(target, place.key)), strict=True):
                 view[...] = x
-        setattr(target, place.key, joined(place.form, views))
+        setattr(target, place.key, from_arrays(place.form, views))

@@ -25,7 +25,7 @@ QUANTISED = frozenset(
 
 
 @dataclass(frozen=True)
-class Row:
+class TensorSpec:
     """One tensor of the checkpoint and the part of it that ranks own.
 
     Attributes
@@ -84,12 +84,12 @@ def table(arch, cp=1):
 
     Returns
     -------
-    list of Row
+    list of TensorSpec
     """
     rows = [vocabulary_row(arch, "embed")]
     if arch.learned_positions:
         rows.append(
-            Row("positions", None, arch.names["positions"], (arch.learned_positions, arch.D))
+            TensorSpec("positions", None, arch.names["positions"], (arch.learned_positions, arch.D))
         )
     for n in range(arch.N):
         rows += _layer(arch, n, cp)
@@ -146,13 +146,13 @@ def in_parts(ranges, cp):
 
 
 def vocabulary_row(arch, key):
-    return Row(key, None, arch.names[key], (arch.V, arch.D), key)
+    return TensorSpec(key, None, arch.names[key], (arch.V, arch.D), key)
 
 
 def _norm(arch, key, layer):
     """Rows of one norm: weight, and bias where the family's norms have one."""
     keys = [key, f"{key}_bias"] if arch.norm == "layer" else [key]
-    return [Row(k, layer, arch.names[k].format(n=layer), (arch.D,)) for k in keys]
+    return [TensorSpec(k, layer, arch.names[k].format(n=layer), (arch.D,)) for k in keys]
 
 
 def _layer(arch, n, cp):
@@ -177,9 +177,9 @@ def _latents(arch, n):
     per_query = _by_heads("query", mla.plain + mla.rotated)
     if mla.q_rank:
         rows += _matrix(arch, n, "latents", "q_a", D, mla.q_rank, mla.bias, {})
-        rows += [Row("q_norm", n, arch.names["q_norm"].format(n=n), (mla.q_rank,))]
+        rows += [TensorSpec("q_norm", n, arch.names["q_norm"].format(n=n), (mla.q_rank,))]
     rows += _matrix(arch, n, "latents", "kv_a", D, mla.kv_rank + mla.rotated, mla.bias, {})
-    rows += [Row("kv_norm", n, arch.names["kv_norm"].format(n=n), (mla.kv_rank,))]
+    rows += [TensorSpec("kv_norm", n, arch.names["kv_norm"].format(n=n), (mla.kv_rank,))]
     name, inputs = ("q_b", mla.q_rank) if mla.q_rank else ("q", D)
     rows += _matrix(arch, n, "q", name, inputs, H * (mla.plain + mla.rotated), False, per_query)
     per_key = _by_heads("query", mla.plain + mla.value)
@@ -192,10 +192,10 @@ def _qk_norm(arch, n):
     """Rows of the norms of queries and keys: of one head, or of the own heads of all."""
     if arch.qk_norm != "whole":
         keys = ("q_norm", "k_norm") if arch.qk_norm else ()
-        return [Row(k, n, arch.names[k].format(n=n), (arch.K,)) for k in keys]
+        return [TensorSpec(k, n, arch.names[k].format(n=n), (arch.K,)) for k in keys]
     cuts = (("q_norm", "query", arch.H), ("k_norm", "kv", arch.G))
     return [
-        Row(k, n, arch.names[k].format(n=n), (m * arch.K,), **_by_heads(cut, arch.K))
+        TensorSpec(k, n, arch.names[k].format(n=n), (m * arch.K,), **_by_heads(cut, arch.K))
         for k, cut, m in cuts
     ]
 
@@ -212,15 +212,15 @@ def _ffn(arch, n, cp):
 def _moe(arch, n, cp):
     """Rows of a mixture of experts: router, routed experts, shared experts and their gate."""
     D, E, names = arch.D, arch.E, arch.names
-    rows = [Row("router", n, names["router"].format(n=n), (E, D))]
+    rows = [TensorSpec("router", n, names["router"].format(n=n), (E, D))]
     if arch.router.corrected:
-        rows.append(Row("router_bias", n, names["router_bias"].format(n=n), (E,)))
+        rows.append(TensorSpec("router_bias", n, names["router_bias"].format(n=n), (E,)))
     for e in range(E):
         rows += _gated(names, "experts", n, e, D, arch.moe_F, "moe", cp)
     if arch.shared_F:
         rows += _gated(names, "shared", n, None, D, arch.shared_F, "shared", cp)
     if arch.shared_gate:
-        rows.append(Row("shared_gate", n, names["shared_gate"].format(n=n), (1, D)))
+        rows.append(TensorSpec("shared_gate", n, names["shared_gate"].format(n=n), (1, D)))
     return rows
 
 
@@ -228,11 +228,11 @@ def _gated(names, key, n, e, D, F, cut, cp):
     """Rows of an FFN with a gate and no biases: of expert e, or of the shared experts."""
     gate, up, down = (names[f"{key}.{x}"].format(n=n, e=e) for x in ("gate", "up", "down"))
     rows = [
-        Row(f"{key}_up", n, name, (F, D), f"{cut} {part}", expert=e)
+        TensorSpec(f"{key}_up", n, name, (F, D), f"{cut} {part}", expert=e)
         for part in range(cp)
         for name in (gate, up)
     ]
-    return [*rows, Row(f"{key}_down", n, down, (D, F), cut, axis=1, expert=e)]
+    return [*rows, TensorSpec(f"{key}_down", n, down, (D, F), cut, axis=1, expert=e)]
 
 
 def _qkv(arch, n):
@@ -257,10 +257,10 @@ def _matrix(arch, n, key, name, inputs, outputs, bias, cut, column=True):
     shape = (inputs, outputs) if arch.stored_in_out else (outputs, inputs)
     axis = int(column == arch.stored_in_out)
     tensor = arch.names[name].format(n=n)
-    rows = [Row(key, n, tensor, shape, axis=axis, transposed=arch.stored_in_out, **cut)]
+    rows = [TensorSpec(key, n, tensor, shape, axis=axis, transposed=arch.stored_in_out, **cut)]
     if bias:
         tensor = arch.names[f"{name}_bias"].format(n=n)
-        rows.append(Row(f"{key}_bias", n, tensor, (outputs,), **(cut if column else {})))
+        rows.append(TensorSpec(f"{key}_bias", n, tensor, (outputs,), **(cut if column else {})))
     return rows
 
 

@@ -10,13 +10,13 @@ from dataclasses import fields, replace
 import numpy as np
 
 from hpcinfer.model.weights.parameters import Layer
-from hpcinfer.ops.quantize import arrays_of, form_of, joined
+from hpcinfer.ops.quantize import form_of, from_arrays, to_arrays
 from hpcinfer.parallel import zero
 
 _EXPERTS = ("experts_up", "experts_down")
 
 
-class Pieces:
+class ZeroWeights:
     """In the place of `Weights`: parameters are whole from their fetching until the next ones'.
 
     Parameters
@@ -133,7 +133,7 @@ def _arrays(parameters):
     return {
         (name, form_of(x), i): part
         for name, x in parameters.items()
-        for i, part in enumerate(arrays_of(x))
+        for i, part in enumerate(to_arrays(x))
     }
 
 
@@ -142,4 +142,4 @@ def _parameters(arrays):
     parts = {}
     for (name, form, _), part in arrays.items():
         parts.setdefault((name, form), []).append(part)
-    return {name: joined(form, of_name) for (name, form), of_name in parts.items()}
+    return {name: from_arrays(form, of_name) for (name, form), of_name in parts.items()}

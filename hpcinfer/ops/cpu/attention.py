@@ -14,7 +14,7 @@ import numpy as np
 from hpcinfer import array, capture
 from hpcinfer.ops import attention as plain
 from hpcinfer.ops.cpu.attention_decode import single_queries
-from hpcinfer.ops.cpu.attention_onednn import BLOCK, Running, Space, cached_rows
+from hpcinfer.ops.cpu.attention_onednn import BLOCK, RunningSoftmax, Space, cached_rows
 from hpcinfer.ops.cpu.attention_prefill import block_queries, packs
 from hpcinfer.ops.cpu.products import onednn
 from hpcinfer.ops.cpu.runtime import launch
@@ -27,7 +27,7 @@ _SINGLE = 8
 
 
 def paged_attention(
-    q, q_tokens, k_pages, v_pages, books, *,
+    q, q_tokens, k_pages, v_pages, block_table, *,
     scale, groups, window=None, v_columns=None, dtype=np.float32,
 ):  # fmt: skip
     """As `ops.attention.paged_attention`, not rounded."""
@@ -41,7 +41,7 @@ def paged_attention(
     bounds = _group_bounds(tuple(groups))
     if bounds is None or bounds[-1] != H or k_pages.shape[1:] != (len(groups), page, K):
         return NotImplemented
-    table = books.table(q_tokens, window)
+    table = block_table.table(q_tokens, window)
     if table.most_queries > _SINGLE and not packs(k_pages.dtype):
         return NotImplemented
     o, lse = launch.empty((T, H, width), np.float32), launch.empty((T, H), np.float32)
@@ -98,14 +98,14 @@ def attention(
     if not onednn.serves(k.dtype):
         return NotImplemented
     o, lse = np.zeros((S, H, width), np.float32), np.full((S, H), -np.inf, np.float32)
-    running = [Running(S, stop - start, width) for start, stop in groups]
+    running = [RunningSoftmax(S, stop - start, width) for start, stop in groups]
     queries = [cached_rows(q[:, start:stop], k.dtype) for start, stop in groups]
     space = Space()
-    for columns, seen in plain.blocks(q_pos, k_pos, window, H / len(groups), BLOCK):
+    for columns, visible in plain.blocks(q_pos, k_pos, window, H / len(groups), BLOCK):
         for g, state in enumerate(running):
             k_block = k[columns, g]
             v_block = v[columns, g] if v_columns is None else k_block[:, :v_columns]
-            for rows, hidden in seen:
+            for rows, hidden in visible:
                 state.add(rows, queries[g], k_block, v_block, hidden, scale, softcap, space)
                 if between is not None:
                     between()
@@ -123,7 +123,7 @@ def _packed(q, k, v, q_pos, k_pos, bounds, scale, window, softcap, between, widt
     k, v = (x if x.strides[-1] == 2 else np.ascontiguousarray(x) for x in (k, v))
     o = np.empty((*q.shape[:2], width), np.float32)
     lse = np.empty(q.shape[:2], np.float32)
-    first, last = plain.seen(q_pos, k_pos, window)
+    first, last = plain.visible(q_pos, k_pos, window)
 
     # All keys are one page.
     pages = (x.view(np.uint16)[None].swapaxes(1, 2) for x in (k, v))

@@ -83,7 +83,7 @@ def single_queries(
             n_keys = (i - i_first) * page
             for u in range(i_first, i):
                 done, key_position = (u - i_first) * page, numbers[u] * page
-                seen = min(page, position + 1 - key_position)
+                visible = min(page, position + 1 - key_position)
                 for g in range(g_first, g_stop):
                     ahead = _ahead(
                         k, v, k_at, v_at, places, g, g_first, g_stop, u, i, i_first, bounds[t + 1]
@@ -95,9 +95,9 @@ def single_queries(
                         scores_at + g * turns * scores.strides[0] + done * lanes * 4,
                         scores.strides[0],
                     )  # fmt: skip
-                if seen < page or key_position <= begin:
+                if visible < page or key_position <= begin:
                     for j in range(page):
-                        if j >= seen or key_position + j <= begin:
+                        if j >= visible or key_position + j <= begin:
                             scores[:, (done + j) * lanes : (done + j + 1) * lanes] = -np.inf
 
             # Weights relative to the largest score so far; what was summed is corrected to it.
@@ -108,7 +108,7 @@ def single_queries(
                     for d in range(width):
                         out[run * lanes + c, d] *= state[run, 32 + c]
             for u in range(i_first, i):
-                seen = min(page, position + 1 - numbers[u] * page)
+                visible = min(page, position + 1 - numbers[u] * page)
                 weights = scores_at + (u - i_first) * page * lanes * (2 if _in_pairs(v) else 4)
                 at = i + u - i_first
                 for g in range(g_first, g_stop):
@@ -117,7 +117,7 @@ def single_queries(
                     )
                     _add_values(
                         v, lanes, weights + g * turns * scores.strides[0], scores.strides[0], turns,
-                        seen, v_at + places[u] * v.strides[0] + g * v.strides[1],
+                        visible, v_at + places[u] * v.strides[0] + g * v.strides[1],
                         out_at + g * turns * lanes * out.strides[0], out.strides[0], width, ahead,
                     )  # fmt: skip
         for g in range(g_first, g_stop):

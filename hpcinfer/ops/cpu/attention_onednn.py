@@ -38,8 +38,8 @@ class Space:
         return held[:size].reshape(rows, columns)
 
 
-class Running:
-    """As `ops.attention.Running`, one row a query and head."""
+class RunningSoftmax:
+    """As `ops.attention.RunningSoftmax`, one row a query and head."""
 
     def __init__(self, S, n, width):
         self._n = n

@@ -144,7 +144,7 @@ def _cap(scores, scale, softcap):
 
 @compiled
 def _block_weights(scores, n_rows, n, first, last, at, L, scale, state, weights):
-    """Weights of the keys that are seen, relative to the largest score so far; 0 of the others."""
+    """Weights of the visible keys, relative to the largest score so far; 0 of the others."""
     m, total, corrections, found = state[0], state[1], state[2], state[3]
     at_scores, at_weights = scores.ctypes.data, weights.ctypes.data
     for s in range((n_rows + n - 1) // n):

@@ -33,7 +33,7 @@ _BLOCK = 512
 _NONE = np.empty(0, np.float32)
 
 # Bytes of x up to which it stays in the first cache beside what streams through. One row of the
-# weight at a time is then read fastest; otherwise two rows share what is loaded of x.
+# weight at a time is then read dispatch; otherwise two rows share what is loaded of x.
 _SMALL = 24 << 10
 _ONE_ROW = tiles(1, _COLUMNS, unroll=4, lead=4096)
 _TWO_ROWS = tiles(2, _COLUMNS, ahead=2)
@@ -57,19 +57,19 @@ def linear(x, weight, bias=None):
     return y
 
 
-def linear_pair(x, first, middle, second, bias=None):
+def linear_pair(x, first, between, second, bias=None):
     """As `ops.linear.linear_pair`, for a gate between products with bfloat16 weights."""
-    if type(middle) is not Gate or activation.number_of(middle.function) is None:
+    if type(between) is not Gate or activation.number_of(between.function) is None:
         return NotImplemented
     if bias is not None or not _serves(x, first) or first.dtype != array.BFLOAT16:
         return NotImplemented
     if isinstance(second, Quantized) or second.dtype != first.dtype or not second.size:
         return NotImplemented
-    if second.strides[1] != 2 or not len(first) == 2 * second.shape[1] == 2 * sum(middle.widths):
+    if second.strides[1] != 2 or not len(first) == 2 * second.shape[1] == 2 * sum(between.widths):
         return NotImplemented
     if _are_few(x, first):
         return NotImplemented  # each product alone takes as long as its reading
-    return _many_rows_pair(x, first, middle, second)
+    return _many_rows_pair(x, first, between, second)
 
 
 def few_rows(x, weight, y, bias=None):
@@ -113,17 +113,17 @@ def _many_rows(x, weight):
     return y if done else None
 
 
-def _many_rows_pair(x, first, middle, second):
+def _many_rows_pair(x, first, between, second):
     """As `linear_pair` of many rows; what stands between is rounded as x is."""
-    own = gemm.serves(first) and not any(width % 2 for width in middle.widths)
+    own = gemm.serves(first) and not any(width % 2 for width in between.widths)
     if not own and not onednn.serves(first.dtype):
         return NotImplemented
-    function = activation.number_of(middle.function)
+    function = activation.number_of(between.function)
     x, y = _rows(x, first), launch.empty((len(x), len(second)), np.float32)
     if own:
         launch.over_rows(
             gemm.pair, len(x), bits(x), first.view(np.uint16), function,
-            _widths(middle.widths), second.view(np.uint16), y, work_bytes=first.nbytes,
+            _widths(between.widths), second.view(np.uint16), y, work_bytes=first.nbytes,
         )  # fmt: skip
         return y
     for rows in _blocks(len(x)):
@@ -131,7 +131,7 @@ def _many_rows_pair(x, first, middle, second):
         if not onednn.product(x[rows], first.T, gate_up):
             return NotImplemented
         hidden = np.empty((len(gate_up), second.shape[1]), first.dtype)
-        activation.gate_into(function, gate_up, middle.widths, hidden)
+        activation.gate_into(function, gate_up, between.widths, hidden)
         onednn.multiply(hidden, second.T, y[rows])
     return y
 

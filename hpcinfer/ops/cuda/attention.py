@@ -129,7 +129,7 @@ def _by_heads(x):
 
 
 def paged_attention(
-    q, q_tokens, k_pages, v_pages, books, *,
+    q, q_tokens, k_pages, v_pages, block_table, *,
     scale, groups, window=None, v_columns=None, dtype=np.float32,
 ):  # fmt: skip
     """As `ops.attention.paged_attention`; what no kernel serves takes the plain form."""
@@ -140,11 +140,14 @@ def paged_attention(
         q = xp.ascontiguousarray(q)
     if not aligned(q) or q.strides[0] % 16:
         return NotImplemented
-    pages, options = (k_pages, v_pages, books), {"scale": scale, "groups": groups, "window": window}
+    pages, options = (
+        (k_pages, v_pages, block_table),
+        {"scale": scale, "groups": groups, "window": window},
+    )
     result = decode.paged_attention(q, q_tokens, *pages, **options, dtype=dtype)
     if result is not NotImplemented:
         return result
-    table = _table(q_tokens, books, groups, window, k_pages)
+    table = _table(q_tokens, block_table, groups, window, k_pages)
     if table is None:
         return NotImplemented
 
@@ -157,7 +160,7 @@ def paged_attention(
     # Those with many, one by one.
     for b, rows in table.others:
         q_pos = q_tokens[rows, 1]
-        k, v, k_pos = plain.cached(*pages, b, plain.reach(q_pos, window))
+        k, v, k_pos = plain.cached(*pages, b, plain.window_start(q_pos, window))
         o[rows], lse[rows] = plain.attention(q[rows], k, v, q_pos, k_pos, **options)
     return array.narrow(o, dtype), lse
 
@@ -211,17 +214,17 @@ class _Table:
     others: list
 
 
-def _table(q_tokens, books, groups, window, k_pages):
+def _table(q_tokens, block_table, groups, window, k_pages):
     """Table of a step's queries; None if the kernels serve none of them."""
     groups = tuple(map(tuple, groups))
 
     def build():
-        return _build(q_tokens, books, groups, window, k_pages)
+        return _build(q_tokens, block_table, groups, window, k_pages)
 
-    return kept((q_tokens, books), (groups, window), build)
+    return kept((q_tokens, block_table), (groups, window), build)
 
 
-def _build(q_tokens, books, groups, window, k_pages):
+def _build(q_tokens, block_table, groups, window, k_pages):
     runs = list(plain.sequences(q_tokens))
     few = [(b, rows) for b, rows in runs if rows.stop - rows.start <= _FEW_QUERIES]
     if not few:
@@ -238,16 +241,16 @@ def _build(q_tokens, books, groups, window, k_pages):
 
     # As many splits as keep the device busy, of so many pages that each is worth its merge.
     n_queries = sum(rows.stop - rows.start for _, rows in few)
-    n_pages, longest = books.room or _pages_of(few, q_tokens, books, window)
+    n_pages, longest = block_table.room or _pages_of(few, q_tokens, block_table, window)
     splits = min(-(-longest // _FEWEST_PAGES), _BUSY_BLOCKS // (n_queries * len(entries)))
     splits = min(splits, _MOST_SPLITS)
 
     def values():
-        return _values(plain.sequences(q_tokens), q_tokens, books, window, entries, n_pages)
+        return _values(plain.sequences(q_tokens), q_tokens, block_table, window, entries, n_pages)
 
     places_at = 5 * n_queries + 3 * len(entries)
     return _Table(
-        values=on_device(k_pages, (q_tokens, books, groups, window), values),
+        values=on_device(k_pages, (q_tokens, block_table, groups, window), values),
         entries_at=5 * n_queries,
         places_at=places_at,
         numbers_at=places_at + n_pages,
@@ -259,23 +262,26 @@ def _build(q_tokens, books, groups, window, k_pages):
     )
 
 
-def _pages_of(runs, q_tokens, books, window):
+def _pages_of(runs, q_tokens, block_table, window):
     """Pages that the queries of some sequences meet: of all, and of the one with the most."""
-    counts = [len(books.pages(b, plain.reach(q_tokens[rows, 1], window))[0]) for b, rows in runs]
+    counts = [
+        len(block_table.pages(b, plain.window_start(q_tokens[rows, 1], window))[0])
+        for b, rows in runs
+    ]
     return sum(counts), max(counts)
 
 
-def _values(runs, q_tokens, books, window, entries, room):
+def _values(runs, q_tokens, block_table, window, entries, room):
     """The table: a row for every query of sequences with few, the entries, pages with some room."""
     rows, places, numbers, n_pages = [], [], [], 0
     for b, tokens in runs:
         if tokens.stop - tokens.start > _FEW_QUERIES:
             continue
         positions = q_tokens[tokens, 1]
-        own_places, own_numbers = books.pages(b, plain.reach(positions, window))
+        own_places, own_numbers = block_table.pages(b, plain.window_start(positions, window))
         for token, position in enumerate(positions.tolist(), tokens.start):
             first = 0 if window is None else position - window + 1
-            last = min(position, int(books.lengths[b]) - 1)
+            last = min(position, int(block_table.lengths[b]) - 1)
             rows.append((token, n_pages, len(own_places), first, last))
         places.append(own_places)
         numbers.append(own_numbers)

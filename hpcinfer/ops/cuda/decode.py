@@ -23,7 +23,7 @@ _MOST_BLOCKS = 1
 
 
 @dataclass(frozen=True)
-class _Shape:
+class _DecodeTile:
     """How a block computes; `decode.cu` says what the letters stand for."""
 
     sets: int
@@ -54,9 +54,9 @@ class _Shape:
 
 # Shapes for heads up to a width, by how many rows they serve.
 _SHAPES = {
-    64: (_Shape(1, 8, 16, 2), _Shape(2, 4, 32, 3), _Shape(4, 4, 32, 2)),
-    128: (_Shape(1, 4, 32, 2), _Shape(2, 4, 16, 3), _Shape(4, 4, 16, 2)),
-    256: (_Shape(1, 4, 16, 2),),
+    64: (_DecodeTile(1, 8, 16, 2), _DecodeTile(2, 4, 32, 3), _DecodeTile(4, 4, 32, 2)),
+    128: (_DecodeTile(1, 4, 32, 2), _DecodeTile(2, 4, 16, 3), _DecodeTile(4, 4, 16, 2)),
+    256: (_DecodeTile(1, 4, 16, 2),),
 }
 
 OPTIONS = tuple(
@@ -69,12 +69,12 @@ KERNELS = ("decode",)
 
 
 def paged_attention(
-    q, q_tokens, k_pages, v_pages, books, *, scale, groups, window=None, dtype=np.float32
+    q, q_tokens, k_pages, v_pages, block_table, *, scale, groups, window=None, dtype=np.float32
 ):
     """As `ops.attention.paged_attention`; sequences with many queries go to `prefill`."""
     if k_pages.shape[2] != PAGE or not are_served(q, k_pages, v_pages, groups):
         return NotImplemented
-    xp, table = array.namespace(q), _table(q_tokens, books, groups, window, k_pages)
+    xp, table = array.namespace(q), _table(q_tokens, block_table, groups, window, k_pages)
 
     # Sequences with few queries; rounded at once where there are no others.
     is_rounded = not table.has_others and dtype == k_pages.dtype
@@ -85,19 +85,19 @@ def paged_attention(
     if table.has_others:
         options = {"scale": scale, "groups": groups, "window": window, "out": (o, lse)}
         options["more_than"] = table.most_queries
-        prefill.paged_attention(q, q_tokens, k_pages, v_pages, books, **options)
+        prefill.paged_attention(q, q_tokens, k_pages, v_pages, block_table, **options)
     return array.narrow(o, dtype), lse
 
 
 @dataclass(frozen=True)
-class _Table:
+class _DecodeTable:
     """What the kernel must know of a step; `decode.cu` says how it lies.
 
     Attributes
     ----------
     values : (n,) int32, of the device
     heads_at, ranges_at, pages_at : where its parts begin
-    shape : _Shape
+    shape : _DecodeTile
     heads : rows of a token: query heads of the key/value head that has most
     n_items : splits of all sequences that there is room for
     most_queries : of a sequence that the kernel serves
@@ -108,24 +108,24 @@ class _Table:
     heads_at: int
     ranges_at: int
     pages_at: int
-    shape: _Shape
+    shape: _DecodeTile
     heads: int
     n_items: int
     most_queries: int
     has_others: bool
 
 
-def _table(q_tokens, books, groups, window, k_pages):
+def _table(q_tokens, block_table, groups, window, k_pages):
     """Table of a step's queries."""
     groups, K = tuple(map(tuple, groups)), k_pages.shape[3]
 
     def build():
-        return _build(q_tokens, books, groups, window, K, k_pages)
+        return _build(q_tokens, block_table, groups, window, K, k_pages)
 
-    return kept((q_tokens, books), ("decode", groups, window, K), build)
+    return kept((q_tokens, block_table), ("decode", groups, window, K), build)
 
 
-def _build(q_tokens, books, groups, window, K, like):
+def _build(q_tokens, block_table, groups, window, K, like):
     G, heads = len(groups), max(stop - start for start, stop in groups)
     shapes = next(shapes for width, shapes in _SHAPES.items() if K <= width)
     most, (_, queries) = max(1, _MOST_BLOCKS * shapes[-1].rows // heads), _runs(q_tokens)
@@ -136,18 +136,22 @@ def _build(q_tokens, books, groups, window, K, like):
     shape = next((shape for shape in shapes if shape.rows >= rows), shapes[-1])
 
     # Room for all that may come; a grid has no more than so much.
-    n_pages = books.room[0] if books.room else _count_pages(q_tokens, books, window, most)
+    n_pages = (
+        block_table.room[0]
+        if block_table.room
+        else _count_pages(q_tokens, block_table, window, most)
+    )
     blocks, in_all = -(-rows // shape.rows), int((-(-few * heads // shape.rows)).sum())
     n_items = in_all + min(shape.splits(G), n_pages * blocks // shape.fewest_pages)
     if n_items > _MOST_ITEMS:
         most, n_items = 0, 0
 
     def values():
-        return _values(q_tokens, books, groups, window, most, shape, n_items, n_pages)
+        return _values(q_tokens, block_table, groups, window, most, shape, n_items, n_pages)
 
     at = np.cumsum([8 * n_items, 2 * G, 2 * len(q_tokens)]).tolist()
-    values = on_device(like, (q_tokens, books, groups, window), values) if n_items else None
-    return _Table(values, *at, shape, heads, n_items, most, bool((queries > most).any()))
+    values = on_device(like, (q_tokens, block_table, groups, window), values) if n_items else None
+    return _DecodeTable(values, *at, shape, heads, n_items, most, bool((queries > most).any()))
 
 
 def _runs(q_tokens):
@@ -156,25 +160,25 @@ def _runs(q_tokens):
     return starts, np.diff(starts, append=len(q_tokens))
 
 
-def _pages(q_tokens, books, window, most):
+def _pages(q_tokens, block_table, window, most):
     """(places, numbers) of the pages of every sequence with at most so many queries."""
     return [
-        books.pages(b, plain.reach(q_tokens[rows, 1], window))
+        block_table.pages(b, plain.window_start(q_tokens[rows, 1], window))
         for b, rows in plain.sequences(q_tokens)
         if rows.stop - rows.start <= most
     ]
 
 
-def _count_pages(q_tokens, books, window, most):
-    return sum(len(places) for places, _ in _pages(q_tokens, books, window, most))
+def _count_pages(q_tokens, block_table, window, most):
+    return sum(len(places) for places, _ in _pages(q_tokens, block_table, window, most))
 
 
-def _values(q_tokens, books, groups, window, most, shape, n_items, n_pages):
+def _values(q_tokens, block_table, groups, window, most, shape, n_items, n_pages):
     """The table, with zeros where there is room for more items and pages; the last page is none."""
     position = q_tokens[:, 1].astype(np.int64)
-    last = np.minimum(position, np.asarray(books.lengths)[q_tokens[:, 0]] - 1)
+    last = np.minimum(position, np.asarray(block_table.lengths)[q_tokens[:, 0]] - 1)
     first = np.zeros_like(last) if window is None else position - window + 1
-    pages = _pages(q_tokens, books, window, most)
+    pages = _pages(q_tokens, block_table, window, most)
     heads = [(start, stop - start) for start, stop in groups]
     items = _items(q_tokens, last, [len(places) for places, _ in pages], most, heads, shape)
 

@@ -57,18 +57,18 @@ def linear(x, weight, bias=None):
     return y
 
 
-def linear_pair(x, first, middle, second, bias=None):
+def linear_pair(x, first, between, second, bias=None):
     """As `ops.linear.linear_pair`, for a gate; what is between the products is rounded once."""
-    if not (isinstance(middle, Gate) and middle.function.__name__ in activation.FUNCTIONS):
+    if not (isinstance(between, Gate) and between.function.__name__ in activation.FUNCTIONS):
         return NotImplemented
     if not array.is_half(second.dtype) or not x.size:
         return NotImplemented
-    between = _gated(x, first, middle, second.dtype, bias)
+    between = _gated(x, first, between, second.dtype, bias)
     if between is None:
         from hpcinfer.ops.linear import linear as any_linear
 
         both = any_linear(x, first, bias)
-        between = activation.gated(both, middle.function, middle.widths, second.dtype)
+        between = activation.gated(both, between.function, between.widths, second.dtype)
         if between is NotImplemented:
             return NotImplemented
     return linear(between, second)

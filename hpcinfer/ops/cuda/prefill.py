@@ -25,7 +25,7 @@ _OTHER_SHARED = 4 << 10  # bytes that a block takes beside tiles and rows, at mo
 
 
 @dataclass(frozen=True)
-class _Shape:
+class _PrefillTile:
     """How a block computes; `prefill.cu` says what the letters stand for."""
 
     warps: int
@@ -57,8 +57,8 @@ class _Shape:
 
 # Shapes for heads up to a width, the best that a multiprocessor has room for before the others.
 _SHAPES = {
-    128: (_Shape(4, 2, 64, 1, 2), _Shape(4, 1, 32, 1, 2)),
-    256: (_Shape(4, 1, 64, 1, 1), _Shape(4, 1, 32, 1, 1)),
+    128: (_PrefillTile(4, 2, 64, 1, 2), _PrefillTile(4, 1, 32, 1, 2)),
+    256: (_PrefillTile(4, 1, 64, 1, 1), _PrefillTile(4, 1, 32, 1, 1)),
 }
 
 OPTIONS = tuple(
@@ -90,7 +90,7 @@ def attention(q, k, v, q_pos, k_pos, *, scale, groups, window=None, between=None
 
 
 def paged_attention(
-    q, q_tokens, k_pages, v_pages, books, *, scale, groups, window=None, more_than=0, out=None
+    q, q_tokens, k_pages, v_pages, block_table, *, scale, groups, window=None, more_than=0, out=None
 ):
     """As `ops.attention.paged_attention`, of the sequences with more queries than `more_than`.
 
@@ -104,14 +104,18 @@ def paged_attention(
 
     def build():
         sequences = [
-            (rows, *_own_pages(books, b, q_tokens[rows, 1], window), int(books.lengths[b]))
+            (
+                rows,
+                *_own_pages(block_table, b, q_tokens[rows, 1], window),
+                int(block_table.lengths[b]),
+            )
             for b, rows in plain.sequences(q_tokens)
             if rows.stop - rows.start > more_than
         ]
         return _table(sequences, q_tokens[:, 1], groups, window, shape, k_pages)
 
     what = "paged attention", _plain(groups), window, shape, more_than
-    table, o_lse = kept((q_tokens, books), what, build), out or _results(q)
+    table, o_lse = kept((q_tokens, block_table), what, build), out or _results(q)
     strides = K, G * PAGE * K, PAGE * K
     _launch(q, k_pages, v_pages, strides, table, shape, scale, window, *o_lse)
     return o_lse
@@ -146,14 +150,14 @@ def _first_positions(k_pos):
     return firsts
 
 
-def _own_pages(books, b, positions, window):
+def _own_pages(block_table, b, positions, window):
     """(places, first positions) of the pages of sequence b that any of its queries may see."""
-    places, numbers = books.pages(b, plain.reach(positions, window))
+    places, numbers = block_table.pages(b, plain.window_start(positions, window))
     return places, numbers.astype(np.int64) * PAGE
 
 
 @dataclass(frozen=True)
-class _Table:
+class _PrefillTable:
     """What the kernels must know of a step; `prefill.cu` says how it lies.
 
     Attributes
@@ -190,7 +194,7 @@ def _table(sequences, positions, groups, window, shape, like):
         own[:, 0], own[:, 3] = rows.start, own[:, 3] + pages_at
         items.append(own)
 
-        # A tile reads all its pages, and keys of positions that nobody has are not seen.
+        # A tile reads all its pages, and keys of positions that nobody has are not visible.
         places = np.append(places, np.zeros(shape.pages, np.int64))
         firsts = np.append(firsts, np.full(shape.pages, _NOWHERE))
         pages.append(np.stack([places, firsts], axis=1))
@@ -205,7 +209,7 @@ def _table(sequences, positions, groups, window, shape, like):
     most = -(-int(items[0, 4]) // shape.pages) if len(items) else 0
     splits = min(_BUSY_BLOCKS // max(1, len(items) * len(groups)), most // _FEWEST_TILES)
     values = array.to_device(np.concatenate(parts), like)
-    return _Table(values, *ends, len(items), n, max(1, splits))
+    return _PrefillTable(values, *ends, len(items), n, max(1, splits))
 
 
 def _items(positions, firsts, length, window, n, shape):

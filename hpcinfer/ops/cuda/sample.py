@@ -31,10 +31,10 @@ def columns(logits, start, V, rows, width, between=None):
     if logits.dtype.name not in NAMES or not (0 < R < 2**15 and 0 < n and 0 < V < 2**31):
         return NotImplemented
     raw = array.namespace(logits).ascontiguousarray(array.widen(logits))
-    return _Columns(raw, int(start), int(V), rows, min(width, n), between)
+    return _DeviceColumns(raw, int(start), int(V), rows, min(width, n), between)
 
 
-class _Columns:
+class _DeviceColumns:
     """As `ops.sample.Columns`, of at least one row and column.
 
     Attributes

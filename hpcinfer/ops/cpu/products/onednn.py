@@ -110,11 +110,11 @@ def _engine():
 def _primitive(M, K, N, a_row, a_column, b_row, b_column, y_row, *names):
     try:
         return _Primitive(M, K, N, (a_row, a_column), (b_row, b_column), y_row, *names)
-    except _Refused:
+    except _NotDone:
         return None
 
 
-class _Refused(Exception):
+class _NotDone(Exception):
     """The library does not do what was asked for."""
 
 
@@ -136,7 +136,7 @@ class _Primitive:
             ctypes.byref(described), engine, a, b, None, y, None
         )
         if status != _OK:
-            raise _Refused
+            raise _NotDone
         _check(dnnl.dnnl_primitive_create(ctypes.byref(self._primitive), described))
         dnnl.dnnl_primitive_desc_destroy(described)
         self._memories = [_memory(d) for d in descriptors]

@@ -18,7 +18,7 @@ class _Attribute(ctypes.Structure):
     _fields_ = [("name", ctypes.c_int), ("_", ctypes.c_int), ("value", ctypes.c_int * 16)]
 
 
-class _Config(ctypes.Structure):
+class _LaunchConfig(ctypes.Structure):
     _fields_ = [
         ("grid", ctypes.c_uint * 3),
         ("block", ctypes.c_uint * 3),
@@ -51,7 +51,7 @@ def start(kernel, grid, threads, arguments):
     # Let the kernel begin when all blocks of the one before have.
     attribute = _Attribute(name=_SERIALIZATION)
     attribute.value[0] = 1
-    config = _Config(
+    config = _LaunchConfig(
         grid=(*grid, 1, 1)[:3],
         block=(threads, 1, 1),
         stream=cupy.cuda.get_current_stream().ptr,
