@@ -306,7 +306,7 @@ def products(request, monkeypatch):
     served = {"packed": features.has("avx512_bf16"), "oneDNN": onednn.serves(BF16)}
     if not served[request.param]:
         pytest.skip(f"{request.param} products need more than this processor has")
-    monkeypatch.setattr(attention_prefill, "_packs", lambda dtype: request.param == "packed")
+    monkeypatch.setattr(attention_prefill, "packs", lambda dtype: request.param == "packed")
 
 
 @pytest.mark.parametrize("softcap", [None, 20.0])
@@ -385,8 +385,8 @@ def test_a_processor_without_avx512(tmp_path):
     """The same file on what LLVM and the library see as a processor with AVX2 and no more."""
     program = (
         "import sys, pytest\n"
-        "from hpcinfer.ops.cpu import machine\n"
-        "machine.flags = lambda: frozenset({'avx2'})\n"
+        "from hpcinfer.ops.cpu.runtime import features\n"
+        "features.flags = lambda: frozenset({'avx2'})\n"
         "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-k', 'products or decoding',"
         f" {__file__!r}]))"
     )

@@ -26,7 +26,7 @@ GO_ON = "; run the same command again to go on"
 SLOW = """
 import sys, time
 from hpcinfer.cli.main import main
-from hpcinfer.engine import stop
+from hpcinfer.job import stop
 from hpcinfer.io.checkpoint import Checkpoint
 from hpcinfer.io.jsonl import JsonlWriter
 from hpcinfer.model.forward import Model

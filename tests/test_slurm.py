@@ -75,7 +75,9 @@ cuda = types.SimpleNamespace(
 sys.modules["cupy"] = types.SimpleNamespace(cuda=cuda)
 
 from hpcinfer.array import select_device
-from hpcinfer.grid import Grid, Layout, world
+from hpcinfer.grid import Grid
+from hpcinfer.launcher import world
+from hpcinfer.layout import Layout
 comm = world()
 grid = Grid(comm, Layout(tp=comm.size))
 gpu = visible()[select_device("auto", grid.node.rank).ordinal] if visible() else None

@@ -381,7 +381,7 @@ def test_launches_by_the_driver_itself(mpirun, standin):
     """As ctypes finds it, in a capture too."""
     code = """
 import sys, cupy, numpy as np
-from hpcinfer.ops.cuda import overlapped
+from hpcinfer.ops.cuda.runtime import overlapped
 scale = cupy.RawModule(code=sys.argv[1]).get_function("scale")
 with cupy.cuda.Stream(non_blocking=True) as stream:
     x, y = cupy.ones(2, np.float32), cupy.empty(2, np.float32)

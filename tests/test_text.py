@@ -106,7 +106,7 @@ def test_joining_token_by_token_equals_the_whole(name):
         ids = random_ids(text, tokenizer.get_vocab_size(), rng)
         joiner, settled = text.joiner(False), ""
         for token_id in ids:
-            if (token := text._token(token_id)) is not None:
+            if (token := text.token(token_id)) is not None:
                 settled += joiner.feed(token)
         assert settled + joiner.finish() == text.decode(ids) == tokenizer.decode(ids)
 

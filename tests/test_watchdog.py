@@ -24,7 +24,7 @@ LIMIT_S = 3
 SCRIPT = """
 import os, signal, sys, time
 from hpcinfer.cli.main import main
-from hpcinfer.grid import launcher_rank
+from hpcinfer.launcher import launcher_rank
 from hpcinfer.model import forward
 
 whole_layer, count = forward.layer, 0
