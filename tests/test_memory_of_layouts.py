@@ -375,7 +375,7 @@ def test_the_file_is_read_once(comm, shared_path, case, axis):
     engine = load(comm, shared_path, case, f"{axis}={SIZE}")
     assert engine.shares_weights
     total = comm.allreduce(engine.stats.bytes_read)
-    whole = alone(shared_path, case).record.bytes_read
+    whole = alone(shared_path, case).stats.bytes_read
     assert total == whole
 
 
