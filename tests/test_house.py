@@ -4,13 +4,12 @@ environment."""
 import ast
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers.paths import ROOT
 
 pytestmark = pytest.mark.single
 
-ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "hpcinfer").rglob("*.py"))
 READ_ENVIRONMENT = {"hpcinfer/array.py", "hpcinfer/launcher.py", "hpcinfer/node.py"}
 
