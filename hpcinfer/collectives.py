@@ -23,7 +23,7 @@ from mpi4py import MPI
 
 from hpcinfer import array, capture
 from hpcinfer.heartbeat import here
-from hpcinfer.ledger import axis_name, ledger
+from hpcinfer.ledger import axis_name, current
 
 _reducer = MPI.Comm.Create_keyval()
 
@@ -34,7 +34,7 @@ def use_reducer(comm, reducer):
     Parameters
     ----------
     reducer : `node_sum.NodeSum`, or what has its `serves` and `sum`, such as
-        `ops.cuda.runtime.nccl.StreamSum`
+        `ops.cuda.runtime.nccl.StreamSum`; None for sums by MPI
     """
     comm.Set_attr(_reducer, reducer)
 
@@ -83,14 +83,14 @@ def Allreduce(comm, x, op=MPI.SUM, purpose=""):
             return x
 
     # Add up.
-    call = ledger.begin("Allreduce", comm, purpose)
+    call = current().begin("Allreduce", comm, purpose)
     if shared is not None:
         shared.sum(x)
     elif size > 1:
         buffer = _to_host(x)
         comm.Allreduce(MPI.IN_PLACE, buffer, op)
         _from_host(buffer, x)
-    ledger.enter(call, sent_bytes)
+    current().enter(call, sent_bytes)
     return x
 
 
@@ -113,9 +113,9 @@ def Allgather(comm, x, counts=None, axis=0, purpose=""):
         raise ValueError(
             f"Allgather: got {x.shape[axis]} items on rank {comm.rank}, need counts {counts}"
         )
-    call = ledger.begin("Allgather", comm, purpose)
+    call = current().begin("Allgather", comm, purpose)
     if _is_alone(comm, x):
-        ledger.enter(call, 0)
+        current().enter(call, 0)
         return xp.ascontiguousarray(x)
 
     # Move the cut axis to the front, so that each rank's part is one run of memory.
@@ -126,7 +126,7 @@ def Allgather(comm, x, counts=None, axis=0, purpose=""):
     comm.Allgatherv(_raw(part), [_raw(whole), sizes, _starts(sizes), MPI.BYTE])
 
     result = xp.ascontiguousarray(xp.moveaxis(_stage(whole, x), 0, axis))
-    ledger.enter(call, part.nbytes * (comm.size - 1))
+    current().enter(call, part.nbytes * (comm.size - 1))
     return result
 
 
@@ -148,28 +148,28 @@ def ReduceScatter(comm, x_sum, counts, axis=0, purpose=""):
     if len(counts) != comm.size or sum(counts) != x_sum.shape[axis]:
         raise ValueError(f"ReduceScatter: got {x_sum.shape[axis]} items, need counts {counts}")
     xp = array.namespace(x_sum)
-    call = ledger.begin("ReduceScatter", comm, purpose)
+    call = current().begin("ReduceScatter", comm, purpose)
     if _is_alone(comm, x_sum):
-        ledger.enter(call, 0)
+        current().enter(call, 0)
         return xp.ascontiguousarray(x_sum)
     whole = _to_host(xp.moveaxis(x_sum, axis, 0))
     part = _out_buffer(x_sum, (counts[comm.rank], *whole.shape[1:]))
     row = int(np.prod(whole.shape[1:], dtype=np.int64))
     comm.Reduce_scatter(whole, part, [c * row for c in counts])
     result = xp.ascontiguousarray(xp.moveaxis(_stage(part, x_sum), 0, axis))
-    ledger.enter(call, whole.nbytes - part.nbytes)
+    current().enter(call, whole.nbytes - part.nbytes)
     return result
 
 
 def Bcast(comm, x, root=0, purpose=""):
     """Copy `x` of rank `root` into `x` of every rank; returns x."""
-    call = ledger.begin("Bcast", comm, purpose)
+    call = current().begin("Bcast", comm, purpose)
     if not _is_alone(comm, x):
         buffer = _to_host(x)
         comm.Bcast(_raw(buffer), root)
         _from_host(buffer, x)
     sent_bytes = x.nbytes if comm.rank == root and comm.size > 1 else 0
-    ledger.enter(call, sent_bytes)
+    current().enter(call, sent_bytes)
     return x
 
 
@@ -191,7 +191,7 @@ def AllreduceRecords(comm, records, op, purpose=""):
     """
     if records.dtype != np.float32 or records.ndim < 1:
         raise TypeError(f"AllreduceRecords: got {records.dtype}, need records of float32")
-    call = ledger.begin("AllreduceRecords", comm, purpose)
+    call = current().begin("AllreduceRecords", comm, purpose)
     buffer = _to_host(records, direct=False)
     width = buffer.shape[-1]
     record = MPI.FLOAT.Create_contiguous(width).Commit()
@@ -201,7 +201,7 @@ def AllreduceRecords(comm, records, op, purpose=""):
         record.Free()
     _from_host(buffer, records)
     sent_bytes = 2 * records.nbytes * (comm.size - 1) / comm.size
-    ledger.enter(call, sent_bytes)
+    current().enter(call, sent_bytes)
     return records
 
 
@@ -246,9 +246,9 @@ def Alltoall(comm, x, send_counts, recv_counts, purpose=""):
         )
     if sum(send_counts) != len(x):
         raise ValueError(f"Alltoall: got {len(x)} rows, need send_counts {list(send_counts)}")
-    call = ledger.begin("Alltoall", comm, purpose)
+    call = current().begin("Alltoall", comm, purpose)
     if _is_alone(comm, x):
-        ledger.enter(call, 0)
+        current().enter(call, 0)
         return array.namespace(x).ascontiguousarray(x)
     sent = _to_host(x)
     row = _row_bytes(sent)
@@ -259,7 +259,7 @@ def Alltoall(comm, x, send_counts, recv_counts, purpose=""):
         [_raw(received), from_sizes, _starts(from_sizes), MPI.BYTE],
     )
     result = _stage(received, x)
-    ledger.enter(call, sum(sizes) - sizes[comm.rank])
+    current().enter(call, sum(sizes) - sizes[comm.rank])
     return result
 
 
@@ -270,12 +270,12 @@ def Gather(comm, x, root=0, purpose=""):
     -------
     (P, *shape) of x's type on `root`, None elsewhere
     """
-    call = ledger.begin("Gather", comm, purpose)
+    call = current().begin("Gather", comm, purpose)
     part = _to_host(x)
     whole = _out_buffer(x, (comm.size, *part.shape)) if comm.rank == root else None
     comm.Gather(_raw(part), None if whole is None else _raw(whole), root)
     result = None if whole is None else _stage(whole, x)
-    ledger.enter(call, 0 if comm.rank == root else part.nbytes)
+    current().enter(call, 0 if comm.rank == root else part.nbytes)
     return result
 
 
@@ -293,7 +293,7 @@ def Shift(comm, x, out, step=1, purpose=""):
     -------
     Transfer of `out`; `wait` must be called
     """
-    call = ledger.begin("Shift", comm, purpose)
+    call = current().begin("Shift", comm, purpose)
     to, source = (comm.rank + step) % comm.size, (comm.rank - step) % comm.size
     sent = _to_host(x)
     received = _recv_buffer(out)
@@ -319,7 +319,7 @@ def Isend(comm, x, to, tag=0, purpose=""):
     -------
     Transfer of x; `wait` must be called, for example by `Outgoing`
     """
-    call = ledger.begin("Send", comm, purpose)
+    call = current().begin("Send", comm, purpose)
     sent = _to_host(x)
     requests = [comm.Isend([_raw(sent), MPI.BYTE], to, tag)]
     return Transfer(call, sent.nbytes, requests, lambda: x, sent)
@@ -332,11 +332,11 @@ def Recv(comm, out, source, tag=0, purpose=""):
     ----------
     out : contiguous, of the size that the sender sends
     """
-    call = ledger.begin("Recv", comm, purpose)
+    call = current().begin("Recv", comm, purpose)
     received = _recv_buffer(out)
     comm.Recv([_raw(received), MPI.BYTE], source, tag)
     _unstage(received, out)
-    ledger.enter(call, 0)
+    current().enter(call, 0)
     return out
 
 
@@ -347,12 +347,12 @@ def RecvBytes(comm, source=MPI.ANY_SOURCE, tag=0, purpose=""):
     -------
     (n,) uint8, host
     """
-    call = ledger.begin("Recv", comm, purpose)
+    call = current().begin("Recv", comm, purpose)
     status = MPI.Status()
     message = comm.Mprobe(source, tag, status)
     received = np.empty(status.Get_count(MPI.BYTE), np.uint8)
     message.Recv([received, MPI.BYTE])
-    ledger.enter(call, 0)
+    current().enter(call, 0)
     return received
 
 
@@ -369,7 +369,7 @@ def Iallgather(comm, part, whole, counts, purpose=""):
     -------
     Transfer of `whole`; `wait` must be called
     """
-    call = ledger.begin("Allgather", comm, purpose)
+    call = current().begin("Allgather", comm, purpose)
     sent, received = _to_host(part), _recv_buffer(whole)
     request = comm.Iallgatherv(
         [_raw(sent), MPI.BYTE], [_raw(received), counts, _starts(counts), MPI.BYTE]
@@ -391,7 +391,7 @@ def Ibcast(comm, x, root=0, purpose=""):
     -------
     Transfer of x; `wait` must be called
     """
-    call = ledger.begin("Bcast", comm, purpose)
+    call = current().begin("Bcast", comm, purpose)
     buffer = _to_host(x) if comm.rank == root else _recv_buffer(x)
     request = comm.Ibcast(_raw(buffer), root)
     sent_bytes = x.nbytes if comm.rank == root and comm.size > 1 else 0
@@ -415,13 +415,13 @@ class Counter:
 
     def add(self, n, purpose=""):
         """Raise the number by `n`; returns what it was before (0 for `n` reads it)."""
-        call = ledger.begin("Fetch_and_op", self._comm, purpose)
+        call = current().begin("Fetch_and_op", self._comm, purpose)
         before, n = np.empty(1, np.int64), np.array([n], np.int64)
         self._window.Lock(0, MPI.LOCK_SHARED)
         self._window.Fetch_and_op([n, MPI.INT64_T], [before, MPI.INT64_T], 0, 0, MPI.SUM)
         self._window.Unlock(0)
         sent_bytes = 0 if self._comm.rank == 0 else n.nbytes
-        ledger.enter(call, sent_bytes)
+        current().enter(call, sent_bytes)
         return int(before[0])
 
     def free(self):
@@ -470,7 +470,7 @@ class Transfer:
             MPI.Request.Waitall(self._requests)
             self._end_s = time.perf_counter()
         result, self._held = self._result(), None
-        ledger.enter(
+        current().enter(
             self._call,
             self._sent_bytes,
             time_s=self._time_s + time.perf_counter() - start_s,
@@ -505,6 +505,12 @@ class Outgoing:
 
 
 _direct = False  # whether MPI reads and writes the memory of GPUs
+
+
+def use_direct(direct):
+    """Let MPI read and write the memory of GPUs from now on, as `use_device_memory` found."""
+    global _direct
+    _direct = direct
 
 
 def use_device_memory(comm, xp, said):

@@ -11,7 +11,7 @@ of a replica where ep divides their number, else over all ranks of a pipeline st
 """
 
 from copy import copy
-from functools import cache
+from functools import cache, partial
 
 from hpcinfer.errors import UsageError, agreed
 from hpcinfer.heartbeat import waiting
@@ -45,6 +45,7 @@ class Grid:
         from mpi4py import MPI
 
         self.layout, self._splits = layout, {}
+        self.users, self.forget, self._first = 0, None, self
         self.comm = comm.Dup()
         self.comm.Set_name("world")
         self.node = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
@@ -80,6 +81,26 @@ class Grid:
             comm.Set_name(name)
             self._splits[name] = comm
         return self._splits[name]
+
+    def release(self):
+        """Give the grid back; collective over its ranks. The last one frees its communicators."""
+        first, self._first = self._first, None
+        if first is None:
+            return
+        first.users -= 1
+        if first.users > 0:
+            return
+        first.forget()
+        for comm in first._own_communicators():
+            comm.Free()
+
+    def _own_communicators(self):
+        """Each communicator that was made for the grid, once; those of all ranks last."""
+        made = [*self._splits.values(), self.same_weights, self.stage, self.replica, self.dp_cp]
+        made += [self.tp_cp, *(getattr(self, axis) for axis in AXES), self.node]
+        if self.inter is not None:
+            made += [self.inter, self._base]
+        return [*made, self.comm]
 
     def _take_sides(self, M, N):
         """Divide the ranks in attention and FFN side, which meet over an intercommunicator."""
@@ -125,9 +146,10 @@ class Grid:
 
 
 def grid_of(comm, layout):
-    """The grid of a layout on a communicator; its communicators are made once, as MPI has few.
+    """The grid of a layout on a communicator, whose communicators engines have together.
 
-    Collective over `comm`.
+    Collective over `comm`, as MPI's communicators are few: they are made for the first engine, and
+    freed when the last one has given them back with `release`.
     """
     grids = comm.Get_attr(_grids_key())
     if grids is None:
@@ -136,8 +158,10 @@ def grid_of(comm, layout):
     lengths = tuple(getattr(layout, word) for word in (*AXES, "ep", "afd"))
     if lengths not in grids:
         grids[lengths] = Grid(comm, layout)
+        grids[lengths].forget = partial(grids.pop, lengths)
+    grids[lengths].users += 1
     grid = copy(grids[lengths])
-    grid.layout = layout
+    grid.layout, grid._first = layout, grids[lengths]
     return grid
 
 

@@ -2,6 +2,8 @@
 
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from hpcinfer import capture
@@ -95,7 +97,26 @@ class Ledger:
                 yield entry
 
 
+# Of the calls that no engine makes.
 ledger = Ledger()
+
+_current = ledger
+
+
+def current() -> Ledger:
+    """The ledger that calls are entered in now."""
+    return _current
+
+
+@contextmanager
+def entering(own: Ledger) -> Iterator[None]:
+    """Enter the calls of the body in a ledger of its own."""
+    global _current
+    before, _current = _current, own
+    try:
+        yield
+    finally:
+        _current = before
 
 
 def axis_name(comm):

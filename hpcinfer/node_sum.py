@@ -112,8 +112,7 @@ def open_node_sums(comms, on_node, kernels, launch):
     for comm in comms:
         with waiting("allreduce", comm, "node sum"):
             made = _opened(comm, kernels, launch, _TURNS_CROWDED if crowded else _TURNS)
-        if made is not None:
-            collectives.use_reducer(comm, made)
+        collectives.use_reducer(comm, made)
 
 
 def _opened(comm, kernels, launch, patience):

@@ -63,3 +63,14 @@ def test_every_module_has_a_docstring():
         if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
     ]
     assert not bare
+
+
+def test_compiled_functions_freeze_nothing_from_outside_of_ops():
+    """A constant is frozen in what is kept on disk, whose name follows from the files of ops."""
+    for path in (ROOT / "hpcinfer" / "ops" / "cpu").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("hpcinfer"):
+                if not node.module.startswith("hpcinfer.ops"):
+                    folder = ROOT / node.module.replace(".", "/")
+                    names = [alias.name for alias in node.names]
+                    assert all((folder / f"{name}.py").exists() for name in names), (path, names)

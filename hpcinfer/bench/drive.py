@@ -25,7 +25,6 @@ from hpcinfer.engine.scheduler import Scheduler
 from hpcinfer.engine.stats import RunStats
 from hpcinfer.errors import agreed
 from hpcinfer.grid import agree_all
-from hpcinfer.ops import dispatch
 from hpcinfer.requests.request import BadRequest
 
 _BLOCK = 1 << 20  # numbers of the cache that are written at a time
@@ -111,7 +110,6 @@ class Bench:
     """
 
     def __init__(self, comm, setting, sequences, context):
-        dispatch.use(setting.kernels)
         self._load_before = comm.bcast(os.getloadavg()[0])
         self.comm, self.setting = comm, setting
         source = agree_all(comm, setting.source)
@@ -120,9 +118,10 @@ class Bench:
         self.engine = engine = api.load(
             source, comm, setting.layout, setting.dtype, setting.device,
             step_tokens=setting.step_tokens, sequences=2 * sequences, context=context,
+            kernels=setting.kernels,
         )  # fmt: skip
         self.load_s, self.bytes_read = engine.stats.load_s, engine.stats.bytes_read
-        engine.stats = _Steps(engine.grid, 0, 0)
+        engine.stats = _Steps(engine.grid, engine.ledger, 0, 0)
         self.arch, self.model, self.grid = engine.model.arch, engine.model, engine.grid
         self.most_pages = engine.scheduler.pages.n
         self.allocate(min(1, self.most_pages))
@@ -222,7 +221,7 @@ class Bench:
                 self._take_up(sequence, context - 1)
             else:
                 engine.scheduler.add(sequence)
-        with Feed(self.grid, iter(()), 0) as feed:
+        with engine.in_use(), Feed(self.grid, iter(()), 0) as feed:
             run_loop(engine, feed, _refuse, todo)
         return Spent(engine.stats.steps, own)
 

@@ -76,11 +76,12 @@ def measured(comm, device, dtype, width, kernels="auto"):
     width : D, of the Allreduce
     kernels : choice of `hpcinfer.ops.dispatch` to go back to: the limit is that of the fast forms
     """
+    before = dispatch.choice()
     dispatch.use("auto")
     try:
         read, flop = read_rate(comm, device), matrix_rate(comm, device, dtype)
     finally:
-        dispatch.use(kernels)
+        dispatch.use(before)
     return MachineLimits(read, flop, reduce_s(comm, width))
 
 

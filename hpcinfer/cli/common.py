@@ -5,8 +5,6 @@ import sys
 import time
 from argparse import ArgumentTypeError
 
-from hpcinfer.ledger import ledger
-
 DTYPES = ("float32", "bfloat16", "float16")
 
 # Seconds before the end of the job at which a run stops.
@@ -143,7 +141,7 @@ def device_of(comm, arguments):
 
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
     node.Set_name("node")
-    device = take_device(comm, node, arguments.device)
+    device, _ = take_device(comm, node, arguments.device)
     node.Free()
     warning = array.auto_warning(device) if arguments.device == "auto" else None
     if comm.rank == 0 and warning is not None:
@@ -210,8 +208,6 @@ def _run_on(comm, kind, arguments, sampling, selection, n_lines, state, stop):
     )
     if state.kept:
         print(f"restart   what was there is kept as {', '.join(state.kept)}", flush=True)
-    dispatch.use(arguments.kernels)
-    ledger.tracing = arguments.trace is not None
     engine = load(
         arguments.model,
         comm,
@@ -225,12 +221,14 @@ def _run_on(comm, kind, arguments, sampling, selection, n_lines, state, stop):
         seed=arguments.seed,
         micro_batches=arguments.micro_batches,
         check_weights=arguments.check,
+        kernels=arguments.kernels,
     )
+    engine.ledger.tracing = arguments.trace is not None
     device = engine.model.device
     for line in (
         advice(engine.grid.node, device),
         array.auto_warning(device) if arguments.device == "auto" else None,
-        dispatch.notice() if device.name == "cpu" else None,
+        dispatch.notice() if device.name == "cpu" and arguments.kernels == "auto" else None,
     ):
         if comm.rank == 0 and line is not None:
             print(line, file=sys.stderr, flush=True)
@@ -256,7 +254,7 @@ def _run_on(comm, kind, arguments, sampling, selection, n_lines, state, stop):
     )
     report = engine.stats.report(engine)
     if arguments.trace:
-        write_trace(arguments.trace, comm.rank, ledger.events)
+        write_trace(arguments.trace, comm.rank, engine.ledger.events)
     if report is not None:
         print(*report, sep="\n")
         print(

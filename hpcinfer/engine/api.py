@@ -11,6 +11,8 @@ Every rank makes the same calls and gets the same answers. The input of the firs
 """
 
 import time
+from dataclasses import dataclass
+from functools import partial
 
 from hpcinfer import array
 from hpcinfer.engine import nonfinite
@@ -24,20 +26,21 @@ from hpcinfer.engine.feed import Feed
 from hpcinfer.engine.generate import GenerateTask
 from hpcinfer.engine.loop import run as run_loop
 from hpcinfer.engine.placement import take_device, take_sums, take_threads
+from hpcinfer.engine.process import ProcessState
 from hpcinfer.engine.scheduler import Scheduler, StepLimits
 from hpcinfer.engine.score import ScoreTask
 from hpcinfer.engine.stats import RunStats
-from hpcinfer.errors import agreed
+from hpcinfer.errors import agreed, is_agreed
 from hpcinfer.grid import agree_all, grid_of
 from hpcinfer.io.models import open_checkpoint
 from hpcinfer.launcher import world
 from hpcinfer.layout import parse_layout
-from hpcinfer.ledger import ledger
 from hpcinfer.model.families import read_architecture
 from hpcinfer.model.ffn_rank import FfnRank
 from hpcinfer.model.forward import Model
 from hpcinfer.model.layout_check import refuse_unfit
 from hpcinfer.model.weights.check import check
+from hpcinfer.ops import dispatch
 from hpcinfer.requests.reader import PromptLimits, RequestReader, defaults_from
 from hpcinfer.requests.request import BadRequest
 from hpcinfer.requests.sampling import Sampling
@@ -63,6 +66,7 @@ def load(
     seed=0,
     micro_batches=None,
     check_weights=False,
+    kernels=None,
 ):
     """Load a model; every rank of the communicator calls this and reads its own shard.
 
@@ -83,6 +87,8 @@ def load(
         hand are spread over (4 for each stage by default)
     check_weights : True to read all weights first, shared out over the ranks, and to refuse wrong
         checksums, NaN and infinity
+    kernels : "auto" or "plain", as `hpcinfer.ops.dispatch` knows them; by default what its `use`
+        chose last, "auto" at first
 
     Returns
     -------
@@ -95,19 +101,68 @@ def load(
     """
     comm = world() if comm is None else comm
     grid = grid_of(comm, parse_layout(layout, comm.size))
+    process = ProcessState(dispatch.choice() if kernels is None else kernels)
     limits = _limits(grid.layout, step_tokens, sequences, micro_batches)
-    if check_weights:
-        nonfinite.check_weights(comm, path, None if dtype is None else array.parse_dtype(dtype))
-    take_threads(grid.node)
-    device = take_device(grid.comm, grid.node, device)
-    take_sums(grid, device)
-    return agree_all(
-        comm, lambda: Engine(path, grid, dtype, device, kv_memory, limits, context, seed)
-    ).ready()
+    try:
+        if check_weights:
+            parsed = None if dtype is None else array.parse_dtype(dtype)
+            nonfinite.check_weights(comm, path, parsed)
+        loaded, pages = _load(path, grid, process, limits, dtype, device, context, kv_memory)
+    except Exception as error:
+        if is_agreed(error):  # all ranks are here
+            grid.release()
+        raise
+    return Engine(loaded, grid, process, limits, pages, seed)
+
+
+def _load(path, grid, process, limits, dtype, device, context, kv_memory):
+    """A model with a cache: (Loaded, pages of the cache), its state of the process found."""
+    with process.in_use():
+        # Take this rank's part of the node.
+        process.threads = take_threads(grid.node)
+        device, process.direct = take_device(grid.comm, grid.node, device)
+        process.reducers = take_sums(grid, device)
+
+        # Read the own shard, then share what others of the node have too.
+        read = partial(_read, path, grid, dtype, device, context, process.ledger)
+        loaded = agree_all(grid.comm, read)
+        _share_weights(loaded, grid)
+
+        # Give every rank the same number of pages, and forget what loading has sent.
+        pages = _pages(loaded, grid, limits, kv_memory)
+        loaded.model.allocate_cache(pages)
+        process.ledger.clear()
+    return loaded, pages
+
+
+@dataclass
+class Loaded:
+    """A model in memory, before it has a cache.
+
+    Attributes
+    ----------
+    path : where it was read from
+    model : Model, or FfnRank on the ranks that have FFNs only
+    text : Text
+    context : positions that a sequence may have
+    generation_config : dict, what the model recommends
+    checksum : of the checkpoint
+    stats : RunStats
+    """
+
+    path: object
+    model: Model | FfnRank
+    text: Text
+    context: int
+    generation_config: dict
+    checksum: str
+    stats: RunStats
 
 
 class Engine:
     """A loaded model with its cache and queue, on one rank.
+
+    `close` gives back what it holds, as leaving a `with` block does.
 
     Attributes
     ----------
@@ -118,66 +173,49 @@ class Engine:
     context : positions that a sequence may have
     scheduler : Scheduler
     stats : RunStats, what the run has cost so far
+    ledger : Ledger, what it has sent
     depth : rounds of micro-batches under way at a time, one for each stage of the pipeline
     width : micro-batches of a round
     """
 
-    def __init__(self, path, grid, dtype, device, kv_memory, limits, context, seed):
-        start_s = time.perf_counter()
+    def __init__(self, loaded, grid, process, limits, pages, seed):
+        self.path, self.context, self.stats = loaded.path, loaded.context, loaded.stats
+        self.model, self.text, self.checksum = loaded.model, loaded.text, loaded.checksum
+        self.generation_config = loaded.generation_config
         self.grid, self.limits, self.seed = grid, limits, Sampling(seed=seed).seed
         self.depth = grid.layout.pp
         self.width = limits.parts // self.depth
-        with open_checkpoint(path) as checkpoint:
-            arch = read_architecture(checkpoint.config)
-            refuse_unfit(arch, grid.layout)
-            check(arch, checkpoint.tensors)
-            dtype = arch.dtype if dtype is None else array.parse_dtype(dtype)
-            self.text = Text(checkpoint)
-            self.generation_config = checkpoint.generation_config
-            self.checksum = checkpoint.checksum
-            part = FfnRank if grid.role == "ffn" else Model
-            self.model = part(arch, checkpoint, grid, device, dtype)
-            self.model.expert_load = ExpertLoad(arch)
-            self.stats = RunStats(grid, checkpoint.bytes_read, checkpoint.file_bytes)
-        self.context = _context(arch, context)
-        self.path, self._kv_memory, self.ahead = path, kv_memory, Ahead(self)
-        self._stops = {}
-        self.stats.load_s = time.perf_counter() - start_s
-
-    def ready(self):
-        """Give every rank the same number of cache pages, the most that all can hold."""
-        model, comm = self.model, self.grid.comm
-        self.shares_weights = model.share_weights()
-        model.device.trim()
-        agree_all(comm, self._read_alone)
-        if self._kv_memory is None:
-            sharers = self.grid.node.size if model.device.name == "cpu" else 1
-            local_bytes = int(_KV_SHARE * model.device.free_bytes()) // sharers
-        else:
-            local_bytes = self._kv_memory
-        most = -(-pages_for(self.context) * self.limits.sequences // model.pools)
-        pages = min(most, local_bytes // model.page_bytes) if model.page_bytes else None
-        pages = min((n for n in comm.allgather(pages) if n is not None), default=most)
-        if pages < 1:
-            page_bytes = max(comm.allgather(model.page_bytes))
-            raise agreed(
-                ValueError(
-                    f"kv-memory: got {local_bytes} bytes, need {page_bytes} or more, one page; "
-                    "raise --kv-memory or use more ranks"
-                )
-            )
-        model.allocate_cache(pages)
+        self.ledger, self._process = process.ledger, process
+        self.ahead, self._stops = Ahead(self), {}
+        self.stats.kv_bytes = pages * self.model.page_bytes
         self._forget(pages)
-        self.stats.kv_bytes = pages * model.page_bytes
-        ledger.clear()
+
+    def __enter__(self):
         return self
 
-    def _read_alone(self):
-        """Read the weights that could not be shared."""
-        if not self.shares_weights:
-            with open_checkpoint(self.path) as checkpoint:
-                self.model.read(checkpoint, alone=True)
-                self.stats.bytes_read += checkpoint.bytes_read
+    def __exit__(self, *error):
+        # After an error others may be elsewhere: what is collective would wait for them.
+        if error[0] is None:
+            self.close()
+
+    def in_use(self):
+        """Context in which the process has the engine's threads, kernels and ledger.
+
+        Raises
+        ------
+        RuntimeError
+            If the engine is closed.
+        """
+        self._refuse_closed()
+        return self._process.in_use()
+
+    def close(self):
+        """Give back weights, cache and communicators; every rank calls this, once or more often."""
+        if self.model is None:
+            return
+        self.model = self.scheduler = self.ahead = None
+        self._process.reducers.clear()
+        self.grid.release()
 
     def build_step(self, plan):
         """Arrays of the step that the scheduler has planned, for this rank."""
@@ -252,6 +290,7 @@ class Engine:
         ValueError
             If an item cannot be used, or this model has no such point or layer.
         """
+        self._refuse_closed()
         layers = None if layers is None else tuple(layers)
         what = (what,) if isinstance(what, str) else tuple(what)
         work = ExtractTask(self, Selection(what, layers, pool))
@@ -269,6 +308,7 @@ class Engine:
         plain : True if the input is one prompt a line
         score : True if the texts are scored as they stand
         """
+        self._refuse_closed()
         limits = PromptLimits(self.model.arch.V, self.context)
         return RequestReader(self.text, self.defaults(sampling), limits, plain, score)
 
@@ -292,12 +332,22 @@ class Engine:
         """
         return self.grid.comm.allreduce(self.model.expert_load.counts)
 
+    def _refuse_closed(self):
+        if self.model is None:
+            raise RuntimeError(
+                "engine: got a call after close(), need an open engine; load the model again"
+            )
+
     def _forget(self, pages):
         """Start with an empty queue and a cache of `pages` pages per rank that hold nothing."""
         block_table = BlockManager(pages, self.model.pools)
         self.scheduler = Scheduler(block_table, self.limits, self.model.arch.rope)
 
     def _run(self, work, reader, items):
+        with self.in_use():
+            return self._results(work, reader, items)
+
+    def _results(self, work, reader, items):
         finished, grid = {}, self.grid
 
         def deliver(outcome):
@@ -324,6 +374,70 @@ class Engine:
             if isinstance(outcome, BadRequest):
                 raise agreed(ValueError(f"item {outcome.index}: {outcome.message}"))
         return outcomes
+
+
+def _read(path, grid, dtype, device, context, ledger):
+    """This rank's shard of a model, as Loaded."""
+    start_s = time.perf_counter()
+    with open_checkpoint(path) as checkpoint:
+        # Refuse what cannot be loaded before the first weight is read.
+        arch = read_architecture(checkpoint.config)
+        refuse_unfit(arch, grid.layout)
+        check(arch, checkpoint.tensors)
+        dtype = arch.dtype if dtype is None else array.parse_dtype(dtype)
+        context, text = _context(arch, context), Text(checkpoint)
+
+        # Read the weights.
+        part = FfnRank if grid.role == "ffn" else Model
+        model = part(arch, checkpoint, grid, device, dtype)
+        model.expert_load = ExpertLoad(arch)
+        stats = RunStats(grid, ledger, checkpoint.bytes_read, checkpoint.file_bytes)
+        documents = checkpoint.generation_config, checkpoint.checksum
+    stats.load_s = time.perf_counter() - start_s
+    return Loaded(path, model, text, context, *documents, stats)
+
+
+def _share_weights(loaded, grid):
+    """Let the ranks of a node have one copy of equal weights; read those that cannot be shared."""
+    shared = loaded.model.share_weights()
+    loaded.model.device.trim()
+
+    def read_alone():
+        if not shared:
+            with open_checkpoint(loaded.path) as checkpoint:
+                loaded.model.read(checkpoint, alone=True)
+                loaded.stats.bytes_read += checkpoint.bytes_read
+
+    agree_all(grid.comm, read_alone)
+
+
+def _pages(loaded, grid, limits, kv_memory):
+    """Pages of every rank's cache, the most that all can hold.
+
+    Raises
+    ------
+    ValueError
+        On every rank, if one cannot hold a single page.
+    """
+    model, comm = loaded.model, grid.comm
+    local_bytes = kv_memory
+    if kv_memory is None:
+        sharers = grid.node.size if model.device.name == "cpu" else 1
+        local_bytes = int(_KV_SHARE * model.device.free_bytes()) // sharers
+
+    # A rank without a cache takes what the others have.
+    most = -(-pages_for(loaded.context) * limits.sequences // model.pools)
+    pages = min(most, local_bytes // model.page_bytes) if model.page_bytes else None
+    pages = min((n for n in comm.allgather(pages) if n is not None), default=most)
+    if pages < 1:
+        page_bytes = max(comm.allgather(model.page_bytes))
+        raise agreed(
+            ValueError(
+                f"kv-memory: got {local_bytes} bytes, need {page_bytes} or more, one page; "
+                "raise --kv-memory or use more ranks"
+            )
+        )
+    return pages
 
 
 def _context(arch, context):

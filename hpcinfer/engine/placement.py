@@ -14,6 +14,10 @@ def take_threads(on_node):
     """Give this rank's numerical libraries its share of the node's cores, unless the user has.
 
     Collective over `on_node`.
+
+    Returns
+    -------
+    number of threads
     """
     threads = node.threads_per_rank()
     with waiting("allgather", on_node, "threads"):
@@ -23,6 +27,7 @@ def take_threads(on_node):
         n_cores = min(len(node.cores()), node.core_quota() or len(node.cores()))
         threads = max(1, n_cores // sharing)
     node.use_threads(threads)
+    return threads
 
 
 def take_device(comm, on_node, choice):
@@ -38,7 +43,8 @@ def take_device(comm, on_node, choice):
 
     Returns
     -------
-    Device
+    device : Device
+    direct : True if MPI reads and writes its memory
 
     Raises
     ------
@@ -51,8 +57,8 @@ def take_device(comm, on_node, choice):
     device.share(identities.count(device.identity))
     said = device.name == "cuda" and array.mpi_reads_device_memory()
     with waiting("allreduce", comm, "device"):
-        collectives.use_device_memory(comm, device.xp, said)
-    return device
+        direct = collectives.use_device_memory(comm, device.xp, said)
+    return device, direct
 
 
 def take_sums(grid, device):
@@ -60,21 +66,27 @@ def take_sums(grid, device):
 
     Collective over the grid's communicators.
 
+    Returns
+    -------
+    list of (communicator, reducer), which are in use from now on
+
     Raises
     ------
     ValueError, RuntimeError
         On every rank, if NCCL is asked for and cannot be used.
     """
     comms = grid.tp, grid.tp_cp
+    for comm in comms:
+        collectives.use_reducer(comm, None)
     if device.name == "cpu":
-        return open_node_sums(comms, grid.node, *_node_sum_kernels())
+        open_node_sums(comms, grid.node, *_node_sum_kernels())
     with waiting("allreduce", grid.comm, "nccl"):
         wanted = grid.comm.allreduce(array.nccl_is_wanted())
     if wanted:
         from hpcinfer.ops.cuda.runtime import nccl
 
         open_stream_sums(grid.comm, comms, socket.gethostname(), device, nccl)
-    return None
+    return [(comm, collectives.reducer_of(comm)) for comm in comms]
 
 
 def _node_sum_kernels():

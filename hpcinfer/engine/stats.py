@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from hpcinfer import node
-from hpcinfer.ledger import ledger
 
 
 @dataclass
@@ -29,6 +28,7 @@ class RunStats:
 
     Attributes
     ----------
+    ledger : what the engine has sent
     load_s : seconds from opening the checkpoint to weights in memory
     bytes_read, file_bytes : tensor bytes read by this rank, and in the whole checkpoint
     kv_bytes : size of this rank's cache
@@ -40,8 +40,9 @@ class RunStats:
         else
     """
 
-    def __init__(self, grid, bytes_read, file_bytes):
-        self.grid, self.bytes_read, self.file_bytes = grid, bytes_read, file_bytes
+    def __init__(self, grid, ledger, bytes_read, file_bytes):
+        self.grid, self.ledger = grid, ledger
+        self.bytes_read, self.file_bytes = bytes_read, file_bytes
         self.load_s, self.kv_bytes = 0.0, 0
         self.most_pages = 0
         self.prefill, self.decode = PhaseStats(), PhaseStats()
@@ -74,7 +75,7 @@ class RunStats:
             "replica": grid.dp.rank,
             "is_leader": grid.is_leader,
             "loop_s": self.loop_s,
-            "idle_s": _waited_s(),
+            "idle_s": _waited_s(self.ledger),
             "empty_s": self.empty_s,
             "answered": self.answered,
             "written": (self.written_bytes, self.write_s),
@@ -96,7 +97,7 @@ class RunStats:
         ]
         lines += _memory_lines(grid, ranks) + _balance_lines(grid.layout, ranks)
         lines += _written_lines(ranks)
-        return lines + _expert_lines(load, model.arch) + _ledger_lines()
+        return lines + _expert_lines(load, model.arch) + _ledger_lines(self.ledger)
 
 
 def _cache_line(ranks, total):
@@ -189,7 +190,7 @@ def _expert_lines(load, arch):
     ]
 
 
-def _waited_s():
+def _waited_s(ledger):
     """Seconds that this rank waited for another stage or side."""
     purposes = ("pipeline", "pipeline result", "disagg", "round")
     return sum(
@@ -203,7 +204,7 @@ def _percent(shares):
     return ", ".join(f"{100 * share:.0f} %" for share in shares)
 
 
-def _ledger_lines():
+def _ledger_lines(ledger):
     """One line per collective of the root's ledger; groups of one rank send nothing."""
     rows = sorted(item for item in ledger.entries.items() if item[1].sent_bytes)
     lines = []

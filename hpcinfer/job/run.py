@@ -82,6 +82,11 @@ def run(engine, kind, source, n_lines, sampling, facts, state, stop, show=False,
     Stopped
         On every rank, if the run was stopped before all requests were finished.
     """
+    with engine.in_use():
+        return _run(engine, kind, source, n_lines, sampling, facts, state, stop, show, selection)
+
+
+def _run(engine, kind, source, n_lines, sampling, facts, state, stop, show, selection):
     do, record_of = _KINDS[kind]
     work = do(engine) if selection is None else do(engine, selection)
     grid, comm, counts = engine.grid, engine.grid.comm, np.zeros(2, np.int64)

@@ -16,7 +16,7 @@ import numpy as np
 
 from hpcinfer import array, capture, collectives, node
 from hpcinfer.heartbeat import waiting
-from hpcinfer.ledger import ledger
+from hpcinfer.ledger import current
 from hpcinfer.model.cache import PAGE
 from hpcinfer.model.weights.shared import parameters
 from hpcinfer.ops import dispatch
@@ -285,7 +285,7 @@ class Graphs:
         n_sums = sum(calls for _, calls, _ in graph.totals)
         for key, calls, sent_bytes in graph.totals:
             share_s = time_s * calls / n_sums
-            ledger.enter_many(key, calls, sent_bytes, share_s)
+            current().enter_many(key, calls, sent_bytes, share_s)
 
     def _serves(self, step, cut):
         """True if a step is of the kind that graphs are for, on every rank alike."""
@@ -294,7 +294,7 @@ class Graphs:
             return False
         alone = step.n_single == T and not step.columns and cut.counts is None
         alone &= step.all_wanted or self._model.device.name == "cpu"
-        watched = self._model.tap is not None or ledger.tracing
+        watched = self._model.tap is not None or current().tracing
         return alone and not watched
 
     def _computed_and_kept(self, step, cut, x, rotation, compute):

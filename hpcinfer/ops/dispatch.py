@@ -52,9 +52,16 @@ def use(choice):
     global _choice
     if choice not in CHOICES:
         raise ValueError(f"kernels: got {choice!r}, need one of {', '.join(CHOICES)}")
+    if choice == _choice:
+        return
     _choice = choice
     for forms in _forms:
         forms.clear()
+
+
+def choice():
+    """What `use` chose last."""
+    return _choice
 
 
 def backend(name):

@@ -22,7 +22,6 @@ from hpcinfer.engine.feed import Feed
 from hpcinfer.engine.generate import GenerateTask
 from hpcinfer.engine.loop import run
 from hpcinfer.errors import UsageError
-from hpcinfer.ledger import ledger
 from hpcinfer.model.cache import page_bytes
 from hpcinfer.model.families import read_architecture
 from hpcinfer.requests.request import BadRequest
@@ -420,9 +419,9 @@ def test_messages_of_a_run(comm, shared_path, case):
     one = 2 * (comm.size - 1) / comm.size * T * arch.D * 4
     purposes = ["layer"] if arch.parallel_residual else ["attention", "ffn"]
     for purpose in purposes:
-        assert ledger.calls("Allreduce", "tp", purpose) == arch.N
-        assert ledger.sent_bytes("Allreduce", "tp", purpose) == approx(arch.N * one)
-    assert ledger.sent_bytes("Allreduce", "tp", "embed") == approx(one)
+        assert engine.ledger.calls("Allreduce", "tp", purpose) == arch.N
+        assert engine.ledger.sent_bytes("Allreduce", "tp", purpose) == approx(arch.N * one)
+    assert engine.ledger.sent_bytes("Allreduce", "tp", "embed") == approx(one)
     log_softmax = 2 * (comm.size - 1) / comm.size * 24 * T
-    assert ledger.sent_bytes("Allreduce", purpose="log_softmax") == approx(log_softmax)
-    assert ledger.sent_bytes() == approx((1 + len(purposes) * arch.N) * one + log_softmax)
+    assert engine.ledger.sent_bytes("Allreduce", purpose="log_softmax") == approx(log_softmax)
+    assert engine.ledger.sent_bytes() == approx((1 + len(purposes) * arch.N) * one + log_softmax)

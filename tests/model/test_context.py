@@ -9,7 +9,6 @@ from reference.parity import greedy, on_root
 
 import hpcinfer
 from hpcinfer.errors import UsageError
-from hpcinfer.ledger import ledger
 from hpcinfer.model.cache import PAGE
 
 CASE = "llama-gqa"
@@ -71,13 +70,13 @@ def test_queries_travel_when_they_are_fewer_bytes(comm, shared_path):
     engine = context(comm, shared_path, step_tokens=300, kv_memory=1 << 28)
     reference = load(comm, CASE, "directory", shared_path)
     text = (models.tokens(CASE, 150) * 4)[:590]
-    ledger.clear()
+    engine.ledger.clear()
     whole = engine.score([text[:300]])[0].logprobs
-    assert ledger.calls("Shift", purpose="ring queries") == 0
-    assert ledger.calls("Shift", purpose="ring") > 0
+    assert engine.ledger.calls("Shift", purpose="ring queries") == 0
+    assert engine.ledger.calls("Shift", purpose="ring") > 0
     engine.limits.tokens = 12
     chunked = engine.score([text[:300]])[0].logprobs
-    assert ledger.calls("Shift", purpose="ring queries") > 0
+    assert engine.ledger.calls("Shift", purpose="ring queries") > 0
     expected = reference.score([text[:300]])[0].logprobs
     assert np.abs(whole[1:] - expected[1:]).max() < 1e-4
     assert np.abs(chunked[1:] - expected[1:]).max() < 1e-4

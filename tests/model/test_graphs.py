@@ -10,7 +10,6 @@ from reference import models
 from reference.parity import greedy, on_root
 
 from hpcinfer import node
-from hpcinfer.ledger import ledger
 
 pytest.importorskip("numba")
 
@@ -203,12 +202,12 @@ def answers(engine, case, monkeypatch, steps=None, **bounds):
         monkeypatch.setattr(graphs, name, value)
     engine._forget(engine.scheduler.pages.n)  # no prompt is in the cache
     engine.model.expert_load.clear()
-    ledger.clear()
+    engine.ledger.clear()
     prompts = [models.tokens(case, n) for n in (3, 30, 61, 100)]
     tokens = greedy(engine, prompts, 40) + greedy(engine, prompts[:2], 70)
     sent = {
         key: (entry.calls, round(entry.sent_bytes))
-        for key, entry in ledger.entries.items()
+        for key, entry in engine.ledger.entries.items()
         if key[2] in ("attention", "ffn")
     }
     return tokens, sent, engine.expert_load().tolist()

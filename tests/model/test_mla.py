@@ -8,7 +8,6 @@ from reference.parity import greedy
 
 from hpcinfer.errors import UsageError
 from hpcinfer.layout import Layout
-from hpcinfer.ledger import ledger
 from hpcinfer.model.cache import PAGE
 from hpcinfer.model.families import read_architecture
 from hpcinfer.model.layout_check import refuse_unfit
@@ -32,9 +31,9 @@ def test_a_page_holds_one_latent_and_one_key_per_token(comm, shared_path):
 def test_values_do_not_travel(comm, shared_path):
     """A ring over P ranks sends every key P-1 times in each layer, with 8 bytes that name it."""
     engine = load(comm, CASE, "directory", shared_path, layout=f"cp={comm.size}", step_tokens=300)
-    ledger.clear()
+    engine.ledger.clear()
     engine.score([models.tokens(CASE, TEXT + 1)])  # the last token is scored, not computed
-    sent = sum(comm.allgather(ledger.sent_bytes("Shift", purpose="ring")))
+    sent = sum(comm.allgather(engine.ledger.sent_bytes("Shift", purpose="ring")))
     assert sent == ARCH.N * (comm.size - 1) * TEXT * (4 * WIDTH + 8)
 
 
