@@ -78,7 +78,6 @@ WITHOUT_COMMENT: dict[str, int] = {
     "hpcinfer/ops/cuda/prefill.py": 1,
     "hpcinfer/ops/cuda/tiles.py": 1,
     "hpcinfer/parallel/disagg.py": 1,
-    "hpcinfer/requests/reader.py": 3,
     "hpcinfer/requests/results.py": 2,
     "hpcinfer/verify/layers.py": 1,
     "hpcinfer/verify/linear.py": 1,
@@ -105,7 +104,6 @@ LONG_FILES: dict[str, str] = {
     "hpcinfer/ops/cpu/simd/attention.py": "the vector code of one operation",
     "hpcinfer/ops/cpu/simd/vectors.py": "the vector code that all other is made of",
     "hpcinfer/ops/sample.py": "the steps of choosing a token, in one order",
-    "hpcinfer/requests/reader.py": "fields of a request and reading of lines",
 }
 SAME_CLASSES: dict[str, str] = {
     "Table": "pages of a step, in a frame of graphs and as CUDA kernels read them",

@@ -38,7 +38,8 @@ from hpcinfer.model.ffn_rank import FfnRank
 from hpcinfer.model.forward import Model
 from hpcinfer.model.layout_check import refuse_unfit
 from hpcinfer.model.weights.check import check
-from hpcinfer.requests.reader import PromptLimits, RequestReader, defaults_from
+from hpcinfer.requests.fields import PromptLimits
+from hpcinfer.requests.reader import RequestReader, defaults_from
 from hpcinfer.requests.request import BadRequest
 from hpcinfer.requests.sampling import Sampling
 from hpcinfer.text.tokenizer import Text
