@@ -78,7 +78,6 @@ WITHOUT_COMMENT: dict[str, int] = {
     "hpcinfer/ops/cuda/prefill.py": 1,
     "hpcinfer/ops/cuda/tiles.py": 1,
     "hpcinfer/parallel/disagg.py": 1,
-    "hpcinfer/requests/results.py": 2,
     "hpcinfer/verify/layers.py": 1,
     "hpcinfer/verify/linear.py": 1,
 }
