@@ -97,7 +97,7 @@ def _read_json(path: AnyPath) -> tuple[dict[str, Any], int, int]:
     """Header object of a file, position of its data, size of the file."""
     file, file_size = metadata.open_regular(path)
     with file:
-        # The length of the header must fit the file
+        # Read the header, once its length fits the file
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, file_size - 8):
@@ -125,7 +125,7 @@ def _parse_entry(path: AnyPath, name: str, entry: Any) -> tuple[np.dtype, list[i
             + ", ".join(DTYPES)
         )
 
-    # Shape and span must be counts, and the span no less than empty
+    # Refuse a shape or a span of bytes that is none
     if not _is_naturals(shape) or not _is_naturals(span) or len(span) != 2 or span[0] > span[1]:
         raise ValueError(
             f"checkpoint: got shape {reprlib.repr(shape)} and data_offsets {reprlib.repr(span)} of "
@@ -149,7 +149,7 @@ def _read_all(folder: str) -> dict[str, TensorInfo]:
             "other formats (pickles such as *.bin) are not read, save the model as safetensors"
         )
 
-    # Every tensor stands in one of the files
+    # Put the tables of the files together
     tensors: dict[str, TensorInfo] = {}
     for name in names:
         for tensor, info in read_header(os.path.join(folder, name)).items():
@@ -177,7 +177,7 @@ def _read_indexed(folder: str, index_path: str) -> dict[str, TensorInfo]:
                 "own folder"
             )
 
-    # Every tensor must be in the file that is named for it
+    # Look each tensor up in the file that is named for it
     headers = {name: read_header(os.path.join(folder, name)) for name in set(weight_map.values())}
     for tensor, name in weight_map.items():
         if tensor not in headers[name]:
