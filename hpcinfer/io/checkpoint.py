@@ -327,6 +327,7 @@ def table_entry(
     ValueError
         If the shape is none that an array can have or does not need `nbytes` bytes.
     """
+    # Refuse what no array can have, before anything is computed of it
     if len(shape) > MAX_AXES or math.prod(max(n, 1) for n in shape) * dtype.itemsize >= 2**63:
         raise ValueError(
             f"checkpoint: got {name!r} in {file} of {len(shape)} axes, need at most {MAX_AXES} "

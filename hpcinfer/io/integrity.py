@@ -70,6 +70,7 @@ def check(
     fault : (number of the tensor, Fault), or None if all is well
     n_checksums : tensors of the share that have a checksum
     """
+    # Deal the tensors out in turn
     n_checksums = 0
     with open_checkpoint(path) as model:
         for i, info in enumerate(model.tensors.values()):

@@ -114,8 +114,8 @@ def read_facts(path: AnyPath) -> tuple[dict[str, Any], list[int], int]:
             known = False
         if not known:
             raise _damaged(path)
-        body = json.loads(body)
-        return body["facts"], body["blocks"], file.tell()
+        pages = json.loads(body)
+        return pages["facts"], pages["blocks"], file.tell()
 
 
 def read_blocks(path: AnyPath) -> Iterator[bytes]:

@@ -146,6 +146,8 @@ class PartFiles:
         self._stem = f"{generation:03d}-{replica:03d}-{rank:05d}"
         self._facts = {"generation": generation, "replica": replica, "rank": rank}
         self._shares = {share.field.name: share for share in shares}
+
+        # Start without a file: how large the first is depends on the rows
         self._row_bytes = max(1, sum(share.row_bytes for share in self._shares.values()))
         self._compress, self._made = compress, 0
         self._segments: list[_Segment | _PackedSegment] = []
