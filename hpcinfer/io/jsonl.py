@@ -88,7 +88,7 @@ class JsonlWriter:
                 _write(self._descriptor, line)
                 _write(self._index, entry)
             except OSError:
-                # Take back the part of a line for which there was room
+                # Take back the part of a line for which there was space
                 for descriptor, end in (
                     (self._descriptor, self._end),
                     (self._index, self._index_end),

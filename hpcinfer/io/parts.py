@@ -9,7 +9,7 @@ run that goes on where another was killed is a generation of its own. Layout, fo
     /<point>/<layer>     (rows, own columns, ...); attributes: first_column, number
     /state               (datasets, 2) uint64: rows written and their crc32, by `number`
 
-A part is made with room for its rows, contiguous and empty, and closed. Rows then go to their place
+A part is made with space for its rows, contiguous and empty, and closed. Rows then go to their place
 by plain writes, and after them their number to /state. So nothing that HDF5 needs ever changes: a
 part opens at any moment, also after a kill, and writing is as fast as to any file. When it is full,
 or the run ends, it is brought to the disk. Room that is left is a hole, which takes no space; where
@@ -42,7 +42,7 @@ PARTS_SUFFIX = ".parts"
 # Bytes of the first file of a rank, and of its largest; each is twice the one before
 _FIRST_BYTES, _MOST_BYTES = 1 << 22, 1 << 30
 
-# Share of a part's room up to which its rows are copied to a smaller one, as well as few bytes
+# Share of a part's rows up to which they are copied to a smaller one, as well as few bytes
 _LITTLE, _FEW_BYTES = 0.25, 1 << 24
 
 # Bytes that a rank holds before it compresses them, of a compressed chunk, and of a copy
@@ -169,7 +169,7 @@ class PartFiles:
         self.time_s += time.perf_counter() - began_s
 
     def close(self) -> None:
-        """Bring everything to the disk, without room for more."""
+        """Bring everything to the disk, without space for more."""
         began_s = time.perf_counter()
         while self._segments:
             self._segments.pop(0).close()
