@@ -1,7 +1,7 @@
 """Errors that end a command, and the exit code each one means.
 
 Input and arguments raise ValueError, the machine raises RuntimeError; both carry one line of the
-form ``<module>: got X, need Y; remedy``. `UsageError` is a ValueError about the command line itself.
+form ``<module>: got X, need Y; remedy``. `UsageError` is a ValueError about the command line.
 """
 
 from __future__ import annotations

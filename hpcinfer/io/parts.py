@@ -9,12 +9,12 @@ run that goes on where another was killed is a generation of its own. Layout, fo
     /<point>/<layer>     (rows, own columns, ...); attributes: first_column, number
     /state               (datasets, 2) uint64: rows written and their crc32, by `number`
 
-A part is made with space for its rows, contiguous and empty, and closed. Rows then go to their place
-by plain writes, and after them their number to /state. So nothing that HDF5 needs ever changes: a
-part opens at any moment, also after a kill, and writing is as fast as to any file. When it is full,
-or the run ends, it is brought to the disk. Room that is left is a hole, which takes no space; where
-it is most of the file, the rows are copied to a file without it. Compressed parts are written
-whole, when they are full.
+A part is made with place for its rows, contiguous and empty, and closed. Rows are then put there by
+plain writes, and after them their number in /state. So nothing that HDF5 needs ever changes: a part
+opens at any moment, also after a kill, and writing is as fast as to any file. When it is full, or
+the run ends, it is brought to the disk. Places that are left are a hole, which takes no space;
+where it is most of the file, the rows are copied to a file without it. Compressed parts are written
+whole, when they are full. They are read by `hpcinfer.io.read_parts`.
 """
 
 from __future__ import annotations
