@@ -24,7 +24,7 @@ setup(
     license="BSD-3-Clause",
     license_files=["LICENSE"],
     packages=find_packages(include=["hpcinfer", "hpcinfer.*"]),
-    package_data={"hpcinfer.ops.cuda": ["*.cu", "*.cuh"]},
+    package_data={"hpcinfer": ["py.typed"], "hpcinfer.ops.cuda": ["*.cu", "*.cuh"]},
     python_requires=">=3.11",
     install_requires=[
         "numpy>=1.26",
@@ -51,6 +51,7 @@ setup(
             "pytest-timeout>=2.3",
             "ruff>=0.6",
             "import-linter>=2.1",
+            "mypy>=1.11",
             "safetensors>=0.4.3",
         ],
         "plot": ["matplotlib>=3.8"],

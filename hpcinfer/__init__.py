@@ -24,12 +24,26 @@ The command line is ``hpcinfer --help``; from Python::
 Importing this package starts neither MPI nor a GPU nor threads.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hpcinfer.engine.api import Engine
+
 __version__ = "0.1.0"
 
 __all__ = ["__version__", "load"]
 
 
-def load(path, comm=None, layout=None, dtype=None, device="cpu", **options):
+def load(
+    path: Any,
+    comm: Any = None,
+    layout: str | None = None,
+    dtype: str | None = None,
+    device: str = "cpu",
+    **options: Any,
+) -> Engine:
     """Load a model over the ranks of a communicator; see `hpcinfer.engine.api.load`."""
     from hpcinfer.engine.api import load as load_model
 

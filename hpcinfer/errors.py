@@ -1,17 +1,20 @@
 """Errors that end a command, and the exit code each one means.
 
 Input and arguments raise ValueError, the machine raises RuntimeError; both carry one line of the
-form ``<room>: got X, need Y; remedy``. `UsageError` is a ValueError about the command line itself.
+form ``<module>: got X, need Y; remedy``. `UsageError` is a ValueError about the command line.
 """
 
 from __future__ import annotations
 
 import operator
 import reprlib
+from typing import Any, TypeVar
 
 import numpy as np
 
 DONE, FAILED, USAGE, REQUEUE = 0, 1, 2, 75
+
+_Error = TypeVar("_Error", bound=BaseException)
 
 
 class UsageError(ValueError):
@@ -26,30 +29,30 @@ class Stopped(RuntimeError):
     """The run was stopped before its end, and goes on when it is started again (exit code 75)."""
 
 
-def agreed(error):
+def agreed(error: _Error) -> _Error:
     """`error`, marked as raised on every rank, so that all can end in order; returns it."""
-    error.agreed = True
+    error.agreed = True  # type: ignore[attr-defined]
     return error
 
 
-def is_agreed(error):
+def is_agreed(error: BaseException) -> bool:
     """True if every rank raises this error too."""
     return isinstance(error, UsageError) or getattr(error, "agreed", False)
 
 
-def is_reported(error):
+def is_reported(error: BaseException) -> bool:
     """True if another rank raises this error too and reports it for this one."""
     return getattr(error, "reported", False)
 
 
-def exit_code(error):
+def exit_code(error: BaseException) -> int:
     """Exit code of a command that ends with `error`."""
     if isinstance(error, Stopped):
         return REQUEUE
     return USAGE if isinstance(error, UsageError) else FAILED
 
 
-def one_line(error):
+def one_line(error: BaseException) -> str:
     """Text of `error` on one line, with the class only where it was not raised on purpose."""
     text = " ".join(str(error).split())
     if isinstance(error, (ValueError, RuntimeError)) and text:
@@ -61,7 +64,7 @@ def one_line(error):
     return f"{type(error).__name__}: {text}"
 
 
-def integer(value) -> int | None:
+def integer(value: Any) -> int | None:
     """Value as a plain int, or None if its type is no whole number (bool and float are none)."""
     if isinstance(value, bool | np.bool_):
         return None
@@ -71,7 +74,7 @@ def integer(value) -> int | None:
         return None
 
 
-def shown(value, width: int = 60) -> str:
+def shown(value: Any, width: int = 60) -> str:
     """Value as it is quoted in an error: its repr on one line, cut to `width` characters."""
     brief = reprlib.Repr()
     brief.maxstring = brief.maxother = brief.maxlong = width

@@ -5,17 +5,23 @@ cover the axis and differ in length by at most one item, also where P does not d
 exceeds it.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+Range = tuple[int, int]  # start and stop
 
-def block(n, P):
+
+def block(n: int, P: int) -> list[Range]:
     """Contiguous blocks of an axis of `n` items over `P` ranks.
 
     Returns
     -------
-    list of (start, stop), length P; the first n % P ranks own one item more.
+    (start, stop) of every rank; the first n % P ranks own one item more
     """
     if n < 0 or P < 1:
         raise ValueError(f"partition: got {n} items over {P} ranks, need n >= 0 and P >= 1")
@@ -24,7 +30,7 @@ def block(n, P):
     return [(starts[r], starts[r + 1]) for r in range(P)]
 
 
-def counts(ranges):
+def counts(ranges: Iterable[Range]) -> list[int]:
     """Length of every rank's range."""
     return [stop - start for start, stop in ranges]
 
@@ -40,29 +46,25 @@ class Heads:
     groups : for each own key/value head its (start, stop) among the rank's own query heads
     """
 
-    query: tuple
-    kv: tuple
-    groups: tuple
+    query: Range
+    kv: Range
+    groups: tuple[Range, ...]
 
     @property
-    def n_query(self):
+    def n_query(self) -> int:
         return self.query[1] - self.query[0]
 
     @property
-    def n_kv(self):
+    def n_kv(self) -> int:
         return self.kv[1] - self.kv[0]
 
 
-def heads(H, G, P):
+def heads(H: int, G: int, P: int) -> list[Heads]:
     """Heads of every rank: blocks of query heads, with the key/value heads that they read.
 
     The query heads are balanced, so that the projections and scores are; a key/value head is copied
     where its group of H/G query heads is spread over ranks. Where P is a multiple of G, each group
     is divided by itself, so that a rank reads one key/value head only. Ranks may own no head.
-
-    Returns
-    -------
-    list of Heads, length P
     """
     if G < 1 or H % G:
         raise ValueError(f"partition: got {H} query heads and {G} KV heads, need G to divide H")
@@ -82,17 +84,17 @@ def heads(H, G, P):
     return owned
 
 
-def heads_of(own, P):
+def heads_of(own: Heads, P: int) -> list[Heads]:
     """The heads of one rank cut further, over `P` ranks that compute its tokens together.
 
     Parameters
     ----------
-    own : Heads
+    own : heads of the one rank
     P : number of ranks
 
     Returns
     -------
-    list of Heads, length P, numbered among the own heads
+    heads of every rank, numbered among the own heads
     """
     parts = []
     for start, stop in block(own.n_query, P):
@@ -105,23 +107,23 @@ def heads_of(own, P):
     return parts
 
 
-def contiguous(n, P):
+def contiguous(n: int, P: int) -> list[np.ndarray]:
     """Tokens in one run per rank: rank 0 has the first. Causal work grows with the rank."""
     return [np.arange(start, stop) for start, stop in block(n, P)]
 
 
-def striped(n, P):
+def striped(n: int, P: int) -> list[np.ndarray]:
     """Tokens dealt one by one (Brandon et al. 2023, striped attention, arXiv:2311.09431)."""
     return [np.arange(r, n, P) for r in range(P)]
 
 
-def zigzag(n, P):
+def zigzag(n: int, P: int) -> list[np.ndarray]:
     """Tokens in 2P runs, of which rank r has runs r and 2P-1-r: an early and a late one."""
     runs = [np.arange(start, stop) for start, stop in block(n, 2 * P)]
     return [np.concatenate([runs[r], runs[2 * P - 1 - r]]) for r in range(P)]
 
 
-def block_cyclic(n, P, block=16):
+def block_cyclic(n: int, P: int, block: int = 16) -> list[np.ndarray]:
     """Blocks of `block` tokens dealt in turn, the last one as long as it is (ScaLAPACK's cut)."""
     if block < 1:
         raise ValueError(f"partition: got blocks of {block} items, need 1 or more")
@@ -134,7 +136,7 @@ def block_cyclic(n, P, block=16):
 CUTS = {cut.__name__: cut for cut in (contiguous, striped, zigzag, block_cyclic)}
 
 
-def dealt(start, stop, P, first, rank):
+def dealt(start: int, stop: int, P: int, first: int, rank: int) -> np.ndarray:
     """Items of start..stop-1 that `rank` owns when items are dealt in turn, item 0 to rank `first`.
 
     Returns
@@ -145,7 +147,7 @@ def dealt(start, stop, P, first, rank):
     return np.arange(begin, max(begin, stop), P)
 
 
-def stages(weights, P):
+def stages(weights: Sequence[float], P: int) -> list[Range]:
     """Runs of layers over the stages of a pipeline, the heaviest run as light as can be.
 
     Parameters
@@ -156,7 +158,7 @@ def stages(weights, P):
 
     Returns
     -------
-    list of (start, stop), length P; with fewer layers than stages some are empty
+    (start, stop) of every stage; with fewer layers than stages some are empty
     """
     if P < 1 or any(w < 0 for w in weights):
         raise ValueError(f"partition: got {P} stages, need 1 or more, and weights of 0 or more")
@@ -171,7 +173,9 @@ def stages(weights, P):
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
-def _cut_runs(cost, P, join):
+def _cut_runs(
+    cost: np.ndarray, P: int, join: Callable[[np.ndarray, np.ndarray], Any]
+) -> tuple[float, list[int]]:
     """Best way to cut n items in P runs, of cost (n+1, n+1) from start to stop each, joined.
 
     Returns
@@ -191,7 +195,7 @@ def _cut_runs(cost, P, join):
     return least[-1], ends
 
 
-def guided(remaining, P):
+def guided(remaining: int, P: int) -> int:
     """Items that one of P workers holds at most, so that they end together.
 
     A share of what remains with what it holds, which shrinks with it (Polychronopoulos and Kuck
@@ -210,22 +214,18 @@ class ExpertShare:
     columns : (start, stop) among F
     """
 
-    experts: tuple
-    columns: tuple
+    experts: Range
+    columns: Range
 
     @property
-    def is_empty(self):
+    def is_empty(self) -> bool:
         return self.experts[0] == self.experts[1] or self.columns[0] == self.columns[1]
 
 
-def experts(E, F, ep, tp=1):
+def experts(E: int, F: int, ep: int, tp: int = 1) -> list[ExpertShare]:
     """Experts of every rank of ep x tp, tp running fastest: E cut over ep, F of each over tp.
 
     Where ep exceeds E, the ranks of an expert cut its columns among them.
-
-    Returns
-    -------
-    list of ExpertShare, length ep · tp
     """
     if E < 1:
         raise ValueError(f"partition: got {E} experts, need 1 or more")
@@ -239,18 +239,20 @@ def experts(E, F, ep, tp=1):
     ]
 
 
-def destinations(ids, shares, common=False):
+def destinations(
+    ids: np.ndarray, shares: Iterable[ExpertShare], common: bool = False
+) -> list[np.ndarray]:
     """Tokens that each rank must see: those that chose an expert of which it has columns.
 
     Parameters
     ----------
     ids : (T, k) int, experts chosen by each token, host; negative ones are no choice
-    shares : list of ExpertShare, one per rank
+    shares : one per rank
     common : True if there is an expert beside these that all tokens choose and all ranks share
 
     Returns
     -------
-    list of (n,) int64, one per rank, ascending
+    (n,) int64 of every rank, ascending
     """
     rows = []
     for share in shares:

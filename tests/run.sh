@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole suite: style, floors, then every test on 1, 2, 3 and 4 ranks.
+# The whole suite: style, types, floors, then every test on 1, 2, 3 and 4 ranks.
 #
 #   run      bash tests/run.sh                 all of it
 #            bash tests/run.sh -k ring         arguments go to pytest
@@ -60,6 +60,7 @@ suite() {
 }
 
 step ruff ruff check --output-format=concise .
+step types mypy
 step floors lint-imports
 for ranks in ${HPCINFER_TEST_RANKS:-1 2 3 4}; do
     step "ranks-$ranks" suite "$ranks" "$@"

@@ -10,44 +10,29 @@
 Every rank makes the same calls and gets the same answers. The input of the first rank counts.
 """
 
-import time
-from dataclasses import dataclass
-from functools import partial
-
 from hpcinfer import array
 from hpcinfer.engine import nonfinite
 from hpcinfer.engine.activations.extract import ExtractTask, activations_of, gathered
 from hpcinfer.engine.activations.selection import Selection
 from hpcinfer.engine.ahead import Ahead
-from hpcinfer.engine.block_manager import BlockManager, pages_for
+from hpcinfer.engine.block_manager import BlockManager
 from hpcinfer.engine.build_step import build_step
-from hpcinfer.engine.expert_load import ExpertLoad
 from hpcinfer.engine.feed import Feed
 from hpcinfer.engine.generate import GenerateTask
+from hpcinfer.engine.loading import load_parts
 from hpcinfer.engine.loop import run as run_loop
-from hpcinfer.engine.placement import take_device, take_sums, take_threads
 from hpcinfer.engine.process import ProcessState
 from hpcinfer.engine.scheduler import Scheduler, StepLimits
 from hpcinfer.engine.score import ScoreTask
-from hpcinfer.engine.stats import RunStats
 from hpcinfer.errors import agreed, is_agreed
-from hpcinfer.grid import agree_all, grid_of
-from hpcinfer.io.models import open_checkpoint
+from hpcinfer.grid import grid_of
 from hpcinfer.launcher import world
 from hpcinfer.layout import parse_layout
-from hpcinfer.model.families import read_architecture
-from hpcinfer.model.ffn_rank import FfnRank
-from hpcinfer.model.forward import Model
-from hpcinfer.model.layout_check import refuse_unfit
-from hpcinfer.model.weights.check import check
 from hpcinfer.ops import dispatch
-from hpcinfer.requests.reader import PromptLimits, RequestReader, defaults_from
+from hpcinfer.requests.fields import PromptLimits
+from hpcinfer.requests.reader import RequestReader, defaults_from
 from hpcinfer.requests.request import BadRequest
 from hpcinfer.requests.sampling import Sampling
-from hpcinfer.text.tokenizer import Text
-
-# Share of the free memory that the cache takes where --kv-memory does not say.
-_KV_SHARE = 0.5
 
 # Micro-batches of the two sides' turns, and of prompts for each stage of a pipeline.
 _MICRO_BATCHES, _CHUNKS_PER_STAGE = 2, 4
@@ -107,56 +92,12 @@ def load(
         if check_weights:
             parsed = None if dtype is None else array.parse_dtype(dtype)
             nonfinite.check_weights(comm, path, parsed)
-        loaded, pages = _load(path, grid, process, limits, dtype, device, context, kv_memory)
+        loaded, pages = load_parts(path, grid, process, limits, dtype, device, context, kv_memory)
     except Exception as error:
         if is_agreed(error):  # all ranks are here
             grid.release()
         raise
     return Engine(loaded, grid, process, limits, pages, seed)
-
-
-def _load(path, grid, process, limits, dtype, device, context, kv_memory):
-    """A model with a cache: (Loaded, pages of the cache), its state of the process found."""
-    with process.in_use():
-        # Take this rank's part of the node.
-        process.threads = take_threads(grid.node)
-        device, process.direct = take_device(grid.comm, grid.node, device)
-        process.reducers = take_sums(grid, device)
-
-        # Read the own shard, then share what others of the node have too.
-        read = partial(_read, path, grid, dtype, device, context, process.ledger)
-        loaded = agree_all(grid.comm, read)
-        _share_weights(loaded, grid)
-
-        # Give every rank the same number of pages, and forget what loading has sent.
-        pages = _pages(loaded, grid, limits, kv_memory)
-        loaded.model.allocate_cache(pages)
-        process.ledger.clear()
-    return loaded, pages
-
-
-@dataclass
-class Loaded:
-    """A model in memory, before it has a cache.
-
-    Attributes
-    ----------
-    path : where it was read from
-    model : Model, or FfnRank on the ranks that have FFNs only
-    text : Text
-    context : positions that a sequence may have
-    generation_config : dict, what the model recommends
-    checksum : of the checkpoint
-    stats : RunStats
-    """
-
-    path: object
-    model: Model | FfnRank
-    text: Text
-    context: int
-    generation_config: dict
-    checksum: str
-    stats: RunStats
 
 
 class Engine:
@@ -374,82 +315,6 @@ class Engine:
             if isinstance(outcome, BadRequest):
                 raise agreed(ValueError(f"item {outcome.index}: {outcome.message}"))
         return outcomes
-
-
-def _read(path, grid, dtype, device, context, ledger):
-    """This rank's shard of a model, as Loaded."""
-    start_s = time.perf_counter()
-    with open_checkpoint(path) as checkpoint:
-        # Refuse what cannot be loaded before the first weight is read.
-        arch = read_architecture(checkpoint.config)
-        refuse_unfit(arch, grid.layout)
-        check(arch, checkpoint.tensors)
-        dtype = arch.dtype if dtype is None else array.parse_dtype(dtype)
-        context, text = _context(arch, context), Text(checkpoint)
-
-        # Read the weights.
-        part = FfnRank if grid.role == "ffn" else Model
-        model = part(arch, checkpoint, grid, device, dtype)
-        model.expert_load = ExpertLoad(arch)
-        stats = RunStats(grid, ledger, checkpoint.bytes_read, checkpoint.file_bytes)
-        documents = checkpoint.generation_config, checkpoint.checksum
-    stats.load_s = time.perf_counter() - start_s
-    return Loaded(path, model, text, context, *documents, stats)
-
-
-def _share_weights(loaded, grid):
-    """Let the ranks of a node have one copy of equal weights; read those that cannot be shared."""
-    shared = loaded.model.share_weights()
-    loaded.model.device.trim()
-
-    def read_alone():
-        if not shared:
-            with open_checkpoint(loaded.path) as checkpoint:
-                loaded.model.read(checkpoint, alone=True)
-                loaded.stats.bytes_read += checkpoint.bytes_read
-
-    agree_all(grid.comm, read_alone)
-
-
-def _pages(loaded, grid, limits, kv_memory):
-    """Pages of every rank's cache, the most that all can hold.
-
-    Raises
-    ------
-    ValueError
-        On every rank, if one cannot hold a single page.
-    """
-    model, comm = loaded.model, grid.comm
-    local_bytes = kv_memory
-    if kv_memory is None:
-        sharers = grid.node.size if model.device.name == "cpu" else 1
-        local_bytes = int(_KV_SHARE * model.device.free_bytes()) // sharers
-
-    # A rank without a cache takes what the others have.
-    most = -(-pages_for(loaded.context) * limits.sequences // model.pools)
-    pages = min(most, local_bytes // model.page_bytes) if model.page_bytes else None
-    pages = min((n for n in comm.allgather(pages) if n is not None), default=most)
-    if pages < 1:
-        page_bytes = max(comm.allgather(model.page_bytes))
-        raise agreed(
-            ValueError(
-                f"kv-memory: got {local_bytes} bytes, need {page_bytes} or more, one page; "
-                "raise --kv-memory or use more ranks"
-            )
-        )
-    return pages
-
-
-def _context(arch, context):
-    """Positions to allow: the model's, or what the user asks for where the model can take it."""
-    if context is None:
-        return arch.context
-    if arch.learned_positions and context > arch.learned_positions:
-        raise ValueError(
-            f"context: got {context}, need at most {arch.learned_positions}, the positions that "
-            "this model has learned"
-        )
-    return context
 
 
 def _limits(layout, step_tokens, sequences, micro_batches):

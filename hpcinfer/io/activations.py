@@ -30,28 +30,28 @@ Reading takes four lines; `open_activations` also checks that all parts are ther
 With h5py alone a missing part reads as NaN, -1 in integers.
 """
 
+from __future__ import annotations
+
 import os
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import h5py
 import numpy as np
 
 from hpcinfer.array import BFLOAT16
-from hpcinfer.io.atomic import writing
-from hpcinfer.io.hdf5 import file_format, open_h5
-from hpcinfer.io.parts import (
-    checksum,
-    clear_parts,
-    create,
-    damaged_datasets,
-    label,
-    part_names,
-    parts_folder,
-    read_part,
-    read_parts,
-)
-from hpcinfer.io.results import STRING, Hdf5Writer
+from hpcinfer.io.atomic import AnyPath, writing
+from hpcinfer.io.columns import STRING, Record
+from hpcinfer.io.hdf5 import Disk, file_format, open_h5
+from hpcinfer.io.jsonl import JsonlWriter
+from hpcinfer.io.parts import Field, clear_parts, create, label, part_names, parts_folder
+from hpcinfer.io.read_parts import Part, checksum, damaged_datasets, read_part, read_parts
+from hpcinfer.io.results import Hdf5Writer
 
 FORMAT, FORMAT_VERSION = "hpcinfer-activations", 1
+
+Run = tuple[int, int]  # generation and replica
+Place = tuple[Run, int, int]  # of a request's rows: run, first row of it, number of rows
 
 
 class ActivationsWriter(Hdf5Writer):
@@ -59,9 +59,9 @@ class ActivationsWriter(Hdf5Writer):
 
     Parameters
     ----------
-    path : str, ending in .h5
-    fields : list of Field
-    attributes : dict, root attributes
+    path : ending in .h5
+    fields : the datasets
+    attributes : root attributes
     rows : what a row is, "tokens" or "requests"
     resume, least : see `Hdf5Writer`
 
@@ -76,8 +76,19 @@ class ActivationsWriter(Hdf5Writer):
         If the parts to resume are of other fields, besides what `Hdf5Writer` refuses.
     """
 
-    def __init__(self, path, fields, attributes, rows="tokens", resume=False, least=0):
-        self._fields, self._rows, self._places = fields, rows, {}
+    def __init__(
+        self,
+        path: AnyPath,
+        fields: Sequence[Field],
+        attributes: dict[str, Any],
+        rows: str = "tokens",
+        resume: bool = False,
+        least: int = 0,
+    ) -> None:
+        self._fields, self._rows = fields, rows
+        self._places: dict[int, Place] = {}
+
+        # Keep those parts of earlier runs that can be joined
         folder = parts_folder(path)
         if not resume:
             clear_parts(path)
@@ -87,16 +98,20 @@ class ActivationsWriter(Hdf5Writer):
         self._drop_torn(path)
         super().__init__(path, "extract", attributes, resume, least)
 
-        # What earlier runs have noted, but not all their ranks have written, is to be done again.
+        # Do again what earlier runs have noted, but not all their ranks have written
         runs = self._runs()
-        self._done = {i for i in self._done if self._is_there(self._places.get(i), runs)}
+        self._there = {i for i in self._done if self._is_there(self._places.get(i), runs)}
 
-    def write(self, record):
+    @property
+    def done(self) -> set[int]:
+        return self._there
+
+    def write(self, record: Record) -> None:
         """Keep a record; see `Hdf5Writer`."""
         super().write(record)
-        self._done.add(record["index"])
+        self._there.add(record["index"])
 
-    def close(self, final=True):
+    def close(self, final: bool = True) -> None:
         """Write the joined file; if `final`, remove the parts that it does not need."""
         open_before = self._journal is not None
         super().close(final)
@@ -107,14 +122,14 @@ class ActivationsWriter(Hdf5Writer):
                     with writing(path):
                         os.unlink(path)
 
-    def _note(self, record):
+    def _note(self, record: Record) -> None:
         """Remember where the rows of a request are."""
         super()._note(record)
         if record.get("n_rows"):
             run = record["generation"], record["replica"]
             self._places[record["index"]] = run, record["first_row"], record["n_rows"]
 
-    def _refuse_others(self, path):
+    def _refuse_others(self, path: AnyPath) -> None:
         """Refuse parts of another selection, which would not join."""
         known = {f.name: f for f in self._fields}
         for part in read_parts(path):
@@ -126,33 +141,33 @@ class ActivationsWriter(Hdf5Writer):
                     )
 
     @staticmethod
-    def _drop_torn(path):
+    def _drop_torn(path: AnyPath) -> None:
         """Remove parts that a machine went down with before their rows were on the disk."""
         for part in read_parts(path):
-            if part.n_rows < part.room and damaged_datasets(part.path):
+            if part.n_rows < part.capacity and damaged_datasets(part.path):
                 with writing(part.path):
                     os.unlink(part.path)
 
-    def _runs(self):
-        """(generation, replica) -> (rows that all ranks have, its parts)."""
-        runs = {}
+    def _runs(self) -> dict[Run, tuple[int, list[Part]]]:
+        """Rows that all ranks of each run have, and its parts."""
+        runs: dict[Run, list[Part]] = {}
         for part in read_parts(self.path):
             runs.setdefault(part.run, []).append(part)
         return {run: (_whole_rows(parts, self._fields), parts) for run, parts in runs.items()}
 
-    def _lost(self, runs):
+    def _lost(self, runs: dict[Run, tuple[int, list[Part]]]) -> list[int]:
         """Indices of the requests whose rows are not there."""
         return [i for i, place in sorted(self._places.items()) if not self._is_there(place, runs)]
 
     @staticmethod
-    def _is_there(place, runs):
+    def _is_there(place: Place | None, runs: dict[Run, tuple[int, list[Part]]]) -> bool:
         """True if the rows of a request are written, or there are none."""
         if place is None:
             return True
         run, first_row, n_rows = place
         return run in runs and first_row + n_rows <= runs[run][0]
 
-    def _records(self, journal, complete):
+    def _records(self, journal: JsonlWriter, complete: bool) -> Iterator[Record]:
         """Records whose rows are there, with the row of the joined file at which each begins."""
         for record in super()._records(journal, complete):
             place = self._places.get(record["index"])
@@ -163,9 +178,28 @@ class ActivationsWriter(Hdf5Writer):
                 record["first_row"] = first_row + self._bases[run]
             yield record
 
-    def _fill(self, file, disk, journal, complete):
-        # End each run with its last request that is there, and lay the runs end to end.
+    def _fill(self, file: h5py.File, disk: Disk, journal: JsonlWriter, complete: bool) -> None:
+        """Write the table of requests, and join the parts."""
         runs = self._runs()
+        n_rows = self._lay_out(runs, complete)
+        super()._fill(file, disk, journal, complete)
+        file.attrs["format"], file.attrs["format_version"] = FORMAT, FORMAT_VERSION
+
+        # Take from each part the rows that requests need
+        used = [
+            (part, min(part.n_rows, self._lengths[run] - part.first_row))
+            for run in sorted(runs)
+            for part in runs[run][1]
+            if part.first_row < self._lengths[run]
+        ]
+        for spec in self._fields:
+            self._join(file, spec, used, n_rows)
+            disk.check()
+        self._list_parts(file, used)
+
+    def _lay_out(self, runs: dict[Run, tuple[int, list[Part]]], complete: bool) -> int:
+        """Say where each run begins in the joined file; returns the rows of all."""
+        # End each run with its last request that is there
         self._lengths = dict.fromkeys(runs, 0)
         for run, first_row, n_rows in self._places.values():
             if self._is_there((run, first_row, n_rows), runs):
@@ -175,29 +209,22 @@ class ActivationsWriter(Hdf5Writer):
                 f"activations: got {len(lost)} requests without rows in {parts_folder(self.path)}, "
                 f"the first is request {lost[0]}, need all parts of the run; start it again"
             )
-        starts = np.cumsum([0, *(self._lengths[run] for run in sorted(runs))])
-        self._bases = dict(zip(sorted(runs), starts[:-1].tolist(), strict=True))
-        super()._fill(file, disk, journal, complete)
-        file.attrs["format"], file.attrs["format_version"] = FORMAT, FORMAT_VERSION
 
-        # Join the parts.
-        used = [
-            (part, min(part.n_rows, self._lengths[run] - part.first_row))
-            for run in sorted(runs)
-            for part in runs[run][1]
-            if part.first_row < self._lengths[run]
-        ]
-        for spec in self._fields:
-            self._join(file, spec, used, int(starts[-1]))
-            disk.check()
-        self._list_parts(file, used)
+        # Lay the runs end to end
+        starts = np.cumsum([0, *(self._lengths[run] for run in sorted(runs))]).tolist()
+        self._bases = dict(zip(sorted(runs), starts[:-1], strict=True))
+        return starts[-1]
 
-    def _join(self, file, spec, used, n_rows):
+    def _join(
+        self, file: h5py.File, spec: Field, used: Sequence[tuple[Part, int]], n_rows: int
+    ) -> None:
         """The virtual dataset of one field."""
         space = h5py.h5s.create_simple((n_rows, *spec.shape))
         plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         plan.set_layout(h5py.h5d.VIRTUAL)
         plan.set_fill_value(np.array(-1 if spec.dtype.kind == "i" else np.nan, _native(spec.dtype)))
+
+        # Map each part to its rows and columns
         folder = os.path.basename(parts_folder(self.path))
         for part, n in used:
             if spec.name not in part.columns:
@@ -206,7 +233,7 @@ class ActivationsWriter(Hdf5Writer):
             block = (n, stop - first, *spec.shape[1:])
             corner = (self._bases[part.run] + part.first_row, first, *[0] * (len(block) - 2))
             space.select_hyperslab(corner, block)
-            source = h5py.h5s.create_simple((part.room, *block[1:]))
+            source = h5py.h5s.create_simple((part.capacity, *block[1:]))
             source.select_hyperslab((0,) * len(block), block)
             name = f"./{folder}/{os.path.basename(part.path)}".replace("%", "%%")
             plan.set_virtual(space, name.encode(), f"/{spec.name}".encode(), source)
@@ -214,13 +241,15 @@ class ActivationsWriter(Hdf5Writer):
         data = create(file, spec.name, (n_rows, *spec.shape), spec.dtype, plan)
         label(data, spec, self._rows)
 
-    def _list_parts(self, file, used):
+    def _list_parts(self, file: h5py.File, used: Sequence[tuple[Part, int]]) -> None:
         """The table of parts, and what is remembered of it."""
         self._used = [
             (os.path.basename(part.path), n, os.path.getsize(part.path), checksum(part.state))
             for part, n in used
         ]
-        columns = list(zip(*self._used, strict=True)) or [[], [], [], []]
+
+        # Write it column by column
+        columns = list(zip(*self._used, strict=True)) or [(), (), (), ()]
         group = file.create_group("parts")
         group.attrs["folder"] = os.path.basename(parts_folder(self.path))
         for name, dtype, values in zip(
@@ -232,18 +261,22 @@ class ActivationsWriter(Hdf5Writer):
             group.create_dataset(name, data=np.array(list(values), dtype))
 
 
-def _native(dtype):
+def _native(dtype: np.dtype) -> np.dtype:
     """Element type that NumPy has itself: float32 for bfloat16."""
     return np.dtype(np.float32) if dtype == BFLOAT16 else dtype
 
 
-def _whole_rows(parts, fields):
+def _whole_rows(parts: Sequence[Part], fields: Sequence[Field]) -> int:
     """Rows of a run that every rank has written, of all columns of all fields."""
-    rows, columns = {}, {}
+    # Count the rows of each rank, as far as its parts follow on each other
+    rows: dict[int, int] = {}
+    columns: dict[int, dict[str, tuple[int, int]]] = {}
     for part in sorted(parts, key=lambda part: part.first_row):
         if part.first_row == rows.get(part.rank, 0):
             rows[part.rank] = part.first_row + part.n_rows
             columns[part.rank] = part.columns
+
+    # Without all columns of a field there is no whole row
     whole = min(rows.values(), default=0)
     for spec in fields:
         at = 0
@@ -256,17 +289,13 @@ def _whole_rows(parts, fields):
 # --- Reading -------------------------------------------------------------------------------------
 
 
-def open_activations(path, verify=False):
+def open_activations(path: AnyPath, verify: bool = False) -> h5py.File:
     """Open a joined file for reading, once all its parts are known to be there.
 
     Parameters
     ----------
-    path : str
-    verify : True to read all parts and compare their checksums
-
-    Returns
-    -------
-    h5py.File
+    path : of the joined file
+    verify : whether to read all parts and compare their checksums
 
     Raises
     ------
@@ -284,9 +313,9 @@ def open_activations(path, verify=False):
     return file
 
 
-def joined_datasets(file):
-    """dict name -> dataset of the activations in an open joined file."""
-    found = {}
+def joined_datasets(file: h5py.File) -> dict[str, h5py.Dataset]:
+    """Name -> dataset of the activations in an open joined file."""
+    found: dict[str, h5py.Dataset] = {}
     for name, item in file.items():
         if isinstance(item, h5py.Group) and name != "parts":
             layers = sorted(item, key=int)
@@ -296,7 +325,7 @@ def joined_datasets(file):
     return found
 
 
-def check_parts(file, path, verify=False):
+def check_parts(file: h5py.File, path: AnyPath, verify: bool = False) -> None:
     """Refuse an open joined file whose parts are not those that it was joined from.
 
     Raises
@@ -314,7 +343,7 @@ def check_parts(file, path, verify=False):
         else:
             part, nbytes = read_part(part_path), os.path.getsize(part_path)
 
-            # An unfinished run may have gone on since the files were joined.
+            # An unfinished run may have gone on since the files were joined
             same = nbytes == table["bytes"][i] and checksum(part.state) == table["checksum"][i]
             if part.n_rows < table["rows"][i] or (complete and not same):
                 got = "another file"

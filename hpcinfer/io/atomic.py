@@ -4,10 +4,15 @@ The new content goes to ``<path>.partial`` in the same folder (a rename works wi
 only) and takes the name when it is complete.
 """
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import fcntl
 import os
+from collections.abc import Iterator
+
+AnyPath = str | os.PathLike[str]
 
 REMEDIES = {
     errno.ENOSPC: "no space left on the device; free space or choose another folder",
@@ -24,7 +29,7 @@ REMEDIES = {
 
 
 @contextlib.contextmanager
-def writing(path):
+def writing(path: AnyPath) -> Iterator[None]:
     """Turn an OSError of the body into one line that names `path` and the remedy.
 
     Raises
@@ -39,13 +44,13 @@ def writing(path):
 
 
 @contextlib.contextmanager
-def replacing(path, sync=True):
+def replacing(path: AnyPath, sync: bool = True) -> Iterator[str]:
     """Yield the name of a temporary file that becomes `path` if the body succeeds.
 
     Parameters
     ----------
-    path : str, output file; an existing one is replaced at the end
-    sync : bool, wait until the content is on the disk before the name changes
+    path : output file; an existing one is replaced at the end
+    sync : wait until the content is on the disk before the name changes
 
     Raises
     ------
@@ -56,6 +61,7 @@ def replacing(path, sync=True):
     with writing(path):
         refuse_directory(path)
         with _locked(partial) as descriptor:
+            # The name changes only once the content is there
             try:
                 yield partial
                 if sync:
@@ -69,7 +75,7 @@ def replacing(path, sync=True):
             _sync_folder(os.path.dirname(os.path.abspath(path)))
 
 
-def lock(descriptor):
+def lock(descriptor: int) -> None:
     """Take the only right to write an open file, as long as it is open.
 
     Two runs with one output would otherwise spoil it. File systems without locks are written as
@@ -88,14 +94,14 @@ def lock(descriptor):
         return
 
 
-def refuse_directory(path):
+def refuse_directory(path: AnyPath) -> None:
     """Raise IsADirectoryError if `path` is a folder."""
     if os.path.isdir(path):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
 
 
 @contextlib.contextmanager
-def _locked(path):
+def _locked(path: str) -> Iterator[int]:
     """Yield a descriptor of the file `path`, made if need be, that no other run has locked."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
     try:
@@ -105,7 +111,7 @@ def _locked(path):
         os.close(descriptor)
 
 
-def _sync_folder(path):
+def _sync_folder(path: str) -> None:
     """Bring a rename in the folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -114,5 +120,5 @@ def _sync_folder(path):
         os.close(descriptor)
 
 
-def _remedy(error):
-    return REMEDIES.get(error.errno) or " ".join(str(error).split())
+def _remedy(error: OSError) -> str:
+    return REMEDIES.get(error.errno or 0) or " ".join(str(error).split())

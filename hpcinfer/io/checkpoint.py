@@ -10,19 +10,29 @@ of the rank. Here unbroken ranges are read straight into the target; broken ones
 matrix) are picked from a map of the rows at hand, at most a block of the result at a time.
 """
 
+from __future__ import annotations
+
 import hashlib
 import math
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import EllipsisType
+from typing import BinaryIO, cast
 
 import numpy as np
 
 from hpcinfer.array import BFLOAT16
+from hpcinfer.io.atomic import AnyPath
+from hpcinfer.io.metadata import Metadata
 
 BLOCK_BYTES = 16 << 20
 SAMPLE_ITEMS = 512
 MAX_AXES = 32
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+Box = tuple[slice, ...]
+Block = tuple[tuple[int, ...], np.ndarray]  # place of the first element, and the elements
+
 SCALES = ".scales"  # behind the name of a quantised tensor, that of its scales
 
 
@@ -42,17 +52,17 @@ class Coding:
     columns: int
 
     @property
-    def dtype(self):
+    def dtype(self) -> np.dtype:
         """Element type of the stored codes."""
         return np.dtype(np.int8 if self.bits == 8 else np.uint8)
 
     @property
-    def row_bytes(self):
+    def row_bytes(self) -> int:
         """Bytes of a row of codes."""
         return -(-self.columns * self.bits // 8)
 
     @property
-    def row_scales(self):
+    def row_scales(self) -> int:
         """Scales of a row."""
         return -(-self.columns // self.group)
 
@@ -63,19 +73,17 @@ class TensorInfo:
 
     Attributes
     ----------
-    name : str
-    shape : tuple of int
-    dtype : numpy dtype (ml_dtypes.bfloat16 for BF16)
-    nbytes : int
-    file : str, path of the file that holds it
-    offset : int, byte of that file at which it begins
-    crc32 : int or None, stored checksum of its bytes
-    coding : Coding, if the values are codes, whose scales are the tensor `name` + ".scales"; None
-        if they are the tensor's own
+    name, shape, nbytes : of the tensor as it is stored
+    dtype : element type (ml_dtypes.bfloat16 for BF16)
+    file : path of the file that holds it
+    offset : byte of that file at which it begins
+    crc32 : stored checksum of its bytes, None if there is none
+    coding : how its values are codes, whose scales are the tensor `name` + ".scales"; None if they
+        are the tensor's own
     """
 
     name: str
-    shape: tuple
+    shape: tuple[int, ...]
     dtype: np.dtype
     nbytes: int
     file: str
@@ -84,7 +92,7 @@ class TensorInfo:
     coding: Coding | None = None
 
     @property
-    def n_values(self):
+    def n_values(self) -> int:
         """Numbers that the tensor stands for."""
         if self.coding is not None:
             return self.shape[0] * self.coding.columns
@@ -96,16 +104,18 @@ class Checkpoint:
 
     Attributes
     ----------
-    path : str
-    kind : "safetensors" | "hdf5"
-    metadata : Metadata; its fields (config, tokenizer_json, ...) are attributes of this object too
-    tensors : dict name -> TensorInfo
-    file_bytes : int, bytes of all tensors
-    bytes_read : int, bytes of tensor data read so far
-    block_bytes : int, size of the pieces in which data is converted, picked or streamed
+    path : of the directory or file
+    kind : "safetensors" or "hdf5"
+    metadata : its fields (config, tokenizer_json, ...) are attributes of this object too
+    tensors : name -> TensorInfo
+    file_bytes : bytes of all tensors
+    bytes_read : bytes of tensor data read so far
+    block_bytes : size of the blocks in which data is converted, picked or streamed
     """
 
-    def __init__(self, path, kind, metadata, tensors):
+    def __init__(
+        self, path: str, kind: str, metadata: Metadata, tensors: dict[str, TensorInfo]
+    ) -> None:
         self.path, self.kind, self.metadata, self.tensors = path, kind, metadata, tensors
         self.config = metadata.config
         self.generation_config = metadata.generation_config
@@ -116,24 +126,29 @@ class Checkpoint:
         self.file_bytes = sum(info.nbytes for info in tensors.values())
         self.bytes_read = 0
         self.block_bytes = BLOCK_BYTES
-        self._files = {}
+        self._files: dict[str, BinaryIO] = {}
 
-    def read(self, name, axis=0, pieces=None, out=None):
+    def read(
+        self,
+        name: str,
+        axis: int = 0,
+        pieces: Sequence[tuple[int, int]] | None = None,
+        out: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Read a tensor, or only some ranges of one of its axes.
 
         Parameters
         ----------
-        name : str
-        axis : int, the axis that is cut
-        pieces : list of (start, stop) or None
-            Ranges of `axis`, concatenated along it in the given order; None for the whole tensor.
-        out : ndarray or None
-            Host array of the result's shape to fill. Another floating type than the file's is
-            converted to, block by block.
+        name : of the tensor
+        axis : the axis that is cut
+        pieces : (start, stop) of ranges of `axis`, concatenated along it in the given order; None
+            for the whole tensor
+        out : host array of the result's shape to fill; another floating type than the file's is
+            converted to, block by block
 
         Returns
         -------
-        ndarray, `out` or a new array of the file's element type
+        `out`, or a new array of the file's element type
 
         Raises
         ------
@@ -143,15 +158,15 @@ class Checkpoint:
             If the file has changed or cannot be read.
         """
         info = self._info(name)
-        axis, pieces = _check_pieces(info, axis, pieces)
+        axis, ranges = _check_pieces(info, axis, pieces)
         shape = list(info.shape)
         if shape:
-            shape[axis] = sum(stop - start for start, stop in pieces)
+            shape[axis] = sum(stop - start for start, stop in ranges)
         out = _check_out(info, tuple(shape), out)
 
         # Fill `out` piece by piece along the axis
         at = 0
-        for start, stop in pieces:
+        for start, stop in ranges:
             origin, target = [0] * len(shape), out
             if shape:
                 origin[axis] = start
@@ -161,13 +176,13 @@ class Checkpoint:
         self.bytes_read += out.size * info.dtype.itemsize
         return out
 
-    def stream(self, name):
+    def stream(self, name: str) -> Iterator[Block]:
         """Read a tensor as unbroken blocks in the order of the file.
 
         Yields
         ------
-        start : tuple of int, indices of the block's first element
-        block : ndarray, at most `block_bytes` long
+        start : indices of the block's first element
+        block : at most `block_bytes` long
         """
         info = self._info(name)
         for box in blocks(info.shape, self.block_bytes // info.dtype.itemsize):
@@ -178,11 +193,11 @@ class Checkpoint:
             yield start, block
 
     @property
-    def checksum(self):
+    def checksum(self) -> str:
         """Identity of the weights (hex): names, shapes, types, and the first values of each tensor.
 
         It is cheap, as it reads 512 values per tensor and not the file, and it is the same for a
-        directory and for the .h5 made from it. To read everything: `hdf5.verify_checksums`.
+        directory and for the .h5 made from it. `integrity.check` reads everything.
         """
         digest = hashlib.blake2b(digest_size=16)
         for name, info in sorted(self.tensors.items()):
@@ -195,18 +210,18 @@ class Checkpoint:
                 digest.update(raw(sample))
         return digest.hexdigest()
 
-    def close(self):
+    def close(self) -> None:
         """Close the files; reading again opens them anew."""
         while self._files:
             self._files.popitem()[1].close()
 
-    def __enter__(self):
+    def __enter__(self) -> Checkpoint:
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _info(self, name):
+    def _info(self, name: str) -> TensorInfo:
         try:
             return self.tensors[name]
         except KeyError:
@@ -214,10 +229,11 @@ class Checkpoint:
                 f"checkpoint: got tensor name {name!r}, need one that {self.path} holds"
             ) from None
 
-    def _read_box(self, info, origin, target):
+    def _read_box(self, info: TensorInfo, origin: Sequence[int], target: np.ndarray) -> None:
         """Fill `target` with the box of its shape at `origin`, converting block by block."""
         for box in blocks(target.shape, self.block_bytes // info.dtype.itemsize):
-            part = target[(*box, ...)]
+            place: tuple[slice | EllipsisType, ...] = (*box, ...)
+            part = target[place]
             start = [o + s.start for o, s in zip(origin, box, strict=True)]
             if part.dtype == info.dtype and part.flags.c_contiguous:
                 self._read_block(info, start, part)
@@ -226,7 +242,7 @@ class Checkpoint:
                 self._read_block(info, start, block)
                 part[...] = block
 
-    def _read_block(self, info, start, block):
+    def _read_block(self, info: TensorInfo, start: Sequence[int], block: np.ndarray) -> None:
         """Fill `block` (contiguous, of the file's type) with the box of its shape at `start`."""
         file = self._open(info)
         shape, size = info.shape, info.dtype.itemsize
@@ -244,10 +260,10 @@ class Checkpoint:
         inner = zip(start[1:], block.shape[1:], strict=True)
         block[...] = rows[(slice(None), *(slice(i, i + n) for i, n in inner))]
 
-    def _open(self, info):
+    def _open(self, info: TensorInfo) -> BinaryIO:
         if info.file not in self._files:
             try:
-                self._files[info.file] = open(info.file, "rb", buffering=0)
+                self._files[info.file] = cast(BinaryIO, open(info.file, "rb", buffering=0))
             except OSError as error:
                 raise RuntimeError(
                     f"checkpoint: cannot open {info.file}: {error.strerror}"
@@ -260,12 +276,12 @@ class Checkpoint:
         return file
 
 
-def blocks(shape, limit):
+def blocks(shape: Sequence[int], limit: int) -> Iterator[Box]:
     """Cut an array into boxes of at most `limit` elements, each unbroken in row-major order.
 
     Yields
     ------
-    tuple of slices, one per axis, in row-major order; nothing for an array without elements
+    slices, one per axis, in row-major order; nothing for an array without elements
     """
     if math.prod(shape) == 0:
         return
@@ -284,17 +300,26 @@ def blocks(shape, limit):
             yield (*(slice(i, i + 1) for i in lead), slice(start, stop), *whole)
 
 
-def raw(array):
-    """Bytes of a contiguous `array`, as a writable (nbytes,) uint8 view."""
-    return array.reshape(-1).view(np.uint8)
+def raw(array: np.ndarray) -> memoryview:
+    """Bytes of a contiguous `array`, to be read or written where they are."""
+    return array.reshape(-1).view(np.uint8).data
 
 
-def is_floating(dtype):
+def is_floating(dtype: np.dtype) -> bool:
     """True for floating types, bfloat16 among them (which NumPy does not count)."""
-    return dtype == BFLOAT16 or np.issubdtype(dtype, np.floating)
+    return dtype == BFLOAT16 or bool(np.issubdtype(dtype, np.floating))
 
 
-def table_entry(name, shape, dtype, nbytes, file, offset, crc32=None, coding=None):
+def table_entry(
+    name: str,
+    shape: Sequence[int],
+    dtype: np.dtype,
+    nbytes: int,
+    file: AnyPath,
+    offset: int,
+    crc32: int | None = None,
+    coding: Coding | None = None,
+) -> TensorInfo:
     """TensorInfo of what a header declares, once its numbers agree with each other.
 
     Raises
@@ -302,6 +327,7 @@ def table_entry(name, shape, dtype, nbytes, file, offset, crc32=None, coding=Non
     ValueError
         If the shape is none that an array can have or does not need `nbytes` bytes.
     """
+    # Refuse what no array can have, before anything is computed of it
     if len(shape) > MAX_AXES or math.prod(max(n, 1) for n in shape) * dtype.itemsize >= 2**63:
         raise ValueError(
             f"checkpoint: got {name!r} in {file} of {len(shape)} axes, need at most {MAX_AXES} "
@@ -312,13 +338,18 @@ def table_entry(name, shape, dtype, nbytes, file, offset, crc32=None, coding=Non
             f"checkpoint: got {nbytes} bytes for {name!r} in {file}, need "
             f"{math.prod(shape) * dtype.itemsize} for shape {list(shape)} of {dtype.name}"
         )
-    return TensorInfo(name, tuple(shape), dtype, nbytes, file, offset, crc32, coding)
+    return TensorInfo(name, tuple(shape), dtype, nbytes, os.fspath(file), offset, crc32, coding)
 
 
-def _check_pieces(info, axis, pieces):
+def _check_pieces(
+    info: TensorInfo, axis: int, pieces: Sequence[tuple[int, int]] | None
+) -> tuple[int, list[tuple[int, int]]]:
+    """Axis, counted from the first, and ranges of it; all of axis 0 if none are given."""
     rank = len(info.shape)
     if pieces is None:
-        return (0, [(0, info.shape[0])]) if rank else (0, [(0, 1)])
+        return 0, [(0, info.shape[0] if rank else 1)]
+
+    # Refuse what leaves the tensor
     if not -rank <= axis < rank:
         raise ValueError(
             f"checkpoint: got axis {axis} for {info.name!r}, need one of its {rank} axes"
@@ -333,7 +364,7 @@ def _check_pieces(info, axis, pieces):
     return axis, list(pieces)
 
 
-def _check_out(info, shape, out):
+def _check_out(info: TensorInfo, shape: tuple[int, ...], out: np.ndarray | None) -> np.ndarray:
     if out is None:
         return np.empty(shape, info.dtype)
     if out.shape != shape:
@@ -348,8 +379,8 @@ def _check_out(info, shape, out):
     return out
 
 
-def _read_exactly(file, offset, target, info):
-    """Fill `target` (nbytes,) uint8 from byte `offset` of the file."""
+def _read_exactly(file: BinaryIO, offset: int, target: memoryview, info: TensorInfo) -> None:
+    """Fill `target` from byte `offset` of the file on."""
     done = 0
     while done < len(target):
         try:
@@ -361,7 +392,7 @@ def _read_exactly(file, offset, target, info):
         done += count
 
 
-def _changed(info):
+def _changed(info: TensorInfo) -> RuntimeError:
     return RuntimeError(
         f"checkpoint: got the end of {info.file} inside {info.name!r}; the file was changed "
         "while in use, start again"

@@ -23,20 +23,33 @@ bytes in this file. So the HDF5 library finds them, while their parts are read a
 safetensors file are, see `hpcinfer.io.checkpoint`; many ranks then read one file without locks.
 """
 
+from __future__ import annotations
+
 import contextlib
 import io
 import json
 import os
 import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from typing import Any
 
 import h5py
 import numpy as np
 
 from hpcinfer import __version__
 from hpcinfer.array import BFLOAT16
-from hpcinfer.io.atomic import replacing
-from hpcinfer.io.checkpoint import HDF5_SIGNATURE, SCALES, Checkpoint, Coding, raw, table_entry
+from hpcinfer.io.atomic import AnyPath, replacing
+from hpcinfer.io.checkpoint import (
+    HDF5_SIGNATURE,
+    SCALES,
+    Block,
+    Checkpoint,
+    Coding,
+    TensorInfo,
+    raw,
+    table_entry,
+)
 from hpcinfer.io.metadata import (
     MAX_JSON_BYTES,
     MAX_TOKENIZER_BYTES,
@@ -51,7 +64,7 @@ TEXTS = ("tokenizer_json", "chat_template")
 
 # Datasets from this size on begin at a page, so that mapping them maps nothing else
 ALIGN_BYTES = 1 << 12
-MODEL_OPTIONS = {"alignment_threshold": 1 << 16, "alignment_interval": ALIGN_BYTES}
+MODEL_OPTIONS: dict[str, Any] = {"alignment_threshold": 1 << 16, "alignment_interval": ALIGN_BYTES}
 
 # The structures of HDF5 1.10 carry checksums. In those of before, damage makes the library answer
 # wrongly, run without end or crash; their superblock has a number below 2 behind the signature.
@@ -71,12 +84,8 @@ FILE_TYPES = {
 }
 
 
-def open_model(path):
+def open_model(path: str) -> Checkpoint:
     """Open a converted model and check its table of tensors against the file.
-
-    Returns
-    -------
-    Checkpoint
 
     Raises
     ------
@@ -100,7 +109,7 @@ def open_model(path):
     return Checkpoint(path, "hdf5", metadata, tensors)
 
 
-def open_h5(path):
+def open_h5(path: AnyPath) -> h5py.File:
     """Open the HDF5 file `path` for reading, without locking it (a finished file never changes).
 
     Raises
@@ -118,7 +127,7 @@ def open_h5(path):
         ) from None
 
 
-def _refuse_old(path):
+def _refuse_old(path: AnyPath) -> None:
     """Refuse a file whose structures carry no checksums, before the library sees it."""
     file, _ = open_regular(path)
     with file:
@@ -130,27 +139,9 @@ def _refuse_old(path):
         )
 
 
-def file_format(file):
+def file_format(file: h5py.File) -> str:
     """Name that an open HDF5 file gives its own format, "" if none."""
-    return _attribute(file, "format") or ""
-
-
-def verify_checksums(path):
-    """Read every tensor of a converted model and compare it with its stored checksum.
-
-    Yields
-    ------
-    name : str, a tensor whose bytes do not have the stored checksum
-    stored : int or None (none is stored)
-    computed : int
-    """
-    with open_model(path) as model:
-        for name, info in model.tensors.items():
-            computed = 0
-            for _, block in model.stream(name):
-                computed = zlib.crc32(raw(block), computed)
-            if computed != info.crc32:
-                yield name, info.crc32, computed
+    return str(_attribute(file, "format") or "")
 
 
 class Disk(io.FileIO):
@@ -160,11 +151,12 @@ class Disk(io.FileIO):
     may crash. So a write that fails is noted, it and later ones are dropped, and `check` raises.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: str) -> None:
         super().__init__(path, "w+")
-        self._error = None
+        self._error: OSError | None = None
 
-    def write(self, data):
+    def write(self, data: Any) -> int:
+        """Write all of `data`, unless a write has failed; says in either case that it did."""
         data = memoryview(data).cast("B")
         done = 0
         while done < len(data) and self._error is None:
@@ -174,21 +166,24 @@ class Disk(io.FileIO):
                 self._error = error
         return len(data)
 
-    def truncate(self, size=None):
+    def truncate(self, size: int | None = None) -> int:
+        """Set the length of the file; a failure is noted as that of a write is."""
         try:
             return super().truncate(size)
         except OSError as error:
             self._error = self._error or error
-            return size
+            return size or 0
 
-    def check(self):
+    def check(self) -> None:
         """Raise the OSError of the first write that failed, if one did."""
         if self._error:
             raise self._error
 
 
 @contextlib.contextmanager
-def replacing_h5(path, sync=True, **options):
+def replacing_h5(
+    path: AnyPath, sync: bool = True, **options: Any
+) -> Iterator[tuple[h5py.File, Disk]]:
     """Yield a new HDF5 file, and the `Disk` under it, that becomes `path` if the body succeeds.
 
     Parameters
@@ -214,12 +209,12 @@ class ModelWriter:
 
     Parameters
     ----------
-    file : h5py.File, new, made by `replacing_h5` with `MODEL_OPTIONS`
-    disk : Disk
-    metadata : Metadata
+    file : new, made by `replacing_h5` with `MODEL_OPTIONS`
+    disk : under it
+    metadata : what the model carries beside its weights
     """
 
-    def __init__(self, file, disk, metadata):
+    def __init__(self, file: h5py.File, disk: Disk, metadata: Metadata) -> None:
         self._file, self._disk = file, disk
         file.attrs["format"], file.attrs["format_version"] = FORMAT, FORMAT_VERSIONS["plain"]
         file.attrs["hpcinfer_version"] = __version__
@@ -232,17 +227,17 @@ class ModelWriter:
         file.attrs["metadata_crc32"] = np.uint32(_crc32(metadata))
         self._weights = file.create_group("weights")
 
-    def add(self, info, stream):
+    def add(self, info: TensorInfo, stream: Iterable[Block]) -> int:
         """Write one tensor.
 
         Parameters
         ----------
-        info : TensorInfo
-        stream : iterable of (start, block), as `Checkpoint.stream` gives it
+        info : of the new tensor; its file and offset do not matter
+        stream : (start, block) pairs, as `Checkpoint.stream` gives them
 
         Returns
         -------
-        int, zlib.crc32 of the tensor's bytes
+        zlib.crc32 of the tensor's bytes
         """
         if "/" in info.name or info.name in ("", "."):
             raise ValueError(f"convert: got tensor name {info.name!r}, need one without '/'")
@@ -264,6 +259,8 @@ class ModelWriter:
                 space.select_hyperslab(start, block.shape)
             data.write(_space(block.shape), space, bits, mtype=type_id)
             self._disk.check()
+
+        # Note the checksum, and of codes how they are to be read
         attributes = h5py.Dataset(data).attrs
         attributes["crc32"] = np.uint32(crc)
         if info.coding is not None:
@@ -273,7 +270,7 @@ class ModelWriter:
         return crc
 
 
-def _check_format(path, file):
+def _check_format(path: str, file: h5py.File) -> None:
     found, version = file_format(file), _attribute(file, "format_version")
     if found != FORMAT:
         raise ValueError(
@@ -288,18 +285,23 @@ def _check_format(path, file):
         )
 
 
-def _read_metadata(path, file):
-    objects = {}
+def _read_metadata(path: str, file: h5py.File) -> Metadata:
+    """What a model carries beside its weights, compared with its checksum."""
+    # Read the objects and texts, where they are what they should be
+    found: dict[str, Any] = {}
     for name in OBJECTS:
         text = _attribute(file, name)
         if not isinstance(text, str) or len(text) > MAX_JSON_BYTES:
             raise ValueError(f"checkpoint: got {path} without attribute {name}, need JSON text")
-        objects[name] = parse_object(text, f"attribute {name} of {path}")
+        found[name] = parse_object(text, f"attribute {name} of {path}")
     tokenizer = _own(file, "tokenizer")
     if tokenizer is not None and not isinstance(tokenizer, h5py.Group):
         raise ValueError(f"checkpoint: got /tokenizer in {path} which is no group, need one")
-    texts = {name: _read_text(path, tokenizer, name) for name in TEXTS}
-    metadata = Metadata(**objects, **texts)
+    for name in TEXTS:
+        found[name] = _read_text(path, tokenizer, name)
+    metadata = Metadata(**found)
+
+    # Compare their checksum, which the first files had not
     stored, computed = _attribute(file, "metadata_crc32"), _crc32(metadata)
     if stored not in (None, computed):
         raise ValueError(
@@ -309,14 +311,14 @@ def _read_metadata(path, file):
     return metadata
 
 
-def _crc32(metadata):
+def _crc32(metadata: Metadata) -> int:
     """Checksum of all texts that a model carries beside its weights."""
     texts = [json.dumps(getattr(metadata, name)) for name in OBJECTS]
     texts += [getattr(metadata, name) or "" for name in TEXTS]
     return zlib.crc32("\0".join(texts).encode())
 
 
-def _attribute(item, name):
+def _attribute(item: h5py.HLObject, name: str) -> Any:
     """Scalar attribute of a file or dataset as str or int; None if there is none of that kind."""
     if name not in item.attrs or item.attrs.get_id(name).shape != ():
         return None
@@ -326,7 +328,7 @@ def _attribute(item, name):
     return value if isinstance(value, str) else None
 
 
-def _own(group, name):
+def _own(group: h5py.Group, name: str) -> Any:
     """Object `name` of a group; None if there is none or only a link, perhaps to another file."""
     links, key = group.id.links, name.encode()
     if links.exists(key) and links.get_info(key).type == h5py.h5l.TYPE_HARD:
@@ -334,11 +336,13 @@ def _own(group, name):
     return None
 
 
-def _read_text(path, group, name):
+def _read_text(path: str, group: h5py.Group | None, name: str) -> str | None:
     """Text of the scalar string dataset `name`, None if there is none."""
     data = None if group is None else _own(group, name)
     if data is None:
         return None
+
+    # Refuse what is no text of this file, before reading it
     if (
         not isinstance(data, h5py.Dataset)
         or data.shape != ()
@@ -361,8 +365,8 @@ def _read_text(path, group, name):
         ) from None
 
 
-def _read_table(path, file):
-    """dict name -> TensorInfo of group /weights."""
+def _read_table(path: str, file: h5py.File) -> dict[str, TensorInfo]:
+    """Name -> TensorInfo of group /weights."""
     weights, size = _own(file, "weights"), os.path.getsize(path)
     if not isinstance(weights, h5py.Group):
         raise ValueError(f"checkpoint: got {path} without group /weights, need one")
@@ -372,7 +376,7 @@ def _read_table(path, file):
     return tensors
 
 
-def _table_entry(path, weights, name, file_size):
+def _table_entry(path: str, weights: h5py.Group, name: str, file_size: int) -> TensorInfo:
     """TensorInfo of dataset `name`, once it is known to lie plain and whole inside the file."""
     data = _own(weights, name)
     if not isinstance(data, h5py.Dataset) or data.shape is None:
@@ -398,7 +402,7 @@ def _table_entry(path, weights, name, file_size):
     return table_entry(name, data.shape, dtype, nbytes, path, offset, crc32, coding)
 
 
-def _coding(path, name, data, dtype):
+def _coding(path: str, name: str, data: h5py.Dataset, dtype: np.dtype) -> Coding | None:
     """Coding of a dataset that says of how many bits its codes are; None if it says nothing."""
     if "bits" not in data.attrs:
         return None
@@ -414,7 +418,7 @@ def _coding(path, name, data, dtype):
     return coding
 
 
-def _check_scales(path, info, scales):
+def _check_scales(path: str, info: TensorInfo, scales: TensorInfo | None) -> None:
     """Refuse codes without the scales that belong to them."""
     if info.coding is None:
         return
@@ -427,12 +431,12 @@ def _check_scales(path, info, scales):
         )
 
 
-def _space(shape):
+def _space(shape: tuple[int, ...]) -> Any:
     """HDF5 dataspace of an array of that shape."""
     return h5py.h5s.create_simple(shape) if shape else h5py.h5s.create(h5py.h5s.SCALAR)
 
 
-def _element_type(path, name, data):
+def _element_type(path: str, name: str, data: h5py.Dataset) -> np.dtype:
     type_id = data.id.get_type()
     for dtype, known in FILE_TYPES.items():
         if type_id.equal(known):

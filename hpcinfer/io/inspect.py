@@ -1,12 +1,20 @@
 """What is in a model, results or activations file, as lines for human eyes."""
 
+from __future__ import annotations
+
 import os
 import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from hpcinfer.io import integrity
-from hpcinfer.io.checkpoint import SCALES
+from hpcinfer.io.atomic import AnyPath
+from hpcinfer.io.checkpoint import SCALES, Checkpoint, TensorInfo
 from hpcinfer.io.models import has_hdf5_signature, open_checkpoint
+
+if TYPE_CHECKING:
+    import h5py
 
 # Words for the numbers of a config, each with the names that families give it
 CONFIG_NAMES = {
@@ -28,18 +36,18 @@ KINDS = {"safetensors": "Hugging Face directory", "hdf5": "converted model"}
 ROWS_AT_ONCE = 1 << 16
 
 
-def describe(path, check=False):
+def describe(path: AnyPath, check: bool = False) -> str:
     """Description of a Hugging Face directory, a converted model, results or activations.
 
     Parameters
     ----------
-    path : str
+    path : of the directory or file
     check : True to read all weights of a model, or all activations, and to refuse those that are
         not sound
 
     Returns
     -------
-    str, lines without a final line end
+    lines without a final line end
 
     Raises
     ------
@@ -50,7 +58,7 @@ def describe(path, check=False):
     if os.path.isfile(path) and has_hdf5_signature(path):
         from hpcinfer.io import activations, hdf5, results
 
-        describers = {
+        describers: dict[str, Callable[[str, h5py.File], list[str]]] = {
             results.FORMAT: _describe_results,
             activations.FORMAT: partial(_describe_activations, check=check),
         }
@@ -72,31 +80,27 @@ def describe(path, check=False):
         return "\n".join(_describe_model(model, checked))
 
 
-def collapse(names):
+def collapse(names: Sequence[str]) -> dict[str, list[str]]:
     """Name patterns of tensors: each number between dots becomes the set of its values.
-
-    Parameters
-    ----------
-    names : list of str
 
     Returns
     -------
-    dict pattern -> list of names, e.g. ``{"layers.{0..1}.w": ["layers.0.w", "layers.1.w"]}``
+    pattern -> names, e.g. ``{"layers.{0..1}.w": ["layers.0.w", "layers.1.w"]}``
     """
-    groups = {}
+    groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "{}", name), []).append(name)
     return {_fill(pattern, members): members for pattern, members in groups.items()}
 
 
-def size_text(nbytes):
+def size_text(nbytes: int) -> str:
     """`nbytes` in the largest binary unit of which it holds one."""
     units = ("B", "KiB", "MiB", "GiB", "TiB")
     power = min(max(nbytes.bit_length() - 1, 0) // 10, len(units) - 1)
     return f"{nbytes} B" if power == 0 else f"{nbytes / 1024**power:.2f} {units[power]}"
 
 
-def _checked(path):
+def _checked(path: str) -> str:
     """What reading all weights has shown, if they are sound."""
     found, n_checksums = integrity.check(path)
     if found is not None:
@@ -104,14 +108,18 @@ def _checked(path):
     return f"all weights are finite, {n_checksums} checksums are right"
 
 
-def _describe_model(model, checked):
+def _describe_model(model: Checkpoint, checked: str | None) -> list[str]:
+    """Lines about an open model; `checked` is what reading all of it has shown."""
+    # Count what is stored: bytes of each type, numbers, checksums
     tensors = model.tensors.values()
-    by_type = {}
+    by_type: dict[str, int] = {}
     for info in tensors:
         by_type[_type_text(info)] = by_type.get(_type_text(info), 0) + info.nbytes
     is_scales = {info.name + SCALES for info in tensors if info.coding is not None}
     n_values = sum(info.n_values for info in tensors if info.name not in is_scales)
     n_checked = sum(info.crc32 is not None for info in tensors)
+
+    # Say it with the essentials of the config
     facts = {
         "kind": KINDS[model.kind],
         **_config_facts(model.config),
@@ -130,14 +138,14 @@ def _describe_model(model, checked):
     return [model.path, *_fact_lines(facts), *_tensor_lines(model.tensors)]
 
 
-def _type_text(info):
+def _type_text(info: TensorInfo) -> str:
     """Element type of a tensor, int4 or int8 where its values are codes."""
     return info.dtype.name if info.coding is None else f"int{info.coding.bits}"
 
 
-def _coding_lines(tensors):
+def _coding_lines(tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
     """Of every coding in use its bits, group, tensors, and the bits of a number with its scale."""
-    alike = {}
+    alike: dict[tuple[int, int], list[TensorInfo]] = {}
     for info in tensors.values():
         if info.coding is not None:
             alike.setdefault((info.coding.bits, info.coding.group), []).append(info)
@@ -147,7 +155,7 @@ def _coding_lines(tensors):
         yield f"int{bits} in groups of {group}, {len(infos)} tensors, {each:.2f} bits a number"
 
 
-def _config_facts(config):
+def _config_facts(config: dict[str, Any]) -> dict[str, Any]:
     """The essentials of a config under one set of words."""
     facts = {}
     for word, names in CONFIG_NAMES.items():
@@ -157,14 +165,16 @@ def _config_facts(config):
     return facts
 
 
-def _tensor_lines(tensors):
+def _tensor_lines(tensors: Mapping[str, TensorInfo]) -> list[str]:
     """Table of the tensors; those that differ only in numbers of their names share a row."""
-    alike = {}
+    alike: dict[tuple[tuple[int, ...], str], list[str]] = {}
     for info in tensors.values():
         shape = info.shape
         if info.coding is not None:
             shape = (info.shape[0], info.coding.columns)
         alike.setdefault((shape, _type_text(info)), []).append(info.name)
+
+    # Make a row of each pattern of names
     rows = []
     for (shape, dtype), names in alike.items():
         for pattern, members in collapse(names).items():
@@ -173,11 +183,11 @@ def _tensor_lines(tensors):
     return [f"  {len(tensors)} tensors", *_table_lines(sorted(rows))]
 
 
-def _describe_results(path, file):
-    """Lines about an open results file; its arrays are counted piece by piece."""
-    n_failed = sum(int((part != "").sum()) for part in _parts(file, "error"))
+def _describe_results(path: str, file: h5py.File) -> list[str]:
+    """Lines about an open results file."""
+    n_failed = _failed(file)
     n_requests = len(file["index"])
-    facts = {
+    facts: dict[str, Any] = {
         "kind": f"results of {_plain(file.attrs.get('kind'))}",
         "requests": n_requests,
         "finished": n_requests - n_failed,
@@ -188,6 +198,8 @@ def _describe_results(path, file):
         if name in file:
             facts[{"text": "choices", "prompt_token_ids": "prompt tokens"}[name]] = len(file[name])
     facts |= {name: _plain(value) for name, value in file.attrs.items() if name not in facts}
+
+    # Make a row of each dataset
     rows = [
         (name, str(list(data.shape)), data.dtype.name, data.attrs.get("description", ""))
         for name, data in file.items()
@@ -195,16 +207,13 @@ def _describe_results(path, file):
     return [path, *_fact_lines(facts), f"  {len(rows)} datasets", *_table_lines(rows)]
 
 
-def _describe_activations(path, file, check):
+def _describe_activations(path: str, file: h5py.File, check: bool) -> list[str]:
     """Lines about an open file that joins parts, which must all be there."""
     from hpcinfer.io.activations import check_parts, joined_datasets
 
     check_parts(file, path, check)
-    n_failed, alike = sum(int((part != "").sum()) for part in _parts(file, "error")), {}
-    for name, data in joined_datasets(file).items():
-        facts = str(list(data.shape)), data.dtype.name, data.attrs.get("description", "")
-        alike.setdefault((*facts, tuple(dim.label for dim in data.dims)), []).append(name)
-    facts = {
+    n_failed = _failed(file)
+    facts: dict[str, Any] = {
         "kind": "activations",
         "requests": len(file["index"]),
         "finished": len(file["index"]) - n_failed,
@@ -215,34 +224,38 @@ def _describe_activations(path, file, check):
     }
     facts |= {name: _plain(value) for name, value in file.attrs.items() if name not in facts}
 
-    # Layers that differ in nothing else share a row.
+    # Make a row of the layers that differ in nothing else
+    alike: dict[tuple[str, ...], list[str]] = {}
+    shared: tuple[str, ...]
+    for name, data in joined_datasets(file).items():
+        labels = ", ".join(dim.label for dim in data.dims)
+        shared = (str(list(data.shape)), data.dtype.name, labels, data.attrs.get("description", ""))
+        alike.setdefault(shared, []).append(name)
     rows = []
-    for (shape, dtype, description, labels), names in alike.items():
+    for shared, names in alike.items():
         for pattern in collapse([name.replace("/", ".") for name in names]):
-            rows.append(
-                (pattern.replace(".", "/", 1), shape, dtype, ", ".join(labels), description)
-            )
-    return [path, *_fact_lines(facts), f"  {sum(map(len, alike.values()))} datasets"] + (
-        _table_lines(rows) if rows else []
-    )
+            rows.append((pattern.replace(".", "/", 1), *shared))
+    n_datasets = sum(map(len, alike.values()))
+    return [path, *_fact_lines(facts), f"  {n_datasets} datasets", *_table_lines(rows)]
 
 
-def _parts(file, name):
-    data = file[name].asstr()
-    for start in range(0, len(data), ROWS_AT_ONCE):
-        yield data[start : start + ROWS_AT_ONCE]
+def _failed(file: h5py.File) -> int:
+    """Number of requests with an error, counted piece by piece."""
+    errors = file["error"].asstr()
+    starts = range(0, len(errors), ROWS_AT_ONCE)
+    return sum(int((errors[start : start + ROWS_AT_ONCE] != "").sum()) for start in starts)
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
 
 
-def _fact_lines(facts):
+def _fact_lines(facts: Mapping[str, Any]) -> list[str]:
     width = max(map(len, facts))
     return [f"  {word:<{width}}  {value}" for word, value in facts.items()]
 
 
-def _table_lines(rows):
+def _table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows of texts, each column as wide as its widest entry."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
@@ -251,18 +264,18 @@ def _table_lines(rows):
     ]
 
 
-def _fill(pattern, names):
+def _fill(pattern: str, names: Sequence[str]) -> str:
     """Put the values that the numbers of `names` take into the places of `pattern`."""
     numbers = [re.findall(r"(?<![^.])\d+(?![^.])", name) for name in names]
     for values in zip(*numbers, strict=True):
-        values = sorted({int(value) for value in values})
-        pattern = pattern.replace("{}", _ranges(values), 1)
+        ordered = sorted({int(value) for value in values})
+        pattern = pattern.replace("{}", _ranges(ordered), 1)
     return pattern
 
 
-def _ranges(values):
+def _ranges(values: Sequence[int]) -> str:
     """Sorted whole numbers as text: 3, or {0..3} or {0..3,5}."""
-    runs = []
+    runs: list[list[int]] = []
     for value in values:
         if runs and value == runs[-1][1] + 1:
             runs[-1][1] = value

@@ -4,14 +4,18 @@ A damaged weight is a number as any other, and the answers that come of it are w
 only the checksums of a converted model tell. NaN and infinity are found in either kind of model.
 """
 
+from __future__ import annotations
+
 import re
 import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from hpcinfer import array
-from hpcinfer.io.checkpoint import is_floating, raw
+from hpcinfer.io.atomic import AnyPath
+from hpcinfer.io.checkpoint import Checkpoint, TensorInfo, is_floating, raw
 from hpcinfer.io.models import open_checkpoint
 
 _LAYER = re.compile(r"(?:^|\.)(\d{1,9})\.")
@@ -23,8 +27,8 @@ class Fault:
 
     Attributes
     ----------
-    name : str
-    found, needed : str, what was got and what is needed
+    name : of the tensor
+    found, needed : what was got and what is needed
     """
 
     name: str
@@ -32,20 +36,26 @@ class Fault:
     needed: str
 
     @property
-    def line(self):
+    def line(self) -> str:
         """The fault as one line of an error."""
         layer = layer_of(self.name)
         where = self.name if layer is None else f"{self.name} (layer {layer})"
         return f"weights: got {self.found} in {where}, need {self.needed}"
 
 
-def layer_of(name):
+def layer_of(name: str) -> int | None:
     """Number of the layer that a tensor belongs to, None outside of layers."""
     match = _LAYER.search(name)
     return int(match[1]) if match else None
 
 
-def check(path, share=0, shares=1, dtype=None, note=None):
+def check(
+    path: AnyPath | Checkpoint,
+    share: int = 0,
+    shares: int = 1,
+    dtype: np.dtype | None = None,
+    note: Callable[[str], None] | None = None,
+) -> tuple[tuple[int, Fault] | None, int]:
     """Read the tensors of a model, or one of equal shares of them, and find the first fault.
 
     Parameters
@@ -60,6 +70,7 @@ def check(path, share=0, shares=1, dtype=None, note=None):
     fault : (number of the tensor, Fault), or None if all is well
     n_checksums : tensors of the share that have a checksum
     """
+    # Deal the tensors out in turn
     n_checksums = 0
     with open_checkpoint(path) as model:
         for i, info in enumerate(model.tensors.values()):
@@ -74,10 +85,12 @@ def check(path, share=0, shares=1, dtype=None, note=None):
     return None, n_checksums
 
 
-def _fault(model, info, dtype):
+def _fault(model: Checkpoint, info: TensorInfo, dtype: np.dtype | None) -> Fault | None:
     """What is wrong with a tensor; its checksum counts first, as it tells of damage."""
     computed, fault = 0, None
     dtype = dtype if len(info.shape) > 1 else None
+
+    # Read on after a value that is none only where a checksum may say more
     for start, block in model.stream(info.name):
         if info.crc32 is not None:
             computed = zlib.crc32(raw(block), computed)
@@ -94,19 +107,23 @@ def _fault(model, info, dtype):
     return fault
 
 
-def _not_finite(info, start, block, dtype):
+def _not_finite(
+    info: TensorInfo, start: Sequence[int], block: np.ndarray, dtype: np.dtype | None
+) -> Fault | None:
     """The first value of a block that is not finite, or is not once it has the type `dtype`."""
     with np.errstate(all="ignore"):
         values = array.widen(block) if block.dtype != np.float64 else block
         bad = ~np.isfinite(values)
-        overflow = dtype is not None and not bad.any()
-        if overflow:
+        overflow = not bad.any()
+        if dtype is not None and overflow:
             bad = ~np.isfinite(array.widen(values.astype(dtype)))
     if not bad.any():
         return None
+
+    # Say where the first one is
     at = np.unravel_index(int(bad.argmax()), bad.shape)
     place = [int(first + i) for first, i in zip(start, at, strict=True)]
-    if overflow:
+    if overflow and dtype is not None:
         need = f"values that {np.dtype(dtype).name} can hold; choose another --dtype"
     else:
         need = "finite numbers; fetch the model again"

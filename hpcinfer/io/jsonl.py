@@ -8,16 +8,23 @@ record, its length and its checksum, written after the line. Who resumes the fil
 whole only if it agrees with its entry.
 """
 
+from __future__ import annotations
+
 import contextlib
 import itertools
 import json
 import math
 import os
 import zlib
+from collections.abc import Iterator, KeysView, Sequence
+from types import TracebackType
+from typing import Any
 
-from hpcinfer.io.atomic import lock, refuse_directory, replacing, writing
+from hpcinfer.io.atomic import AnyPath, lock, refuse_directory, replacing, writing
 
 INDEX_SUFFIX = ".index"
+
+Entry = tuple[int, int, int]  # of the index: place of the record, bytes of its line, their crc32
 
 
 class JsonlWriter:
@@ -25,12 +32,10 @@ class JsonlWriter:
 
     Parameters
     ----------
-    path : str
-    resume : bool
-        True to keep the lines of an unfinished file up to the first one that is not whole; False to
-        empty an existing file.
-    least : int
-        Records that the file to resume must have.
+    path : of the file
+    resume : True to keep the lines of an unfinished file up to the first one that is not whole;
+        False to empty an existing file
+    least : records that the file to resume must have
 
     Attributes
     ----------
@@ -44,10 +49,13 @@ class JsonlWriter:
         Here and in all methods, if the file cannot be written.
     """
 
-    def __init__(self, path, resume=False, least=0):
+    def __init__(self, path: AnyPath, resume: bool = False, least: int = 0) -> None:
         self.path = os.fspath(path)
         self.index_path = self.path + INDEX_SUFFIX
-        self._offset, self._end, self._index_end = {}, 0, 0
+        self._offset: dict[int, int] = {}
+        self._end = self._index_end = 0
+
+        # Open both files, as far as whole lines go
         with writing(self.path), contextlib.ExitStack() as stack:
             refuse_directory(self.path)
             self._descriptor = self._open(self.path, stack)
@@ -59,18 +67,19 @@ class JsonlWriter:
                 os.ftruncate(self._descriptor, self._end)
                 os.ftruncate(self._index, self._index_end)
             stack.pop_all()
+        self._is_open = True
 
     @property
-    def done(self):
+    def done(self) -> KeysView[int]:
         return self._offset.keys()
 
-    def write(self, index, record):
+    def write(self, index: int, record: dict[str, Any] | bytes) -> None:
         """Append the line of input record `index`.
 
         Parameters
         ----------
-        index : int; if it was written before, the last line counts
-        record : dict, or bytes without line end
+        index : of the input record; if it was written before, the last line counts
+        record : plain values, or a line without its end
         """
         line = (record if isinstance(record, bytes) else encode(record)) + b"\n"
         entry = b"%d %d %08x\n" % (index, len(line), zlib.crc32(line))
@@ -79,7 +88,7 @@ class JsonlWriter:
                 _write(self._descriptor, line)
                 _write(self._index, entry)
             except OSError:
-                # Take back the part of a line for which there was room
+                # Take back the part of a line for which there was space
                 for descriptor, end in (
                     (self._descriptor, self._end),
                     (self._index, self._index_end),
@@ -91,60 +100,65 @@ class JsonlWriter:
         self._end += len(line)
         self._index_end += len(entry)
 
-    def sync(self):
+    def sync(self) -> None:
         """Bring all lines so far to the disk."""
         with writing(self.path):
             if os.path.isfile(self.path):
                 os.fsync(self._descriptor)
                 os.fsync(self._index)
 
-    def lines(self, ordered=True):
+    def lines(self, ordered: bool = True) -> Iterator[bytes]:
         """Yield every line (bytes with its end), in input order or in the order of finishing."""
-        offsets = sorted(self._offset) if ordered else self._offset
+        indices = sorted(self._offset) if ordered else list(self._offset)
         with open(self.path, "rb") as file:
-            for index in offsets:
+            for index in indices:
                 file.seek(self._offset[index])
                 yield file.readline()
 
-    def close(self, final=True):
+    def close(self, final: bool = True) -> None:
         """Close the file; if `final`, put its lines in input order first, on the disk."""
-        if self._descriptor is None:
+        if not self._is_open:
             return
+        self._is_open = False
         os.close(self._descriptor)
         os.close(self._index)
-        self._descriptor = None
         if final:
             with replacing(self.path) as partial, open(partial, "wb") as file:
                 file.writelines(self.lines())
             self.remove_index()
 
-    def remove_index(self):
+    def remove_index(self) -> None:
         """Forget which line is whose: the file is finished, or not wanted any more."""
         with writing(self.path):
             os.unlink(self.index_path)
 
-    def __enter__(self):
+    def __enter__(self) -> JsonlWriter:
         return self
 
-    def __exit__(self, kind, *details):
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close(final=kind is None)
 
     @staticmethod
-    def _open(path, stack):
+    def _open(path: str, stack: contextlib.ExitStack) -> int:
         """Descriptor of a file to append to, which `stack` closes."""
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         stack.callback(os.close, descriptor)
         return descriptor
 
-    def _resume(self, least):
+    def _resume(self, least: int) -> None:
         """Note where the whole lines begin and where the last of them ends."""
-        entries = []
+        entries: list[Entry] = []
         if os.path.exists(self.index_path):
             with open(self.index_path, "rb") as file:
                 entries = list(map(_entry, itertools.takewhile(_is_entry, file)))
         whole = self._whole(entries)
 
-        # A run that was killed at its very end has left the lines in input order.
+        # A run that was killed at its very end has left the lines in input order
         if len(whole) < len(entries):
             ordered = sorted({entry[0]: entry for entry in entries}.values())
             if len(self._whole(ordered)) == len(ordered):
@@ -152,6 +166,7 @@ class JsonlWriter:
                 with replacing(self.index_path) as partial, open(partial, "wb") as file:
                     file.writelines(b"%d %d %08x\n" % entry for entry in whole)
 
+        # Go on behind the last whole line
         for index, nbytes, _ in whole:
             self._offset[index] = self._end
             self._end += nbytes
@@ -163,20 +178,20 @@ class JsonlWriter:
                 "start over with --restart"
             )
 
-    def _whole(self, entries):
+    def _whole(self, entries: Sequence[Entry]) -> list[Entry]:
         """The first of `entries` that agree with the lines of the file, one after the other."""
         with open(self.path, "rb") as file:
             return list(itertools.takewhile(lambda e: zlib.crc32(file.read(e[1])) == e[2], entries))
 
 
-def _write(descriptor, data):
+def _write(descriptor: int, data: bytes) -> None:
     """Write all of `data`."""
     written = 0
     while written < len(data):
         written += os.write(descriptor, data[written:])
 
 
-def _is_entry(line):
+def _is_entry(line: bytes) -> bool:
     """True for a whole entry of an index."""
     parts = line.split(b" ")
     return (
@@ -188,24 +203,23 @@ def _is_entry(line):
     )
 
 
-def _entry(line):
+def _entry(line: bytes) -> Entry:
     """(index, bytes, crc32) of an entry."""
     index, nbytes, crc32 = line.split()
     return int(index), int(nbytes), int(crc32, 16)
 
 
-def encode(record, strict=True):
+def encode(record: dict[str, Any], strict: bool = True) -> bytes:
     """One line of JSON (bytes, without its end) for a record of plain values, NumPy's among them.
 
     Parameters
     ----------
-    record : dict
-    strict : bool
-        JSON knows no infinities and no NaN: if True they become null, if False they are written
-        as Python's json reads them.
+    record : plain values
+    strict : JSON knows no infinities and no NaN: if True they become null, if False they are
+        written as Python's json reads them
     """
 
-    def text(value):
+    def text(value: Any) -> str:
         return json.dumps(value, ensure_ascii=False, allow_nan=not strict, default=_plain)
 
     try:
@@ -217,14 +231,14 @@ def encode(record, strict=True):
     return line.encode("utf-8", "backslashreplace")
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     """A NumPy array or scalar as Python values."""
     if hasattr(value, "tolist"):
         return value.tolist()
     raise TypeError(f"output: got a {type(value).__name__} in a record, need plain values")
 
 
-def _finite(value):
+def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -6,14 +6,20 @@ pages are and the bytes of every block; then the blocks, each with its checksum 
 is written whole under a temporary name, brought to the disk, and renamed.
 """
 
+from __future__ import annotations
+
 import contextlib
 import json
 import os
 import re
 import time
 import zlib
+from collections.abc import Iterable, Iterator
+from typing import Any, BinaryIO
 
-from hpcinfer.io.atomic import replacing, writing
+import numpy as np
+
+from hpcinfer.io.atomic import AnyPath, replacing, writing
 
 FORMAT, FORMAT_VERSION = "hpcinfer-kv", 1
 KV_SUFFIX = ".state.kv"
@@ -25,25 +31,31 @@ _CRC_BYTES = 4
 _NAME = re.compile(r"(\d+)-(\d+)-(\d+)(\.partial)?")
 
 
-def kv_folder(path):
+def kv_folder(path: AnyPath) -> str:
     """Folder of the pages that are kept for the output `path`."""
     return f"{os.fspath(path)}{KV_SUFFIX}"
 
 
-def kv_file(path, replica, generation, rank):
+def kv_file(path: AnyPath, replica: int, generation: int, rank: int) -> str:
     """Name of one rank's file."""
     return os.path.join(kv_folder(path), f"{replica}-{generation}-{rank}")
 
 
-def write_kv(path, facts, sizes, blocks, patience_s):
+def write_kv(
+    path: str,
+    facts: dict[str, Any],
+    sizes: list[int],
+    blocks: Iterable[np.ndarray],
+    patience_s: float,
+) -> None:
     """Write one rank's pages.
 
     Parameters
     ----------
-    path : str, as `kv_file` names it; its folder is made
-    facts : dict of plain values
+    path : as `kv_file` names it; its folder is made
+    facts : plain values
     sizes : bytes of every block
-    blocks : iterator of (bytes,) uint8 arrays
+    blocks : (bytes,) uint8 each
     patience_s : seconds that it may take
 
     Raises
@@ -60,6 +72,8 @@ def write_kv(path, facts, sizes, blocks, patience_s):
     }
     with writing(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
+
+    # Write the blocks, each with its checksum behind it
     with replacing(path) as partial, open(partial, "wb") as file:
         file.write(json.dumps(head).encode() + b"\n" + body + b"\n")
         began_s, written, on_disk = time.monotonic(), 0, 0
@@ -68,7 +82,7 @@ def write_kv(path, facts, sizes, blocks, patience_s):
             file.write(zlib.crc32(block.data, number).to_bytes(_CRC_BYTES, "little"))
             written += block.nbytes
 
-            # The rate to the disk so far says how long the whole will take.
+            # The rate to the disk so far says how long the whole will take
             if written - on_disk >= BLOCK_BYTES:
                 file.flush()
                 os.fsync(file.fileno())
@@ -76,12 +90,12 @@ def write_kv(path, facts, sizes, blocks, patience_s):
                 _refuse_slow(sum(sizes), written, time.monotonic() - began_s, patience_s)
 
 
-def read_facts(path):
+def read_facts(path: AnyPath) -> tuple[dict[str, Any], list[int], int]:
     """What `write_kv` was told of the pages in a file, if the file is whole up to there.
 
     Returns
     -------
-    facts : dict
+    facts : as they were given
     sizes : bytes of every block
     start : where the first one begins
 
@@ -100,12 +114,12 @@ def read_facts(path):
             known = False
         if not known:
             raise _damaged(path)
-        body = json.loads(body)
-        return body["facts"], body["blocks"], file.tell()
+        pages = json.loads(body)
+        return pages["facts"], pages["blocks"], file.tell()
 
 
-def read_blocks(path):
-    """Blocks of a file in order, each bytes-like, when its checksum is right.
+def read_blocks(path: AnyPath) -> Iterator[bytes]:
+    """Blocks of a file in order, each when its checksum is right.
 
     Raises
     ------
@@ -124,17 +138,18 @@ def read_blocks(path):
             raise _damaged(path)
 
 
-def next_kv_generation(path):
+def next_kv_generation(path: AnyPath) -> int:
     """Number for the first pages that a new start keeps for the output `path`."""
     return 1 + max((generation for _, (_, generation) in _kept(path)), default=0)
 
 
-def remove_kv_before(path, generations, first):
+def remove_kv_before(path: AnyPath, generations: dict[int, int], first: int) -> None:
     """Remove files that are older than the state.
 
     Parameters
     ----------
-    generations : dict replica -> generation that the state names
+    path : output
+    generations : replica -> generation that the state names
     first : generation from which on files are kept of other replicas, which may be writing
     """
     for name, (replica, generation) in _kept(path):
@@ -142,33 +157,33 @@ def remove_kv_before(path, generations, first):
             remove_kv_file(name)
 
 
-def remove_kv(path):
+def remove_kv(path: AnyPath) -> None:
     """Remove all pages that are kept for the output `path`."""
     for name, _ in _kept(path):
         remove_kv_file(name)
 
-    # What others have put there is theirs.
+    # What others have put there is theirs
     with contextlib.suppress(OSError):
         os.rmdir(kv_folder(path))
 
 
-def remove_kv_file(path):
+def remove_kv_file(path: AnyPath) -> None:
     """Remove one rank's file, if it is there."""
     with writing(path), contextlib.suppress(FileNotFoundError):
         os.unlink(path)
 
 
-def _kept(path):
+def _kept(path: AnyPath) -> Iterator[tuple[str, tuple[int, int]]]:
     """(name, (replica, generation)) of every file that is kept for an output."""
     folder = kv_folder(path)
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         for name in os.listdir(folder):
             if match := _NAME.fullmatch(name):
-                yield os.path.join(folder, name), tuple(map(int, match.groups()[:2]))
+                yield os.path.join(folder, name), (int(match[1]), int(match[2]))
 
 
 @contextlib.contextmanager
-def _reading(path):
+def _reading(path: AnyPath) -> Iterator[BinaryIO]:
     try:
         with open(path, "rb") as file:
             yield file
@@ -176,7 +191,7 @@ def _reading(path):
         raise ValueError(f"kv: cannot read {path}: {error.strerror}") from None
 
 
-def _refuse_slow(total, written, passed_s, patience_s):
+def _refuse_slow(total: int, written: int, passed_s: float, patience_s: float) -> None:
     """Give up where the whole would take too long."""
     expected_s = passed_s * total / written
     if expected_s > patience_s:
@@ -186,5 +201,5 @@ def _refuse_slow(total, written, passed_s, patience_s):
         )
 
 
-def _damaged(path):
+def _damaged(path: AnyPath) -> ValueError:
     return ValueError(f"kv: got damaged file {path}, need a whole {FORMAT} {FORMAT_VERSION}")

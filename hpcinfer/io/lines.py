@@ -1,8 +1,14 @@
 """Input files line by line in bounded memory. What the lines mean is decided elsewhere."""
 
+from __future__ import annotations
+
 import hashlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import BinaryIO
+
+from hpcinfer.io.atomic import AnyPath
 
 MAX_LINE_BYTES = 64_000_000
 
@@ -14,7 +20,9 @@ class LongLine:
     nbytes: int
 
 
-def read_lines(path, limit=MAX_LINE_BYTES):
+def read_lines(
+    path: AnyPath, limit: int = MAX_LINE_BYTES
+) -> Iterator[tuple[int, bytes | LongLine]]:
     """Read a file line by line.
 
     A UTF-8 byte order mark and line ends (LF or CR LF) are taken off. Blank lines of a .jsonl file
@@ -22,13 +30,13 @@ def read_lines(path, limit=MAX_LINE_BYTES):
 
     Parameters
     ----------
-    path : str
-    limit : int, longest line in bytes
+    path : of the file
+    limit : bytes of the longest line
 
     Yields
     ------
-    line_number : int, from 1
-    line : bytes, or LongLine for one longer than `limit`
+    line_number : from 1
+    line : its bytes, or LongLine for one longer than `limit`
 
     Raises
     ------
@@ -48,7 +56,7 @@ def read_lines(path, limit=MAX_LINE_BYTES):
         raise ValueError(f"input: cannot read {path}: {error.strerror}") from None
 
 
-def digest(path):
+def digest(path: AnyPath) -> str:
     """SHA-256 of a file's content (hex).
 
     Raises
@@ -63,21 +71,21 @@ def digest(path):
         raise ValueError(f"input: cannot read {path}: {error.strerror}") from None
 
 
-def _bounded_lines(file, limit):
+def _bounded_lines(file: BinaryIO, limit: int) -> Iterator[bytes | LongLine]:
     """Lines of a binary file without their ends; LongLine for those longer than `limit`."""
-    room = limit + len(b"\r\n")
-    while line := file.readline(room):
+    most = limit + len(b"\r\n")
+    while line := file.readline(most):
         # Pass over the rest of a line that does not fit
         nbytes, rest = len(line), line
-        while len(rest) == room and not rest.endswith(b"\n"):
-            rest = file.readline(room)
+        while len(rest) == most and not rest.endswith(b"\n"):
+            rest = file.readline(most)
             nbytes += len(rest)
 
         line = line.removesuffix(b"\n").removesuffix(b"\r")
-        yield line if nbytes <= room and len(line) <= limit else LongLine(nbytes)
+        yield line if nbytes <= most and len(line) <= limit else LongLine(nbytes)
 
 
-def _without_mark(path, line):
+def _without_mark(path: AnyPath, line: bytes) -> bytes:
     if line.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ValueError(f"input: got {path} in UTF-16, need UTF-8; save it as UTF-8")
     return line.removeprefix(b"\xef\xbb\xbf")

@@ -1,9 +1,14 @@
 """Config, tokenizer and chat template: the small files that travel with the weights of a model."""
 
+from __future__ import annotations
+
 import json
 import os
 import stat
 from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from hpcinfer.io.atomic import AnyPath
 
 MAX_JSON_BYTES = 50_000_000
 MAX_TOKENIZER_BYTES = 500_000_000
@@ -15,20 +20,20 @@ class Metadata:
 
     Attributes
     ----------
-    config, generation_config, tokenizer_config, special_tokens_map : dict, {} if absent
-    tokenizer_json : str or None, content of tokenizer.json
-    chat_template : str or None, Jinja source of the default template
+    config, generation_config, tokenizer_config, special_tokens_map : {} if absent
+    tokenizer_json : content of tokenizer.json, None if absent
+    chat_template : Jinja source of the default template, None if absent
     """
 
-    config: dict
-    generation_config: dict
-    tokenizer_config: dict
-    special_tokens_map: dict
+    config: dict[str, Any]
+    generation_config: dict[str, Any]
+    tokenizer_config: dict[str, Any]
+    special_tokens_map: dict[str, Any]
     tokenizer_json: str | None
     chat_template: str | None
 
 
-def read_directory(folder):
+def read_directory(folder: AnyPath) -> Metadata:
     """Metadata of a Hugging Face directory.
 
     Raises
@@ -37,7 +42,7 @@ def read_directory(folder):
         If config.json is missing, or a file is no JSON object, too large or no regular file.
     """
 
-    def read_object(name):
+    def read_object(name: str) -> dict[str, Any]:
         path = os.path.join(folder, name)
         text = read_text(path)
         return {} if text is None else parse_object(text, path)
@@ -66,7 +71,7 @@ def read_directory(folder):
     )
 
 
-def pick_template(value):
+def pick_template(value: Any) -> str | None:
     """The template in `value`: a string, or the "default" of a list of named ones; else None."""
     if isinstance(value, list):
         named = {t.get("name"): t.get("template") for t in value if isinstance(t, dict)}
@@ -74,7 +79,7 @@ def pick_template(value):
     return value if isinstance(value, str) else None
 
 
-def read_text(path, limit=MAX_JSON_BYTES):
+def read_text(path: AnyPath, limit: int = MAX_JSON_BYTES) -> str | None:
     """Content of the UTF-8 file `path`, None if there is no such file.
 
     Raises
@@ -94,13 +99,13 @@ def read_text(path, limit=MAX_JSON_BYTES):
             raise ValueError(f"checkpoint: got {path} with {error}, need UTF-8 text") from None
 
 
-def open_regular(path):
+def open_regular(path: AnyPath) -> tuple[BinaryIO, int]:
     """Open the regular file `path` (a link to one counts) for reading bytes.
 
     Returns
     -------
     file : binary file
-    size : int, its length in bytes
+    size : its length in bytes
 
     Raises
     ------
@@ -116,8 +121,8 @@ def open_regular(path):
         raise ValueError(f"checkpoint: cannot read {path}: {error.strerror}") from None
 
 
-def parse_object(text, source):
-    """The JSON object that `text` (str or bytes) holds.
+def parse_object(text: str | bytes, source: str) -> dict[str, Any]:
+    """The JSON object that `text` holds; errors say that it is of `source`.
 
     Raises
     ------
@@ -129,7 +134,7 @@ def parse_object(text, source):
         value = json.loads(text, object_pairs_hook=_unique)
         _refuse_surrogates(text, value)
     except (ValueError, RecursionError) as error:
-        reason = "nesting too deep" if isinstance(error, RecursionError) else error
+        reason = "nesting too deep" if isinstance(error, RecursionError) else str(error)
         raise ValueError(
             f"checkpoint: got invalid JSON in {source} ({reason}); fetch the file again"
         ) from None
@@ -140,7 +145,7 @@ def parse_object(text, source):
     return value
 
 
-def _refuse_surrogates(text, value):
+def _refuse_surrogates(text: str | bytes, value: Any) -> None:
     """Raise ValueError for halves of surrogate pairs, which are no text; most come as escapes."""
     if isinstance(text, str):
         text = text.encode()
@@ -148,7 +153,7 @@ def _refuse_surrogates(text, value):
         json.dumps(value, ensure_ascii=False).encode()
 
 
-def _unique(pairs):
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
         raise ValueError("a key stands twice")

@@ -1,21 +1,20 @@
 """A model on disk, of whichever kind: the one place that knows all of them."""
 
+from __future__ import annotations
+
 import os
 
+from hpcinfer.io.atomic import AnyPath
 from hpcinfer.io.checkpoint import HDF5_SIGNATURE, Checkpoint
 from hpcinfer.io.metadata import open_regular
 
 
-def open_checkpoint(path):
+def open_checkpoint(path: AnyPath | Checkpoint) -> Checkpoint:
     """Open a model on disk and check everything that can be checked without reading weights.
 
     Parameters
     ----------
     path : Hugging Face directory or converted .h5, or a Checkpoint, which is returned as it is
-
-    Returns
-    -------
-    Checkpoint
 
     Raises
     ------
@@ -25,6 +24,8 @@ def open_checkpoint(path):
     if isinstance(path, Checkpoint):
         return path
     path = os.fspath(path)
+
+    # h5py is imported only where there is an .h5
     if os.path.isdir(path):
         from hpcinfer.io.safetensors import open_directory
 
@@ -41,7 +42,7 @@ def open_checkpoint(path):
     )
 
 
-def has_hdf5_signature(path):
+def has_hdf5_signature(path: AnyPath) -> bool:
     """True if the file `path` begins as HDF5 files do."""
     file, _ = open_regular(path)
     with file:

@@ -9,30 +9,32 @@ run that goes on where another was killed is a generation of its own. Layout, fo
     /<point>/<layer>     (rows, own columns, ...); attributes: first_column, number
     /state               (datasets, 2) uint64: rows written and their crc32, by `number`
 
-A part is made with room for its rows, contiguous and empty, and closed. Rows then go to their place
-by plain writes, and after them their number to /state. So nothing that HDF5 needs ever changes: a
-part opens at any moment, also after a kill, and writing is as fast as to any file. When it is full,
-or the run ends, it is brought to the disk. Room that is left is a hole, which takes no space; where
-it is most of the file, the rows are copied to a file without it. Compressed parts are written
-whole, when they are full.
+A part is made with place for its rows, contiguous and empty, and closed. Rows are then put there by
+plain writes, and after them their number in /state. So nothing that HDF5 needs ever changes: a part
+opens at any moment, also after a kill, and writing is as fast as to any file. When it is full, or
+the run ends, it is brought to the disk. Places that are left are a hole, which takes no space;
+where it is most of the file, the rows are copied to a file without it. Compressed parts are written
+whole, when they are full. They are read by `hpcinfer.io.read_parts`.
 """
+
+from __future__ import annotations
 
 import contextlib
 import os
 import re
 import time
 import zlib
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
 
 from hpcinfer import __version__
 from hpcinfer.array import BFLOAT16
-from hpcinfer.io.atomic import writing
+from hpcinfer.io.atomic import AnyPath, writing
 from hpcinfer.io.checkpoint import raw
-from hpcinfer.io.hdf5 import FILE_TYPES, MODEL_OPTIONS, file_format, open_h5, replacing_h5
+from hpcinfer.io.hdf5 import FILE_TYPES, MODEL_OPTIONS, replacing_h5
 
 FORMAT, FORMAT_VERSION = "hpcinfer-activations-part", 1
 PARTS_SUFFIX = ".parts"
@@ -40,7 +42,7 @@ PARTS_SUFFIX = ".parts"
 # Bytes of the first file of a rank, and of its largest; each is twice the one before
 _FIRST_BYTES, _MOST_BYTES = 1 << 22, 1 << 30
 
-# Share of a part's room up to which its rows are copied to a smaller one, as well as few bytes
+# Share of a part's rows up to which they are copied to a smaller one, as well as few bytes
 _LITTLE, _FEW_BYTES = 0.25, 1 << 24
 
 # Bytes that a rank holds before it compresses them, of a compressed chunk, and of a copy
@@ -54,9 +56,9 @@ class Field(NamedTuple):
     """One dataset: name, shape and element type of a row, labels of its axes, meaning."""
 
     name: str
-    shape: tuple
+    shape: tuple[int, ...]
     dtype: np.dtype
-    labels: tuple
+    labels: tuple[str, ...]
     description: str
 
 
@@ -68,32 +70,47 @@ class ColumnShare(NamedTuple):
     stop: int
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, ...]:
         """Shape of this rank's part of a row."""
         return (self.stop - self.start, *self.field.shape[1:])
 
     @property
-    def row_bytes(self):
+    def row_bytes(self) -> int:
+        """Bytes of this rank's part of a row."""
         return int(np.prod(self.shape)) * self.field.dtype.itemsize
 
 
-def parts_folder(path):
+def parts_folder(path: AnyPath) -> str:
     """Folder of the parts of the joined file `path`."""
     return os.path.splitext(os.fspath(path))[0] + PARTS_SUFFIX
 
 
-def next_generation(path):
+def part_names(path: AnyPath) -> list[tuple[tuple[int, ...], str]]:
+    """((generation, replica, rank, segment), file) of every part of the joined file `path`."""
+    folder = parts_folder(path)
+    try:
+        names = sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return []
+    found = [(_NAME.fullmatch(name), os.path.join(folder, name)) for name in names]
+    return [(tuple(map(int, match.groups())), name) for match, name in found if match]
+
+
+def next_generation(path: AnyPath) -> int:
     """Number for the parts of a new run into `path`."""
     return 1 + max((generation for (generation, *_), _ in part_names(path)), default=0)
 
 
-def clear_parts(path):
+def clear_parts(path: AnyPath) -> None:
     """Remove the parts that earlier runs left for `path`."""
     folder = parts_folder(path)
     with writing(folder), contextlib.suppress(FileNotFoundError):
         for name in os.listdir(folder):
             if _LEFT.fullmatch(name):
                 os.unlink(os.path.join(folder, name))
+
+
+Shares = dict[str, ColumnShare]
 
 
 class PartFiles:
@@ -103,8 +120,8 @@ class PartFiles:
     ----------
     path : joined file
     generation, replica, rank : numbers in the files' names
-    shares : list of ColumnShare, none of them empty
-    compress : True to compress the rows
+    shares : what this rank writes, none of it empty
+    compress : whether to compress the rows
 
     Attributes
     ----------
@@ -116,19 +133,32 @@ class PartFiles:
         Here and in all methods, if a file cannot be written.
     """
 
-    def __init__(self, path, generation, replica, rank, shares, compress=False):
+    def __init__(
+        self,
+        path: AnyPath,
+        generation: int,
+        replica: int,
+        rank: int,
+        shares: Iterable[ColumnShare],
+        compress: bool = False,
+    ) -> None:
         self._folder = parts_folder(path)
         self._stem = f"{generation:03d}-{replica:03d}-{rank:05d}"
         self._facts = {"generation": generation, "replica": replica, "rank": rank}
         self._shares = {share.field.name: share for share in shares}
-        self._row_bytes = max(1, sum(share.row_bytes for share in shares))
-        self._compress, self._segments, self._made = compress, [], 0
+
+        # Start without a file: how large the first is depends on the rows
+        self._row_bytes = max(1, sum(share.row_bytes for share in self._shares.values()))
+        self._compress, self._made = compress, 0
+        self._segments: list[_Segment | _PackedSegment] = []
         self._next_row, self.written_bytes, self.time_s = 0, 0, 0.0
 
-    def append(self, name, rows):
+    def append(self, name: str, rows: np.ndarray) -> None:
         """Write the next rows of a dataset: (n, own columns, ...) of its element type, host."""
         began_s, rows = time.perf_counter(), np.ascontiguousarray(rows)
         self.written_bytes += rows.nbytes
+
+        # Fill the segments that lack rows of this dataset, and close the full ones
         for segment in self._segments:
             rows = segment.append(name, rows)
         while len(rows):
@@ -138,23 +168,23 @@ class PartFiles:
             self._segments.pop(0).close()
         self.time_s += time.perf_counter() - began_s
 
-    def close(self):
-        """Bring everything to the disk, without room for more."""
+    def close(self) -> None:
+        """Bring everything to the disk, without space for more."""
         began_s = time.perf_counter()
         while self._segments:
             self._segments.pop(0).close()
         self.time_s += time.perf_counter() - began_s
 
-    def abandon(self):
+    def abandon(self) -> None:
         """Leave the files as they are."""
         while self._segments:
             self._segments.pop(0).abandon()
 
-    def _new_segment(self):
-        """A segment with room for the next rows."""
+    def _new_segment(self) -> _Segment | _PackedSegment:
+        """A segment that can take the next rows."""
         path = os.path.join(self._folder, f"{self._stem}-{self._made:05d}.h5")
         nbytes = min(_FIRST_BYTES << min(self._made, 32), _MOST_BYTES)
-        kind = _Segment
+        kind: type[_Segment | _PackedSegment] = _Segment
         if self._compress:
             nbytes, kind = _PACKED_BYTES, _PackedSegment
         n_rows = max(1, nbytes // self._row_bytes)
@@ -169,12 +199,12 @@ class _Segment:
     Parameters
     ----------
     path : file to make
-    shares : dict name -> ColumnShare
-    n_rows : rows that it has room for
-    facts : dict, attributes of the file
+    shares : name -> what this rank writes
+    n_rows : rows that it can take
+    facts : attributes of the file
     """
 
-    def __init__(self, path, shares, n_rows, facts):
+    def __init__(self, path: str, shares: Shares, n_rows: int, facts: dict[str, int]) -> None:
         self.path, self._shares, self._n_rows, self._facts = path, shares, n_rows, facts
         self._numbers = {name: number for number, name in enumerate(shares)}
         self._state = np.zeros((len(shares), 2), np.uint64)
@@ -183,17 +213,17 @@ class _Segment:
             self._descriptor = os.open(path, os.O_RDWR)
 
     @property
-    def is_full(self):
+    def is_full(self) -> bool:
         """True if every dataset has all its rows."""
         return bool((self._state[:, 0] == self._n_rows).all())
 
-    def append(self, name, rows):
-        """Write rows as far as there is room; returns the others."""
+    def append(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """Write rows as far as they fit; returns the others."""
         number, row_bytes = self._numbers[name], self._shares[name].row_bytes
         start, crc = map(int, self._state[number])
         now, later = np.split(rows, [self._n_rows - start])
         if len(now):
-            # First the rows, then their number and checksum.
+            # First the rows, then their number and checksum
             data = raw(now)
             self._write(data, self._offsets[name] + start * row_bytes)
             self._state[number] = start + len(now), zlib.crc32(data, crc)
@@ -201,8 +231,8 @@ class _Segment:
             self._write(raw(entry), self._state_offset + number * entry.nbytes)
         return later
 
-    def close(self):
-        """Bring the rows to the disk, without most of the room that was not needed."""
+    def close(self) -> None:
+        """Bring the rows to the disk, without most of the space that was not needed."""
         n_rows = int(self._state[:, 0].min(initial=self._n_rows))
         nbytes = n_rows * sum(share.row_bytes for share in self._shares.values())
         with writing(self.path):
@@ -211,11 +241,11 @@ class _Segment:
             os.fsync(self._descriptor)
         os.close(self._descriptor)
 
-    def abandon(self):
+    def abandon(self) -> None:
         """Leave the file as it is."""
         os.close(self._descriptor)
 
-    def _shorten(self, n_rows):
+    def _shorten(self, n_rows: int) -> None:
         """Put the file in the place of which it is the beginning: the same with fewer rows."""
         path = f"{self.path}.new"
         offsets, state_offset = _make_part(path, self._shares, n_rows, self._facts)
@@ -231,7 +261,7 @@ class _Segment:
             os.dup2(file.fileno(), self._descriptor)
         os.replace(path, self.path)
 
-    def _write(self, data, offset):
+    def _write(self, data: memoryview, offset: int) -> None:
         with writing(self.path):
             _write_at(self._descriptor, data, offset)
 
@@ -239,48 +269,59 @@ class _Segment:
 class _PackedSegment:
     """One part that is held in memory until it is compressed; as `_Segment`."""
 
-    def __init__(self, path, shares, n_rows, facts):
+    def __init__(self, path: str, shares: Shares, n_rows: int, facts: dict[str, int]) -> None:
         self.path, self._shares, self._n_rows, self._facts = path, shares, n_rows, facts
-        self._held = {name: [] for name in shares}
+        self._held: dict[str, list[np.ndarray]] = {name: [] for name in shares}
         self._counts = dict.fromkeys(shares, 0)
 
     @property
-    def is_full(self):
+    def is_full(self) -> bool:
         return all(n == self._n_rows for n in self._counts.values())
 
-    def append(self, name, rows):
+    def append(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """Keep rows as far as they fit; returns the others."""
         now, later = np.split(rows, [self._n_rows - self._counts[name]])
         if len(now):
             self._held[name].append(now.copy())
             self._counts[name] += len(now)
         return later
 
-    def close(self):
+    def close(self) -> None:
+        """Write the file."""
         n_rows = min(self._counts.values())
         rows = {name: np.concatenate(held) for name, held in self._held.items()}
         _make_part(self.path, self._shares, n_rows, self._facts, rows)
 
-    def abandon(self):
+    def abandon(self) -> None:
         """Nothing was written."""
 
 
-def _make_part(path, shares, n_rows, facts, rows=None):
-    """Make a part: with room for rows, or with compressed ones.
+def _make_part(
+    path: str,
+    shares: Shares,
+    n_rows: int,
+    facts: dict[str, int],
+    rows: dict[str, np.ndarray] | None = None,
+) -> tuple[dict[str, int], int]:
+    """Make a part: with space for rows, or with compressed ones.
 
     Parameters
     ----------
-    rows : dict name -> (n_rows, own columns, ...) to compress, or None
+    rows : name -> (n_rows, own columns, ...) to compress, or None
 
     Returns
     -------
-    offsets : dict name -> byte of the file at which its rows begin
+    offsets : name -> byte of the file at which its rows begin
     state_offset : byte at which /state begins
     """
-    offsets, state = {}, np.zeros((len(shares), 2), np.uint64)
+    offsets: dict[str, int] = {}
+    state = np.zeros((len(shares), 2), np.uint64)
     with replacing_h5(path, sync=rows is not None, **MODEL_OPTIONS) as (file, disk):
         file.attrs["format"], file.attrs["format_version"] = FORMAT, FORMAT_VERSION
         file.attrs["hpcinfer_version"] = __version__
         file.attrs.update(facts)
+
+        # Make each dataset, and write its rows if they are here
         for number, (name, share) in enumerate(shares.items()):
             shape = (n_rows, *share.shape)
             data = create(file, name, shape, share.field.dtype, _part_plan(shape, share, rows))
@@ -294,12 +335,16 @@ def _make_part(path, shares, n_rows, facts, rows=None):
                 )
                 state[number] = n_rows, zlib.crc32(raw(rows[name]))
             disk.check()
+
+        # Say how far it is written, behind all rows
         table = create(file, "state", state.shape, state.dtype, _plan(h5py.h5d.CONTIGUOUS))
         table[...] = state
         return offsets, table.id.get_offset()
 
 
-def _part_plan(shape, share, rows):
+def _part_plan(
+    shape: tuple[int, ...], share: ColumnShare, rows: dict[str, np.ndarray] | None
+) -> Any:
     """How a part stores a dataset of some shape: as one run of bytes, or in compressed chunks."""
     if rows is None or 0 in shape:
         return _plan(h5py.h5d.CONTIGUOUS)
@@ -310,7 +355,7 @@ def _part_plan(shape, share, rows):
     return plan
 
 
-def _plan(layout):
+def _plan(layout: int) -> Any:
     """Creation properties of a dataset, its place fixed at once."""
     plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     plan.set_layout(layout)
@@ -319,8 +364,10 @@ def _plan(layout):
     return plan
 
 
-def create(file, name, shape, dtype, plan):
-    """New dataset, in a group that is made if need be."""
+def create(
+    file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype, plan: Any
+) -> h5py.Dataset:
+    """New dataset with the creation properties `plan`, in a group that is made if need be."""
     group, _, last = name.rpartition("/")
     parent = file.require_group(group) if group else file
     space = h5py.h5s.create_simple(shape)
@@ -329,141 +376,21 @@ def create(file, name, shape, dtype, plan):
     )
 
 
-def label(data, field, rows="tokens"):
+def label(data: h5py.Dataset, field: Field, rows: str = "tokens") -> None:
     """Name the axes of a dataset, and say what it is."""
     for dim, label in zip(data.dims, (rows, *field.labels), strict=True):
         dim.label = label
     data.attrs["description"] = field.description
 
 
-def _bits(x):
+def _bits(x: np.ndarray) -> np.ndarray:
     """An array as HDF5 moves it: bfloat16 as the numbers that its bits are."""
     return x.view(np.uint16) if x.dtype == BFLOAT16 else x
 
 
-def _write_at(descriptor, data, offset):
+def _write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
     """Write all of `data` from a byte of the file on."""
     data = memoryview(data)
     while len(data):
         n = os.pwrite(descriptor, data, offset)
         data, offset = data[n:], offset + n
-
-
-# --- Reading -------------------------------------------------------------------------------------
-
-
-@dataclass
-class Part:
-    """What the joined file knows of a part.
-
-    Attributes
-    ----------
-    path : file
-    run : (generation, replica)
-    rank : of the run that wrote it
-    first_row : of its rows among those of the run
-    room : rows that it has room for
-    columns : dict name -> (first, stop) among the columns of the field
-    state : (datasets, 2) uint64
-    """
-
-    path: str
-    run: tuple
-    rank: int
-    first_row: int
-    room: int
-    columns: dict
-    state: np.ndarray
-
-    @property
-    def n_rows(self):
-        """Rows that all its datasets have."""
-        return int(self.state[:, 0].min(initial=2**62))
-
-
-def part_names(path):
-    """((generation, replica, rank, segment), file) of every part of the joined file `path`."""
-    folder = parts_folder(path)
-    try:
-        names = sorted(os.listdir(folder))
-    except FileNotFoundError:
-        return []
-    found = [(_NAME.fullmatch(name), os.path.join(folder, name)) for name in names]
-    return [(tuple(map(int, match.groups())), name) for match, name in found if match]
-
-
-def read_parts(path):
-    """Every part of the joined file `path`: list of Part."""
-    return [read_part(name) for _, name in part_names(path)]
-
-
-def read_part(path):
-    """What a part is and how far it is written.
-
-    Raises
-    ------
-    ValueError
-        If it is no part, or damaged.
-    """
-    with open_h5(path) as file:
-        if file_format(file) != FORMAT:
-            raise ValueError(f"activations: got {path}, need a part that `hpcinfer extract` wrote")
-        columns, room, facts = {}, 0, file.attrs
-
-        def visit(name, data):
-            nonlocal room
-            if isinstance(data, h5py.Dataset) and name != "state":
-                first = int(data.attrs["first_column"])
-                columns[name], room = (first, first + data.shape[1]), data.shape[0]
-
-        try:
-            file.visititems(visit)
-            run = int(facts["generation"]), int(facts["replica"])
-            return Part(
-                path, run, int(facts["rank"]), int(facts["first_row"]), room, columns,
-                file["state"][:],
-            )  # fmt: skip
-        except (KeyError, OSError, RuntimeError) as error:
-            raise ValueError(f"activations: got damaged part {path} ({error})") from error
-
-
-def checksum(state):
-    """Checksum of all that a part's state says."""
-    return zlib.crc32(raw(np.ascontiguousarray(state)))
-
-
-def damaged_datasets(path):
-    """Names of the datasets of a part whose rows do not have their checksum."""
-    damaged, state = [], read_part(path).state
-    with open_h5(path) as file:
-        for name in _dataset_names(file):
-            data = file[name]
-            n_rows, crc = map(int, state[data.attrs["number"]])
-            row_bytes = data.dtype.itemsize * int(np.prod(data.shape[1:]))
-            step, found = max(1, _COPY_BYTES // row_bytes), 0
-            for start in range(0, n_rows, step):
-                found = zlib.crc32(raw(_read_bits(data, start, min(start + step, n_rows))), found)
-            if found != crc:
-                damaged.append(name)
-    return damaged
-
-
-def _dataset_names(file):
-    names = []
-    file.visititems(
-        lambda name, item: (
-            names.append(name) if isinstance(item, h5py.Dataset) and name != "state" else None
-        )
-    )
-    return names
-
-
-def _read_bits(data, start, stop):
-    """Rows as they are stored; those of bfloat16 as the numbers that their bits are."""
-    shape, type_id = (stop - start, *data.shape[1:]), data.id.get_type()
-    is_bfloat16 = type_id.equal(FILE_TYPES[BFLOAT16])
-    rows = np.empty(shape, np.uint16 if is_bfloat16 else data.dtype)
-    space = data.id.get_space()
-    space.select_hyperslab((start, *[0] * (len(shape) - 1)), shape)
-    data.id.read(h5py.h5s.create_simple(shape), space, rows, mtype=type_id)
-    return rows

@@ -1,21 +1,21 @@
 """Rows of a report: as a table to print, and as a JSON file."""
 
+from __future__ import annotations
+
 import json
+from collections.abc import Sequence
+from typing import Any
 
-from hpcinfer.io.atomic import replacing
+from hpcinfer.io.atomic import AnyPath, replacing
 
 
-def text_table(headings, rows):
+def text_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Lines of a table; columns of numbers are set to the right.
 
     Parameters
     ----------
-    headings : list of str
-    rows : list of lists of str, as long as `headings`
-
-    Returns
-    -------
-    str
+    headings : one for each column
+    rows : of cells, as many as there are headings
     """
     columns = list(zip(headings, *rows, strict=True))
     widths = [max(map(len, column)) for column in columns]
@@ -30,7 +30,7 @@ def text_table(headings, rows):
     return "\n".join(lines)
 
 
-def write_json(path, rows):
+def write_json(path: AnyPath, rows: list[dict[str, Any]]) -> None:
     """Write a list of dicts as JSON.
 
     Raises

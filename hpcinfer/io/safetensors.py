@@ -6,14 +6,18 @@ the tensors end to end. All of it is checked here before anything is allocated f
 source: the format's description at https://github.com/huggingface/safetensors#format
 """
 
+from __future__ import annotations
+
 import os
 import reprlib
+from typing import Any, TypeGuard
 
 import numpy as np
 
 from hpcinfer.array import BFLOAT16
 from hpcinfer.io import metadata
-from hpcinfer.io.checkpoint import Checkpoint, table_entry
+from hpcinfer.io.atomic import AnyPath
+from hpcinfer.io.checkpoint import Checkpoint, TensorInfo, table_entry
 
 MAX_HEADER_BYTES = 100_000_000
 INDEX_NAME = "model.safetensors.index.json"
@@ -31,15 +35,11 @@ DTYPES = {
 }  # fmt: skip
 
 
-def open_directory(folder):
+def open_directory(folder: str) -> Checkpoint:
     """Open a Hugging Face directory.
 
     The weights are model.safetensors, else the files that model.safetensors.index.json names, else
     all *.safetensors of the directory.
-
-    Returns
-    -------
-    Checkpoint
 
     Raises
     ------
@@ -55,12 +55,8 @@ def open_directory(folder):
     return Checkpoint(folder, "safetensors", documents, tensors)
 
 
-def read_header(path):
-    """Table of the tensors in one safetensors file, checked.
-
-    Returns
-    -------
-    dict name -> TensorInfo
+def read_header(path: AnyPath) -> dict[str, TensorInfo]:
+    """Table of the tensors in one safetensors file by name, checked.
 
     Raises
     ------
@@ -69,7 +65,8 @@ def read_header(path):
     """
     header, data_start, file_size = _read_json(path)
     header.pop("__metadata__", None)
-    tensors, spans = {}, []
+    tensors: dict[str, TensorInfo] = {}
+    spans = []
     for name, entry in header.items():
         dtype, shape, begin, end = _parse_entry(path, name, entry)
         if end > file_size - data_start:
@@ -96,10 +93,11 @@ def read_header(path):
     return tensors
 
 
-def _read_json(path):
+def _read_json(path: AnyPath) -> tuple[dict[str, Any], int, int]:
     """Header object of a file, position of its data, size of the file."""
     file, file_size = metadata.open_regular(path)
     with file:
+        # Read the header, once its length fits the file
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, file_size - 8):
@@ -116,7 +114,7 @@ def _read_json(path):
     return metadata.parse_object(text, f"the header of {path}"), 8 + length, file_size
 
 
-def _parse_entry(path, name, entry):
+def _parse_entry(path: AnyPath, name: str, entry: Any) -> tuple[np.dtype, list[int], int, int]:
     """Element type, shape, begin and end of one entry of a header."""
     if not isinstance(entry, dict):
         raise ValueError(f"checkpoint: got no object for {name!r} in the header of {path}")
@@ -126,19 +124,21 @@ def _parse_entry(path, name, entry):
             f"checkpoint: got element type {reprlib.repr(code)} of {name!r} in {path}, need one of "
             + ", ".join(DTYPES)
         )
+
+    # Refuse a shape or a span of bytes that is none
     if not _is_naturals(shape) or not _is_naturals(span) or len(span) != 2 or span[0] > span[1]:
         raise ValueError(
             f"checkpoint: got shape {reprlib.repr(shape)} and data_offsets {reprlib.repr(span)} of "
             f"{name!r} in {path}, need whole numbers >= 0 and begin <= end"
         )
-    return DTYPES[code], shape, *span
+    return DTYPES[code], shape, span[0], span[1]
 
 
-def _is_naturals(value):
+def _is_naturals(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
 
 
-def _read_all(folder):
+def _read_all(folder: str) -> dict[str, TensorInfo]:
     """Tensors of model.safetensors, or of every *.safetensors file if that is not there."""
     names = sorted(n for n in os.listdir(folder) if n.endswith(".safetensors"))
     if SINGLE_NAME in names:
@@ -148,7 +148,9 @@ def _read_all(folder):
             f"checkpoint: got {folder} without *.safetensors, need the weights in that format; "
             "other formats (pickles such as *.bin) are not read, save the model as safetensors"
         )
-    tensors = {}
+
+    # Put the tables of the files together
+    tensors: dict[str, TensorInfo] = {}
     for name in names:
         for tensor, info in read_header(os.path.join(folder, name)).items():
             if tensor in tensors:
@@ -160,9 +162,9 @@ def _read_all(folder):
     return tensors
 
 
-def _read_indexed(folder, index_path):
+def _read_indexed(folder: str, index_path: str) -> dict[str, TensorInfo]:
     """Tensors that the index names, each from the file that it names."""
-    text = metadata.read_text(index_path, MAX_HEADER_BYTES)
+    text = metadata.read_text(index_path, MAX_HEADER_BYTES) or ""
     weight_map = metadata.parse_object(text, index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"checkpoint: got {index_path} without weight_map, need tensor: file")
@@ -174,6 +176,8 @@ def _read_indexed(folder, index_path):
                 f"checkpoint: got file name {reprlib.repr(name)} in {index_path}, need one of its "
                 "own folder"
             )
+
+    # Look each tensor up in the file that is named for it
     headers = {name: read_header(os.path.join(folder, name)) for name in set(weight_map.values())}
     for tensor, name in weight_map.items():
         if tensor not in headers[name]:

@@ -6,6 +6,8 @@ it is either the last state or the one before. ``OUTPUT.lock`` belongs to one ru
 lives; it names its host and process.
 """
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import fcntl
@@ -13,8 +15,10 @@ import json
 import os
 import socket
 import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-from hpcinfer.io.atomic import replacing, writing
+from hpcinfer.io.atomic import AnyPath, replacing, writing
 from hpcinfer.io.jsonl import INDEX_SUFFIX
 from hpcinfer.io.kv import kv_folder
 from hpcinfer.io.parts import parts_folder
@@ -24,13 +28,13 @@ FORMAT, FORMAT_VERSION = "hpcinfer-state", 1
 STATE_SUFFIX, LOCK_SUFFIX, KEPT_SUFFIX = ".state", ".lock", ".old-"
 
 
-def write_state(path, state):
+def write_state(path: AnyPath, state: dict[str, Any]) -> None:
     """Replace the state file `path`.
 
     Parameters
     ----------
-    path : str
-    state : dict of plain values
+    path : of the state file
+    state : plain values
 
     Raises
     ------
@@ -48,7 +52,7 @@ def write_state(path, state):
         file.write(json.dumps(head).encode() + b"\n" + body + b"\n")
 
 
-def read_state(path):
+def read_state(path: AnyPath) -> dict[str, Any] | None:
     """State that `write_state` has written; None if there is no file of that name.
 
     Raises
@@ -56,15 +60,18 @@ def read_state(path):
     ValueError
         If the file is something else, of another version, or not whole.
     """
+    # Read what the file says that it is, and the rest
     try:
         with open(path, "rb") as file:
-            head, body = file.readline(), file.read()
+            line, body = file.readline(), file.read()
     except FileNotFoundError:
         return None
     except OSError as error:
         raise ValueError(f"state: cannot read {path}: {error.strerror}") from None
+
+    # Refuse what is something else or torn
     try:
-        head = json.loads(head)
+        head = json.loads(line)
         version = head["format_version"] if head["format"] == FORMAT else None
         whole = body == body[: head["bytes"]] + b"\n" and zlib.crc32(body[:-1]) == head["crc32"]
     except (ValueError, KeyError, TypeError):
@@ -78,14 +85,14 @@ def read_state(path):
     return json.loads(body)
 
 
-def remove_state(path):
+def remove_state(path: AnyPath) -> None:
     """Forget the state: the run is finished."""
     with writing(path), contextlib.suppress(FileNotFoundError):
         os.unlink(path)
 
 
 @contextlib.contextmanager
-def locked(path):
+def locked(path: AnyPath) -> Iterator[None]:
     """Hold the only right to write the output `path`, until the body or the process ends.
 
     File systems without locks let everyone have it.
@@ -106,7 +113,7 @@ def locked(path):
         os.close(descriptor)
 
 
-def set_aside(paths):
+def set_aside(paths: Sequence[AnyPath]) -> list[str]:
     """Give the files of a run other names, which keep them; they end in .old-1, .old-2, ...
 
     Parameters
@@ -115,14 +122,17 @@ def set_aside(paths):
 
     Returns
     -------
-    list of the new names
+    the new names
     """
+    # Find the first number that no file of this run has yet
     suffixes = ("", STATE_SUFFIX, INDEX_SUFFIX, JOURNAL_SUFFIX, JOURNAL_SUFFIX + INDEX_SUFFIX)
     names = [f"{path}{suffix}" for path in paths for suffix in suffixes]
     names += [folder(path) for path in paths for folder in (parts_folder, kv_folder)]
     number = 1
     while any(os.path.lexists(f"{name}{KEPT_SUFFIX}{number}") for name in names):
         number += 1
+
+    # Rename what is there
     kept = []
     for name in filter(os.path.lexists, names):
         with writing(name):
@@ -131,7 +141,7 @@ def set_aside(paths):
     return kept
 
 
-def _lock(path, lock_path):
+def _lock(path: AnyPath, lock_path: str) -> int:
     """Descriptor of the lock's file, locked."""
     while True:
         descriptor = os.open(lock_path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -149,7 +159,7 @@ def _lock(path, lock_path):
                 os.close(descriptor)
                 raise
 
-        # Take the file that has the name now: whoever had the lock before may have removed it.
+        # Take the file that has the name now: whoever had the lock before may have removed it
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(lock_path)):
                 os.ftruncate(descriptor, 0)
@@ -158,7 +168,7 @@ def _lock(path, lock_path):
         os.close(descriptor)
 
 
-def _refusal(path, got):
+def _refusal(path: AnyPath, got: str) -> ValueError:
     return ValueError(
         f"state: got {got} in {path}, need a whole {FORMAT} of version {FORMAT_VERSION}; restore "
         "it, or start over with --restart"

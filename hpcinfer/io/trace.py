@@ -1,24 +1,30 @@
 """The ledger's calls as a timeline that Chrome's tracing page and Perfetto show."""
 
+from __future__ import annotations
+
 import json
 import os
+from collections.abc import Iterable
 
-from hpcinfer.io.atomic import replacing
+from hpcinfer.io.atomic import AnyPath, replacing
 
 
-def write_trace(folder, rank, events):
+def write_trace(
+    folder: AnyPath, rank: int, events: Iterable[tuple[str, str, str, float, float, int]]
+) -> str:
     """Write ``rank-R.json`` in `folder`.
 
     Parameters
     ----------
-    folder : path, made if it does not exist
+    folder : made if it does not exist
     rank : number of this rank, the process in the picture
-    events : list of (verb, axis, purpose, start_s, time_s, sent_bytes)
+    events : (verb, axis, purpose, start_s, time_s, sent_bytes) of each call
 
     Returns
     -------
     path of the file
     """
+    # The tracing page wants microseconds
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, f"rank-{rank}.json")
     rows = [

@@ -7,6 +7,7 @@ are.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -19,22 +20,15 @@ class Request:
 
     Attributes
     ----------
-    index : int
-        0-based place in the input.
-    line : int
-        1-based line of the input file (index + 1 for the Python interface).
-    custom_id : str
-        As the input gave it; "" if it gave none.
-    kind : str
-        "completion" or "chat".
-    token_ids : tuple of int
-        The prompt, special tokens included.
-    sampling : Sampling
-    key : int
-        64-bit key of the request's random stream, independent of batch, order and layout.
-    progress : list
-        What a run that was stopped had of it: for every sample its new tokens, their
-        log-probabilities, and the likeliest tokens at each place.
+    index : place in the input, from 0
+    line : line of the input file, from 1; index + 1 for the Python interface
+    custom_id : as the input gave it; "" if it gave none
+    kind : "completion" or "chat"
+    token_ids : the prompt, special tokens included
+    sampling : how its tokens are chosen
+    key : of the request's random stream, 64 bits, independent of batch, order and layout
+    progress : what a run that was stopped had of it: for every sample its new tokens, their
+        log-probabilities, and the likeliest tokens at each place
     """
 
     index: int
@@ -44,7 +38,7 @@ class Request:
     token_ids: tuple[int, ...]
     sampling: Sampling
     key: int
-    progress: list = field(default_factory=list, compare=False, repr=False)
+    progress: list[Any] = field(default_factory=list, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -66,18 +60,13 @@ class Choice:
 
     Attributes
     ----------
-    index : int
-        0-based number of the sample.
-    token_ids : list of int
-        The new tokens, the one that ended the sequence included.
-    text : str
-        Their text, without special tokens and without the stop string.
-    finish_reason : str
-        "stop" or "length".
-    logprobs : list of float or None
-        Natural-log probability of each new token.
-    top_logprobs : list of list of (int, float) or None
-        For each new token the most probable ids with their log-probabilities, largest first.
+    index : number of the sample, from 0
+    token_ids : the new tokens, the one that ended the sequence included
+    text : their text, without special tokens and without the stop string
+    finish_reason : "stop" or "length"
+    logprobs : natural-log probability of each new token
+    top_logprobs : for each new token the most probable ids with their log-probabilities, largest
+        first
     """
 
     index: int
@@ -103,14 +92,11 @@ class Score:
 
     Attributes
     ----------
-    request : Request
-    logprobs : (T,) float32 array
-        Natural-log probability of each token given those before it; the first is NaN, as nothing
-        stands before it.
-    sum_logprob : float
-        Sum of all but the first.
-    perplexity : float
-        exp(-sum_logprob / (T - 1)); NaN for T = 1.
+    request : what was asked
+    logprobs : (T,) float32, natural-log probability of each token given those before it; the first
+        is NaN, as nothing stands before it
+    sum_logprob : sum of all but the first
+    perplexity : exp(-sum_logprob / (T - 1)); NaN for T = 1
     """
 
     request: Request
@@ -125,11 +111,9 @@ class Extracted:
 
     Attributes
     ----------
-    request : Request
-    generation, replica : int
-        Run and replica of it that computed them.
-    first_row, n_rows : int
-        Its rows among those of the replica.
+    request : what was asked
+    generation, replica : run and replica of it that computed them
+    first_row, n_rows : its rows among those of the replica
     """
 
     request: Request

@@ -4,52 +4,44 @@ from __future__ import annotations
 
 import math
 from hashlib import blake2b
+from typing import Any
 
-from hpcinfer.requests.request import BadRequest, Extracted, Request, Result, Score
+from hpcinfer.requests.request import BadRequest, Choice, Extracted, Request, Result, Score
 from hpcinfer.text.tokenizer import Text
 
 LOWEST_LOGPROB = -9999.0
 
 
-def generate_record(outcome: Result | BadRequest) -> dict:
+def generate_record(outcome: Result | BadRequest) -> dict[str, Any]:
     """Neutral record of a generation: `error` is None, or the reason why there are no choices."""
     if isinstance(outcome, BadRequest):
         return _bad_record(outcome) | {"kind": "", "prompt_token_ids": [], "choices": []}
     request = outcome.request
-    choices = [
-        {
-            "index": choice.index,
-            "text": choice.text,
-            "finish_reason": choice.finish_reason,
-            "token_ids": [int(token) for token in choice.token_ids],
-            "logprobs": None if choice.logprobs is None else [float(p) for p in choice.logprobs],
-            "top_logprobs": None
-            if choice.top_logprobs is None
-            else [[(int(t), float(p)) for t, p in top] for top in choice.top_logprobs],
-        }
-        for choice in outcome.choices
-    ]
     return _record(request) | {
         "kind": request.kind,
         "prompt_token_ids": list(request.token_ids),
-        "choices": choices,
+        "choices": [_choice_record(choice) for choice in outcome.choices],
     }
 
 
-def score_record(outcome: Score | BadRequest) -> dict:
+def score_record(outcome: Score | BadRequest) -> dict[str, Any]:
     """Neutral record of a scored text; the first log-probability is None."""
     if isinstance(outcome, BadRequest):
-        nothing = {"token_ids": [], "logprobs": [], "sum_logprob": None, "perplexity": None}
-        return _bad_record(outcome) | nothing
+        return _bad_record(outcome) | {
+            "token_ids": [],
+            "logprobs": [],
+            "sum_logprob": None,
+            "perplexity": None,
+        }
     return _record(outcome.request) | {
         "token_ids": list(outcome.request.token_ids),
-        "logprobs": [None] + [float(logprob) for logprob in outcome.logprobs[1:]],
+        "logprobs": [None, *(float(logprob) for logprob in outcome.logprobs[1:])],
         "sum_logprob": float(outcome.sum_logprob),
         "perplexity": float(outcome.perplexity),
     }
 
 
-def extract_record(outcome: Extracted | BadRequest) -> dict:
+def extract_record(outcome: Extracted | BadRequest) -> dict[str, Any]:
     """Neutral record of a text whose activations were extracted."""
     if isinstance(outcome, BadRequest):
         return _bad_record(outcome) | {"token_ids": []}
@@ -62,19 +54,15 @@ def extract_record(outcome: Extracted | BadRequest) -> dict:
     }
 
 
-def completion_line(record: dict, model: str, created: int, text: Text) -> dict:
+def completion_line(record: dict[str, Any], model: str, created: int, text: Text) -> dict[str, Any]:
     """Output line of a generation: a response of OpenAI Batch, to be written as JSON.
 
     Parameters
     ----------
-    record : dict
-        From `generate_record`.
-    model : str
-        Name that the line states.
-    created : int
-        Seconds since 1970 that the line states.
-    text : Text
-        For the strings of tokens.
+    record : what `generate_record` gave
+    model : name that the line states
+    created : seconds since 1970 that the line states
+    text : for the strings of tokens
 
     Returns
     -------
@@ -85,6 +73,8 @@ def completion_line(record: dict, model: str, created: int, text: Text) -> dict:
     line = {"id": f"batch_req_{name}", "custom_id": record["custom_id"]}
     if record["error"] is not None:
         return line | {"response": None, "error": _error(record)}
+
+    # Count the tokens, and put the choices into a body of the kind that was asked for
     chat = record["kind"] == "chat"
     prompt_tokens = len(record["prompt_token_ids"])
     new_tokens = sum(len(choice["token_ids"]) for choice in record["choices"])
@@ -104,7 +94,7 @@ def completion_line(record: dict, model: str, created: int, text: Text) -> dict:
     return line | {"response": response, "error": None}
 
 
-def score_line(record: dict) -> dict:
+def score_line(record: dict[str, Any]) -> dict[str, Any]:
     """Output line of a scored text, to be written as JSON; figures that are not finite are null."""
     if record["error"] is not None:
         return {"custom_id": record["custom_id"], "error": _error(record)}
@@ -117,7 +107,7 @@ def score_line(record: dict) -> dict:
     }
 
 
-def _record(request: Request) -> dict:
+def _record(request: Request) -> dict[str, Any]:
     return {
         "index": request.index,
         "line": request.line,
@@ -126,7 +116,22 @@ def _record(request: Request) -> dict:
     }
 
 
-def _bad_record(bad: BadRequest) -> dict:
+def _choice_record(choice: Choice) -> dict[str, Any]:
+    """A sample in plain values."""
+    logprobs, tops = choice.logprobs, choice.top_logprobs
+    if tops is not None:
+        tops = [[(int(token), float(p)) for token, p in top] for top in tops]
+    return {
+        "index": choice.index,
+        "text": choice.text,
+        "finish_reason": choice.finish_reason,
+        "token_ids": [int(token) for token in choice.token_ids],
+        "logprobs": None if logprobs is None else [float(p) for p in logprobs],
+        "top_logprobs": tops,
+    }
+
+
+def _bad_record(bad: BadRequest) -> dict[str, Any]:
     return {
         "index": bad.index,
         "line": bad.line,
@@ -135,17 +140,17 @@ def _bad_record(bad: BadRequest) -> dict:
     }
 
 
-def _error(record: dict) -> dict:
+def _error(record: dict[str, Any]) -> dict[str, Any]:
     return {"code": "invalid_request", "message": record["error"], "line": record["line"]}
 
 
-def _identity(record: dict) -> str:
+def _identity(record: dict[str, Any]) -> str:
     """Hexadecimal name of an entry, the same in every run."""
     data = f"{record['index']}:{record['custom_id']}".encode()
     return blake2b(data, digest_size=12, person=b"output").hexdigest()
 
 
-def _choice(choice: dict, chat: bool, text: Text) -> dict:
+def _choice(choice: dict[str, Any], chat: bool, text: Text) -> dict[str, Any]:
     """Choice of an output line."""
     logprobs = None
     if choice["logprobs"] is not None:
@@ -161,7 +166,7 @@ def _choice(choice: dict, chat: bool, text: Text) -> dict:
     }
 
 
-def _completion_logprobs(choice: dict, text: Text) -> dict:
+def _completion_logprobs(choice: dict[str, Any], text: Text) -> dict[str, Any]:
     """Log-probabilities as OpenAI's completions list them; offsets count from the choice's text."""
     tops = None
     if choice["top_logprobs"] is not None:
@@ -175,7 +180,7 @@ def _completion_logprobs(choice: dict, text: Text) -> dict:
     }
 
 
-def _named_logprobs(top: list, text: Text) -> dict[str, float]:
+def _named_logprobs(top: list[tuple[int, float]], text: Text) -> dict[str, float]:
     """Log-probability by token string; of tokens that read the same the more probable stands."""
     named: dict[str, float] = {}
     for token, logprob in top:
@@ -183,7 +188,7 @@ def _named_logprobs(top: list, text: Text) -> dict[str, float]:
     return named
 
 
-def _chat_logprob_lists(choice: dict, text: Text) -> dict:
+def _chat_logprob_lists(choice: dict[str, Any], text: Text) -> dict[str, Any]:
     """Log-probabilities as OpenAI's chat lists them."""
     tops = choice["top_logprobs"] or [[]] * len(choice["token_ids"])
     chosen = zip(choice["token_ids"], choice["logprobs"], tops, strict=True)
@@ -196,7 +201,7 @@ def _chat_logprob_lists(choice: dict, text: Text) -> dict:
     }
 
 
-def _token_logprob(token: int, logprob: float, text: Text) -> dict:
+def _token_logprob(token: int, logprob: float, text: Text) -> dict[str, Any]:
     data = text.token_bytes(token)
     return {
         "token": text.token_text(token),

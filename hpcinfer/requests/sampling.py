@@ -4,28 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from hpcinfer.errors import integer, shown
 
-MAX_SAMPLES = 128
-
-
-MAX_LOGPROBS = 20
-
-
-MAX_STOPS = 16
-
-
-MAX_STOP_CHARACTERS = 1024
-
-
-MAX_STOP_IDS = 1024
-
+# Largest values of n and of logprobs; stop strings, characters of one, and stop ids
+MAX_SAMPLES, MAX_LOGPROBS = 128, 20
+MAX_STOPS, MAX_STOP_CHARACTERS, MAX_STOP_IDS = 16, 1024, 1024
 
 GREEDY_BELOW = 1e-5
-
 
 _REAL = int | float | np.integer | np.floating
 
@@ -36,33 +25,24 @@ class Sampling:
 
     Attributes
     ----------
-    temperature : float, 0 to 1000
-        0 is greedy; below 1e-5 becomes 0, since logits / temperature would overflow.
-    top_k : int
-        Keep the k most probable tokens; 0 is off (-1 is taken as 0).
-    top_p, min_p : float
-        Keep the smallest set of probability top_p, in (0, 1]; keep tokens of at least min_p times
-        the largest probability, in [0, 1].
-    repetition_penalty : float, above 0, at most 1000
-        Divides positive and multiplies negative logits of tokens seen in prompt or output
-        (Keskar et al. 2019, arXiv:1909.05858).
-    presence_penalty, frequency_penalty : float, -2 to 2
-        Subtracted once, and per occurrence, from the logits of tokens seen in the output.
-    n : int, 1 to 128
-        Samples per prompt.
-    seed : int or None
-        Any 64-bit integer; signed values are folded to 0 <= seed < 2**64.
-    stop : tuple of str
-        At most 16 strings that end the text and are left out of it.
-    stop_token_ids : tuple of int
-        Token ids that end the sequence.
-    min_tokens, max_tokens : int
-        Bounds of the number of new tokens, 0 <= min_tokens <= max_tokens, 1 <= max_tokens.
-    logprobs : int or None
-        None: no log-probabilities; 0 to 20: those of the chosen tokens and of that many most
-        probable tokens.
-    ignore_eos : bool
-        Generate past end-of-sequence tokens.
+    temperature : 0 to 1000; 0 is greedy; below 1e-5 becomes 0, since logits / temperature would
+        overflow
+    top_k : keep the k most probable tokens; 0 is off (-1 is taken as 0)
+    top_p : keep the smallest set of this probability, in (0, 1]
+    min_p : keep tokens of at least this times the largest probability, in [0, 1]
+    repetition_penalty : above 0, at most 1000; divides positive and multiplies negative logits of
+        tokens seen in prompt or output (Keskar et al. 2019, arXiv:1909.05858)
+    presence_penalty, frequency_penalty : -2 to 2; subtracted once, and per occurrence, from the
+        logits of tokens seen in the output
+    n : samples per prompt, 1 to 128
+    seed : any 64-bit integer, or None; signed values are folded to 0 <= seed < 2**64
+    stop : at most 16 strings that end the text and are left out of it
+    stop_token_ids : ids that end the sequence
+    min_tokens, max_tokens : bounds of the number of new tokens, 0 <= min_tokens <= max_tokens,
+        1 <= max_tokens
+    logprobs : None for no log-probabilities; 0 to 20 for those of the chosen tokens and of that
+        many most probable tokens
+    ignore_eos : generate past end-of-sequence tokens
 
     Raises
     ------
@@ -119,7 +99,7 @@ class Sampling:
         if self.seed is not None:
             self._set("seed", self.seed % 2**64)
 
-    def _set(self, name: str, value) -> None:
+    def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
     def _number(self, name: str, low: float, high: float, above: bool = False) -> None:
@@ -138,14 +118,14 @@ class Sampling:
         self._set(name, value)
 
 
-def _refusal(name: str, value, need: str) -> ValueError:
+def _refusal(name: str, value: Any, need: str) -> ValueError:
     remedy = "correct the field"
     if isinstance(value, float) and not math.isfinite(value):
         remedy = "give a finite number"
     return ValueError(f"sampling: got {name} = {shown(value)}, need {need}; {remedy}")
 
 
-def _stop_strings(value) -> tuple[str, ...]:
+def _stop_strings(value: Any) -> tuple[str, ...]:
     stops = (value,) if isinstance(value, str) else value
     need = f"a string or at most {MAX_STOPS} strings, of 1 to {MAX_STOP_CHARACTERS} characters each"
     if not isinstance(stops, list | tuple) or len(stops) > MAX_STOPS:
@@ -156,11 +136,12 @@ def _stop_strings(value) -> tuple[str, ...]:
     return tuple(stops)
 
 
-def _stop_ids(value) -> tuple[int, ...]:
+def _stop_ids(value: Any) -> tuple[int, ...]:
     need = f"a list of at most {MAX_STOP_IDS} token ids"
     if not isinstance(value, list | tuple) or len(value) > MAX_STOP_IDS:
         raise _refusal("stop_token_ids", value, need)
-    ids = tuple(integer(token) for token in value)
-    if any(token is None or not 0 <= token < 2**31 for token in ids):
+    ids = [integer(token) for token in value]
+    known = tuple(token for token in ids if token is not None and 0 <= token < 2**31)
+    if len(known) < len(ids):
         raise _refusal("stop_token_ids", value, need)
-    return ids
+    return known

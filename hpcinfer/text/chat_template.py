@@ -4,34 +4,32 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from functools import wraps
+from typing import Any, NoReturn, TypeVar
 
 import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 from hpcinfer.errors import shown
 
+# Characters of a template, and what one rendering may take: steps, characters or items produced,
+# and the largest number as a width or count
 MAX_TEMPLATE = 1 << 20
+TEMPLATE_STEPS, TEMPLATE_CHARACTERS, TEMPLATE_INTEGER = 200_000, 1 << 26, 100_000
 
-
-TEMPLATE_STEPS = 200_000
-
-
-TEMPLATE_CHARACTERS = 1 << 26
-
-
-TEMPLATE_INTEGER = 100_000
-
-
-WIDENING = {"center", "ljust", "rjust", "zfill", "expandtabs", "indent", "batch", "slice", "round"}
-
-
+# Methods and filters that make a text or list as long as a number says
+_WIDENING = {"center", "ljust", "rjust", "zfill", "expandtabs", "indent", "batch", "slice", "round"}
+_WIDENING |= {"tojson", "truncate", "wordwrap"}
 _WIDE_FORMAT = re.compile(r"\d{6}|\*|\{[^{}]*\{")
+
+_Produced = TypeVar("_Produced")
 
 
 class ChatTemplate:
@@ -54,7 +52,8 @@ class ChatTemplate:
         except Exception as error:
             raise ValueError(_template_line(error)) from None
 
-    def render(self, **variables) -> str:
+    def render(self, **variables: Any) -> str:
+        """Text that the template makes of the variables, with the whole budget."""
         self._sandbox.refill()
         try:
             return self._template.render(variables)
@@ -89,7 +88,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         self._steps = TEMPLATE_STEPS
         self._characters = TEMPLATE_CHARACTERS
 
-    def spend(self, produced=None):
+    def spend(self, produced: _Produced) -> _Produced:
         """Take one step, and the size of what it produced, off the budget; returns `produced`."""
         self._steps -= 1
         if isinstance(produced, str | list | tuple | dict):
@@ -101,15 +100,18 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return produced
 
     def concat(self, parts: Iterable[str]) -> str:
+        """Join what the parts of a template wrote, at its cost."""
         return "".join(self.spend(part) for part in parts)
 
-    def call(__self, __context, __obj, *args, **kwargs):
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call a function or method for the template, at its cost."""
         method = getattr(__obj, "__wrapped__", __obj)
         if isinstance(owner := getattr(method, "__self__", None), str):
             __self._bound_growth(method.__name__, (owner, *args, *kwargs.values()))
         return __self.spend(super().call(__context, __obj, *args, **kwargs))
 
-    def call_binop(self, context, operator, left, right):
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """Apply an operator, at its cost."""
         if operator == "*":
             self._bound_product(left, right)
         elif operator == "**":
@@ -118,9 +120,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             self._bound_growth("format", (left,))
         return self.spend(super().call_binop(context, operator, left, right))
 
-    def _bound_growth(self, name: str, values) -> None:
+    def _bound_growth(self, name: str, values: Sequence[Any]) -> None:
         """Refuse a string method or filter whose result would exceed the budget."""
-        if name in WIDENING:
+        if name in _WIDENING:
             _bound_integers(values, limit=TEMPLATE_INTEGER)
         if name in ("format", "format_map") and _WIDE_FORMAT.search(str(values[0])):
             raise jinja2.TemplateError("a format with a width that is very large or computed")
@@ -133,32 +135,32 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         if size > self._characters:
             raise jinja2.TemplateError(f"a text of {shown(size)} characters")
 
-    def _bound_product(self, left, right) -> None:
+    def _bound_product(self, left: Any, right: Any) -> None:
         for many, times in ((left, right), (right, left)):
             if isinstance(many, str | list | tuple) and isinstance(times, int):
                 self._bound_size(len(many) * times)
             elif isinstance(many, int) and many.bit_length() > 4096:
                 raise jinja2.TemplateError(f"a product with {shown(many)}")
 
-    def _metered(self, name: str, function):
+    def _metered(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         # A filter that takes its context, environment or state first has its value second
         first = 1 if hasattr(function, "jinja_pass_arg") else 0
 
         @wraps(function)
-        def metered(*args, **kwargs):
+        def metered(*args: Any, **kwargs: Any) -> Any:
             self._bound_growth(name, (*args[first:], *kwargs.values()))
             return self.spend(function(*args, **kwargs))
 
         return metered
 
     @jinja2.pass_context
-    def _items(self, context, values) -> Iterator:
+    def _items(self, context: Context, values: Iterable[Any]) -> Iterator[Any]:
         for value in values:
-            self.spend()
+            self.spend(None)
             yield value
 
     @jinja2.pass_context
-    def _join(self, context, parts) -> str:
+    def _join(self, context: Context, parts: Iterable[Any]) -> str:
         return self.spend("".join(map(str, parts)))
 
 
@@ -180,37 +182,43 @@ class _Generation(Extension):
 
     tags = {"generation"}
 
-    def parse(self, parser):
+    def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
 
-    def _body(self, caller):
+    def _body(self, caller: Callable[[], str]) -> str:
         return caller()
 
 
-def _filtered(node: nodes.Expr, name: str) -> nodes.Filter:
+def _filtered(node: nodes.Node, name: str) -> nodes.Filter:
     return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
 
 
-def _size(value) -> int:
+def _size(value: Any) -> int:
     return len(value) if isinstance(value, str | list | tuple | dict) else 1
 
 
-def _bound_integers(values, limit: int) -> None:
+def _bound_integers(values: Iterable[Any], limit: int) -> None:
     """Refuse a width, count or exponent that would make one step very large."""
     for value in values:
         if isinstance(value, int) and abs(value) > limit:
             raise jinja2.TemplateError(f"the number {shown(value)} as an argument")
 
 
-def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: Any = None,
+    separators: Any = None,
+    sort_keys: bool = False,
+) -> str:
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
 
 
-def _raise_exception(message):
+def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
 

@@ -4,22 +4,63 @@ from __future__ import annotations
 
 import codecs
 import json
+from collections.abc import Callable
+from typing import Any, Protocol
 
 from tokenizers import Tokenizer
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """Character that stands for each byte in byte-level BPE (Radford et al. 2019, GPT-2)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    alphabet = {chr(byte): byte for byte in printable}
-    return alphabet | {chr(256 + i): byte for i, byte in enumerate(others)}
+class Joiner(Protocol):
+    """Joins the tokens of one text; made with whether the text follows other text.
+
+    All `feed` and `finish` together are what the tokenizer's decoder makes of the whole sequence.
+    """
+
+    def feed(self, token: str) -> str:
+        """Text that this token settles: no later token can change it."""
+
+    def pending(self) -> str:
+        """Text of the tokens not settled yet, without incomplete characters."""
+
+    def finish(self) -> str:
+        """Text still unsettled at the end of the sequence."""
+
+    def token_bytes(self, token: str) -> bytes:
+        """Bytes that one token stands for."""
 
 
-_BYTE_OF = _byte_alphabet()
+def joiner_of(tokenizer_json: str, tokenizer: Tokenizer) -> Callable[[bool], Joiner]:
+    """Function that makes joiners for the decoder of a tokenizer.
+
+    Parameters
+    ----------
+    tokenizer_json : content of tokenizer.json
+    tokenizer : what the library made of it
+
+    Returns
+    -------
+    function of whether the text follows other text, which gives a Joiner
+    """
+    decoder = json.loads(tokenizer_json).get("decoder")
+    if decoder and decoder["type"] == "Sequence" and len(decoder["decoders"]) == 1:
+        decoder = decoder["decoders"][0]
+    kind = decoder["type"] if decoder else None
+
+    # Take the joiner that settles a token as soon as that kind of decoder allows
+    if kind == "ByteLevel":
+        return ByteLevelJoiner
+    if kind == "Metaspace":
+        mark = decoder.get("replacement", "▁")
+        scheme = decoder.get("prepend_scheme", "always")
+        drops_first = scheme != "never" and decoder.get("add_prefix_space", True)
+        return lambda after_text: MetaspaceJoiner(after_text, mark, drops_first)
+    if kind == "Sequence" and (steps := _byte_fallback_steps(decoder["decoders"])):
+        return lambda after_text: ByteFallbackJoiner(after_text, *steps)
+    join = tokenizer.decoder.decode if decoder else " ".join
+    return lambda after_text: WholeJoiner(after_text, join)
 
 
-class _ByteLevelJoiner:
+class ByteLevelJoiner:
     """Byte-level BPE: tokens are bytes, their sequence is UTF-8."""
 
     def __init__(self, after_text: bool) -> None:
@@ -36,11 +77,13 @@ class _ByteLevelJoiner:
 
     def token_bytes(self, token: str) -> bytes:
         # A character outside the alphabet marks an added token that is written as plain text
-        data = [_BYTE_OF.get(character) for character in token]
-        return token.encode() if None in data else bytes(data)
+        try:
+            return bytes(map(_BYTE_OF.__getitem__, token))
+        except KeyError:
+            return token.encode()
 
 
-class _ByteFallbackJoiner:
+class ByteFallbackJoiner:
     """SentencePiece with byte fallback: tokens are pieces of text, or single bytes "<0xE4>".
 
     A run of byte tokens becomes its characters if the whole run is valid UTF-8, else one U+FFFD per
@@ -48,14 +91,14 @@ class _ByteFallbackJoiner:
 
     Parameters
     ----------
-    after_text : bool
-    replace : list of (str, str)
-        What each piece has replaced, such as ("▁", " ").
-    strip : (str, int)
-        Character, and how many of it are taken from the beginning of the text.
+    after_text : whether the text follows other text
+    replace : what each piece has replaced, such as ("▁", " ")
+    strip : character, and how many of it are taken from the beginning of the text
     """
 
-    def __init__(self, after_text: bool, replace, strip) -> None:
+    def __init__(
+        self, after_text: bool, replace: list[tuple[str, str]], strip: tuple[str, int]
+    ) -> None:
         self._replace = replace
         self._strip, self._strips_left = strip[0], 0 if after_text else strip[1]
         self._run = bytearray()
@@ -107,7 +150,7 @@ class _ByteFallbackJoiner:
         return text
 
 
-class _MetaspaceJoiner:
+class MetaspaceJoiner:
     """SentencePiece without bytes: a mark stands for a space, which the first token drops."""
 
     def __init__(self, after_text: bool, mark: str, drops_first: bool) -> None:
@@ -129,10 +172,10 @@ class _MetaspaceJoiner:
         return token.replace(self._mark, " ").encode()
 
 
-class _WholeJoiner:
+class WholeJoiner:
     """Any other decoder: nothing settles, and the library decodes the whole sequence each time."""
 
-    def __init__(self, after_text: bool, decode) -> None:
+    def __init__(self, after_text: bool, decode: Callable[[list[str]], str]) -> None:
         self._decode = decode
         self._tokens: list[str] = []
 
@@ -150,6 +193,17 @@ class _WholeJoiner:
         return self._decode([token]).encode()
 
 
+def _byte_alphabet() -> dict[str, int]:
+    """Byte that each character stands for in byte-level BPE (Radford et al. 2019, GPT-2)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    alphabet = {chr(byte): byte for byte in printable}
+    return alphabet | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()
+
+
 def _fallback_byte(piece: str) -> int | None:
     """Byte that "<0xE4>" stands for; None for any other piece."""
     if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
@@ -160,26 +214,9 @@ def _fallback_byte(piece: str) -> int | None:
     return None
 
 
-def joiner_of(tokenizer_json: str, tokenizer: Tokenizer):
-    """Function of `after_text` that makes the joiner for the tokenizer's decoder."""
-    decoder = json.loads(tokenizer_json).get("decoder")
-    if decoder and decoder["type"] == "Sequence" and len(decoder["decoders"]) == 1:
-        decoder = decoder["decoders"][0]
-    kind = decoder["type"] if decoder else None
-    if kind == "ByteLevel":
-        return _ByteLevelJoiner
-    if kind == "Metaspace":
-        mark = decoder.get("replacement", "▁")
-        scheme = decoder.get("prepend_scheme", "always")
-        drops_first = scheme != "never" and decoder.get("add_prefix_space", True)
-        return lambda after_text: _MetaspaceJoiner(after_text, mark, drops_first)
-    if kind == "Sequence" and (steps := _byte_fallback_steps(decoder["decoders"])):
-        return lambda after_text: _ByteFallbackJoiner(after_text, *steps)
-    join = tokenizer.decoder.decode if decoder else " ".join
-    return lambda after_text: _WholeJoiner(after_text, join)
-
-
-def _byte_fallback_steps(decoders: list[dict]):
+def _byte_fallback_steps(
+    decoders: list[dict[str, Any]],
+) -> tuple[list[tuple[str, str]], tuple[str, int]] | None:
     """Replacements and strip of [Replace, ..., ByteFallback, Fuse, Strip]; None for other lists."""
     kinds = [decoder["type"] for decoder in decoders]
     if "ByteFallback" not in kinds:
@@ -187,8 +224,12 @@ def _byte_fallback_steps(decoders: list[dict]):
     at = kinds.index("ByteFallback")
     if kinds[:at] != ["Replace"] * at or kinds[at + 1 :] not in (["Fuse"], ["Fuse", "Strip"]):
         return None
+
+    # Take what each step does, as far as it can be done token by token
     replace = [(d["pattern"].get("String"), d["content"]) for d in decoders[:at]]
-    strip = decoders[-1] if kinds[-1] == "Strip" else {"content": " ", "start": 0, "stop": 0}
+    strip: dict[str, Any] = {"content": " ", "start": 0, "stop": 0}
+    if kinds[-1] == "Strip":
+        strip = decoders[-1]
     if any(not old for old, _ in replace) or strip["stop"] != 0:
         return None
     return replace, (strip["content"], strip["start"])

@@ -15,10 +15,9 @@ class TextStream:
 
     Parameters
     ----------
-    text : Text
-    stop : sequence of str
-    after_text : bool
-        As in `Text.decode`.
+    text : tokenizer
+    stop : strings that end the text
+    after_text : as in `Text.decode`
     """
 
     def __init__(self, text: Text, stop: Sequence[str] = (), after_text: bool = False) -> None:
@@ -38,7 +37,7 @@ class TextStream:
         With may_stop=False (below min_tokens) the text up to here is not searched, now or later.
         """
         self._ids.append(token_id)
-        if not self._stop or self._end is not None:
+        if self._joiner is None or self._end is not None:
             return self._end is not None
         token = self._text.token(token_id)
         if token is None:

@@ -1,4 +1,4 @@
-"""Text and token ids: encoding, decoding as tokens arrive, chat templates, what ends a text.
+"""Text and token ids: encoding, decoding, and what ends a text.
 
 The tokenizer is the tokenizer.json of the checkpoint, run by the `tokenizers` library. Its
 post-processor alone says where special tokens are added: transformers, too, takes no notice of
@@ -12,12 +12,13 @@ in jinja2's sandbox with a budget of steps and characters, so a hostile one ends
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 from tokenizers import AddedToken, Tokenizer
 
 from hpcinfer.errors import integer, shown
-from hpcinfer.text.chat_template import WIDENING, ChatTemplate
-from hpcinfer.text.joiners import joiner_of
+from hpcinfer.text.chat_template import ChatTemplate
+from hpcinfer.text.joiners import Joiner, joiner_of
 
 SPECIAL_NAMES = (
     "bos_token",
@@ -28,11 +29,21 @@ SPECIAL_NAMES = (
     "cls_token",
     "mask_token",
 )
+
 # Characters that are always read, and how many times its length a text may have before it is
-# normalised.
+# normalised
 SHORT_TEXT, NORMALISED = 1 << 16, 4
 
-WIDENING |= {"tojson", "truncate", "wordwrap"}
+
+class TextFiles(Protocol):
+    """What an open checkpoint says of text: contents of its small files, {} or None if absent."""
+
+    tokenizer_json: str | None
+    tokenizer_config: dict[str, Any]
+    special_tokens_map: dict[str, Any]
+    chat_template: str | None
+    generation_config: dict[str, Any]
+    config: dict[str, Any]
 
 
 class Text:
@@ -40,18 +51,13 @@ class Text:
 
     Parameters
     ----------
-    ckpt
-        Anything with the attributes `tokenizer_json`, `tokenizer_config`, `special_tokens_map`,
-        `chat_template`, `generation_config` and `config` of an open checkpoint.
+    ckpt : open checkpoint
 
     Attributes
     ----------
-    available : bool
-        Whether there is a tokenizer.
-    special_tokens : dict of str to str
-        The named ones, "bos_token", "eos_token", ..., as far as the checkpoint has them.
-    eos_ids : tuple of int
-        Token ids that end a text, from generation_config, else config, else the tokenizer.
+    available : whether there is a tokenizer
+    special_tokens : the named ones that there are, "bos_token", "eos_token", ...
+    eos_ids : token ids that end a text, from generation_config, else config, else the tokenizer
 
     Raises
     ------
@@ -60,22 +66,25 @@ class Text:
         when it is first used, so a broken one does not hinder plain prompts.
     """
 
-    def __init__(self, ckpt) -> None:
-        config = ckpt.tokenizer_config
-        self.special_tokens = _special_tokens(config, ckpt.special_tokens_map)
-        self._tokenizer = None
-        self.joiner = None
+    def __init__(self, ckpt: TextFiles) -> None:
+        self.special_tokens = _special_tokens(ckpt.tokenizer_config, ckpt.special_tokens_map)
+        self._tokenizer: Tokenizer | None = None
         self._hidden: set[str] = set()
+
+        # Make the tokenizer, and note which tokens leave no trace in a text
         if ckpt.tokenizer_json is not None:
-            special = [*self.special_tokens.values(), *_extra_special_tokens(config)]
-            self._tokenizer = _tokenizer(ckpt.tokenizer_json, config, special)
-            self.joiner = joiner_of(ckpt.tokenizer_json, self._tokenizer)
+            extra = _extra_special_tokens(ckpt.tokenizer_config)
+            special = [*self.special_tokens.values(), *extra]
+            self._tokenizer = _tokenizer(ckpt.tokenizer_json, ckpt.tokenizer_config, special)
+            self._make_joiner = joiner_of(ckpt.tokenizer_json, self._tokenizer)
             added = self._tokenizer.get_added_tokens_decoder().values()
             self._hidden = {token.content for token in added if token.special} | set(special)
         self.available = self._tokenizer is not None
         self.eos_ids = self._eos_ids(ckpt.generation_config, ckpt.config)
+
+        # Leave to later what a text without template or of usual length does not need
         self._template_source = ckpt.chat_template
-        self._template = None
+        self._template: ChatTemplate | None = None
         self._pieces: dict[int, str | None] = {}
         self._longest: int | None = None
 
@@ -86,30 +95,28 @@ class Text:
 
         Parameters
         ----------
-        text : str
-        add_special_tokens : bool
-        limit : int or None
-            Tokens that are of use: a text that is sure to have more is not read to its end.
+        text : what to read
+        add_special_tokens : whether to add those that the tokenizer's post-processor adds
+        limit : tokens that are of use: a text that is sure to have more is not read to its end
 
         Raises
         ------
         ValueError
             If there is no tokenizer, it cannot encode the text, or the text is far too long.
         """
-        if self._tokenizer is None:
-            raise ValueError(
-                "text: got a checkpoint without tokenizer.json, need one to read text; "
-                "give prompt_token_ids"
-            )
+        tokenizer = self._needed()
         if limit is not None and len(text) > SHORT_TEXT:
             self._refuse_long(text, limit)
         try:
-            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            return tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         except Exception as error:
             raise ValueError(_library_line(error, "a text that the tokenizer encodes")) from None
 
     def encode_chat(
-        self, messages: list[dict], add_generation_prompt: bool = True, limit: int | None = None
+        self,
+        messages: list[dict[str, Any]],
+        add_generation_prompt: bool = True,
+        limit: int | None = None,
     ) -> list[int]:
         """Token ids of a conversation; the template writes the special tokens, none are added.
 
@@ -118,15 +125,15 @@ class Text:
         rendered = self.render_chat(messages, add_generation_prompt)
         return self.encode(rendered, add_special_tokens=False, limit=limit)
 
-    def render_chat(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
+    def render_chat(
+        self, messages: list[dict[str, Any]], add_generation_prompt: bool = True
+    ) -> str:
         """Conversation as the chat template writes it.
 
         Parameters
         ----------
-        messages : list of dict
-            Each with `role`, and `content` as a rule; fields that are None are left out.
-        add_generation_prompt : bool
-            Whether to open the assistant's answer at the end.
+        messages : each with `role`, and `content` as a rule; fields that are None are left out
+        add_generation_prompt : whether to open the assistant's answer at the end
 
         Raises
         ------
@@ -138,6 +145,8 @@ class Text:
                 "chat template: got a checkpoint without one, need one to read messages; "
                 "give prompt or prompt_token_ids"
             )
+
+        # Compile the template once, and fill it in
         if self._template is None:
             self._template = ChatTemplate(self._template_source)
         plain = [{k: v for k, v in message.items() if v is not None} for message in messages]
@@ -156,11 +165,10 @@ class Text:
 
         Parameters
         ----------
-        ids : sequence of int
-        skip_special_tokens : bool
-        after_text : bool
-            Whether the text follows other text: a tokenizer that marks words with a leading space
-            then keeps the first one, so that prompt + text reads on.
+        ids : any, also such as the tokenizer does not know
+        skip_special_tokens : whether special tokens leave no trace
+        after_text : whether the text follows other text: a tokenizer that marks words with a
+            leading space then keeps the first one, so that prompt + text reads on
         """
         if self._tokenizer is None:
             return ""
@@ -203,6 +211,29 @@ class Text:
             settled += 0 if token is None else len(joiner.feed(token))
         return offsets
 
+    def token(self, token_id: int, skip_special_tokens: bool = True) -> str | None:
+        """Token as the vocabulary writes it; None if it leaves no trace in the text."""
+        if not skip_special_tokens:
+            return self._needed().id_to_token(token_id)
+        if token_id not in self._pieces:
+            token = self._needed().id_to_token(token_id)
+            self._pieces[token_id] = None if token in self._hidden else token
+        return self._pieces[token_id]
+
+    def joiner(self, after_text: bool) -> Joiner:
+        """A new joiner of tokens to one text; `after_text` is as in `decode`."""
+        self._needed()
+        return self._make_joiner(after_text)
+
+    def _needed(self) -> Tokenizer:
+        """The tokenizer, where nothing goes without it."""
+        if self._tokenizer is None:
+            raise ValueError(
+                "text: got a checkpoint without tokenizer.json, need one to read text; "
+                "give prompt_token_ids"
+            )
+        return self._tokenizer
+
     def _refuse_long(self, text: str, limit: int) -> None:
         """Refuse a text with more characters than `limit` tokens can stand for.
 
@@ -210,7 +241,7 @@ class Text:
         the slack.
         """
         if self._longest is None:
-            self._longest = max(map(len, self._tokenizer.get_vocab()), default=1)
+            self._longest = max(map(len, self._needed().get_vocab()), default=1)
         most = NORMALISED * self._longest * limit
         if len(text) > most:
             raise ValueError(
@@ -218,47 +249,25 @@ class Text:
                 f"{limit} tokens that it may have; shorten the prompt"
             )
 
-    def token(self, token_id: int, skip_special_tokens: bool = True) -> str | None:
-        """Token as the vocabulary writes it; None if it leaves no trace in the text."""
-        if not skip_special_tokens:
-            return self._tokenizer.id_to_token(token_id)
-        if token_id not in self._pieces:
-            token = self._tokenizer.id_to_token(token_id)
-            self._pieces[token_id] = None if token in self._hidden else token
-        return self._pieces[token_id]
-
-    def _eos_ids(self, generation_config: dict, config: dict) -> tuple[int, ...]:
+    def _eos_ids(
+        self, generation_config: dict[str, Any], config: dict[str, Any]
+    ) -> tuple[int, ...]:
         """End-of-sequence ids from the first place that names any."""
         for name, source in (("generation_config", generation_config), ("config", config)):
             value = source.get("eos_token_id")
-            if value is None:
-                continue
-            ids = [integer(i) for i in (value if isinstance(value, list) else [value])]
-            if any(i is None or i < 0 for i in ids):
-                raise ValueError(
-                    f"{name}: got eos_token_id {shown(value)}, need a token id or a list of them; "
-                    "correct the file"
-                )
-            return tuple(dict.fromkeys(ids))
+            if value is not None:
+                return _ids_in(name, value)
         eos = self.special_tokens.get("eos_token")
-        eos_id = self._tokenizer.token_to_id(eos) if self.available and eos else None
+        if self._tokenizer is None or not eos:
+            return ()
+        eos_id = self._tokenizer.token_to_id(eos)
         return () if eos_id is None else (eos_id,)
-
-
-# --- Joining tokens to text, one token at a time -------------------------------------------------
-#
-# Every joiner is made with `after_text` and has four methods:
-#   feed(token)         text that this token settles: no later token can change it
-#   pending()           text of the tokens not settled yet, without incomplete characters
-#   finish()            text still unsettled at the end of the sequence
-#   token_bytes(token)  bytes one token stands for
-# All feed() and finish() together are what the tokenizer's decoder makes of the whole sequence.
 
 
 # --- Reading the tokenizer -----------------------------------------------------------------------
 
 
-def _tokenizer(content: str, config: dict, special: list[str]) -> Tokenizer:
+def _tokenizer(content: str, config: dict[str, Any], special: list[str]) -> Tokenizer:
     """Tokenizer of a tokenizer.json, with the special tokens that only its companions name."""
     try:
         tokenizer = Tokenizer.from_str(content)
@@ -281,7 +290,19 @@ def _tokenizer(content: str, config: dict, special: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def _special_tokens(config: dict, special_tokens_map: dict) -> dict[str, str]:
+def _ids_in(name: str, value: Any) -> tuple[int, ...]:
+    """Token ids, each once, of the eos_token_id of file `name`."""
+    given = value if isinstance(value, list) else [value]
+    ids = [i for i in map(integer, given) if i is not None and i >= 0]
+    if len(ids) < len(given):
+        raise ValueError(
+            f"{name}: got eos_token_id {shown(value)}, need a token id or a list of them; "
+            "correct the file"
+        )
+    return tuple(dict.fromkeys(ids))
+
+
+def _special_tokens(config: dict[str, Any], special_tokens_map: dict[str, Any]) -> dict[str, str]:
     """Named special tokens: tokenizer_config, else the older special_tokens_map."""
     tokens = {}
     for name in SPECIAL_NAMES:
@@ -291,7 +312,7 @@ def _special_tokens(config: dict, special_tokens_map: dict) -> dict[str, str]:
     return tokens
 
 
-def _extra_special_tokens(config: dict) -> list[str]:
+def _extra_special_tokens(config: dict[str, Any]) -> list[str]:
     """Special tokens without a name of their own."""
     extra = _of_type(config, "extra_special_tokens", list | dict)
     extra = extra or _of_type(config, "additional_special_tokens", list) or []
@@ -299,7 +320,7 @@ def _extra_special_tokens(config: dict) -> list[str]:
     return [_added_token(value).content for value in values]
 
 
-def _of_type(config: dict, name: str, types):
+def _of_type(config: dict[str, Any], name: str, types: Any) -> Any:
     """Value of a field, None if absent."""
     value = config.get(name)
     if value is not None and not isinstance(value, types):
@@ -310,7 +331,7 @@ def _of_type(config: dict, name: str, types):
     return value
 
 
-def _added_token(value) -> AddedToken:
+def _added_token(value: Any) -> AddedToken:
     """AddedToken of a string, or of an object with its `content` and flags."""
     content = value.get("content") if isinstance(value, dict) else value
     if not isinstance(content, str):
@@ -323,7 +344,7 @@ def _added_token(value) -> AddedToken:
     return AddedToken(content, **{name: bool(flags[name]) for name in names if name in flags})
 
 
-def _id_of(entry) -> int:
+def _id_of(entry: tuple[str, Any]) -> int:
     """Token id of an entry of added_tokens_decoder, whose keys are ids written as strings."""
     try:
         return int(entry[0])
@@ -337,6 +358,3 @@ def _id_of(entry) -> int:
 def _library_line(error: BaseException, need: str) -> str:
     reason = " ".join(str(error).split())[:200]
     return f"tokenizer: got {reason or type(error).__name__}, need {need}; check tokenizer.json"
-
-
-# --- Chat templates ------------------------------------------------------------------------------

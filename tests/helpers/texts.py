@@ -7,9 +7,7 @@ from types import SimpleNamespace
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from hpcinfer.requests.reader import (
-    PromptLimits,
-)
+from hpcinfer.requests.fields import PromptLimits
 from hpcinfer.requests.sampling import Sampling
 from hpcinfer.text.tokenizer import Text
 

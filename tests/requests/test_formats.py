@@ -8,15 +8,7 @@ import numpy as np
 import pytest
 from helpers.texts import CHAT, DEFAULTS, LIMITS, TEXT, USER, batch, make_text, mutated
 
-from hpcinfer.requests.reader import (
-    RequestReader,
-    defaults_from,
-    id_key,
-    parse_item,
-    parse_line,
-    parse_text_line,
-    prompt_key,
-)
+from hpcinfer.requests.reader import RequestReader, defaults_from, id_key, prompt_key
 from hpcinfer.requests.request import BadRequest, Choice, Request, Result, Score
 from hpcinfer.requests.results import completion_line, generate_record, score_line, score_record
 from hpcinfer.requests.sampling import Sampling
@@ -26,7 +18,9 @@ pytestmark = pytest.mark.single
 
 def parse(raw, line=3, text=TEXT, **options):
     raw = raw if isinstance(raw, bytes) else json.dumps(raw).encode()
-    return parse_line(2, line, raw, text, DEFAULTS, LIMITS, **options)
+    reader = RequestReader(text, DEFAULTS, LIMITS, **options)
+    assert len(list(reader.read_items([None, "a"]))) == 2
+    return reader.parse_line(line, raw)
 
 
 # --- Lines that run ------------------------------------------------------------------------------
@@ -78,11 +72,12 @@ def test_token_ids_as_prompt(entry):
 
 def test_text_lines_and_items():
     ids = tuple(TEXT.encode(" a b"))
-    line = parse_text_line(0, 1, "\ufeff a b\r\n".encode(), TEXT, DEFAULTS, LIMITS)
+    reader = RequestReader(TEXT, DEFAULTS, LIMITS)
+    line = reader.parse_text_line(1, "\ufeff a b\r\n".encode())
     assert line.token_ids == ids and line.line == 1 and line.sampling == DEFAULTS
     for item in (" a b", ids, list(ids), np.array(ids), {"prompt": [" a b"]}):
-        request = parse_item(4, item, TEXT, DEFAULTS, LIMITS)
-        assert request.token_ids == ids and request.line == 5
+        request = reader.parse_item(item)
+        assert request.token_ids == ids and (request.index, request.line) == (0, 1)
         assert all(type(token) is int for token in request.token_ids)
 
 
@@ -233,13 +228,14 @@ ITEMS = [None, 5, 1.5, object(), b"a", {1: 2}, [object()], {"n": object()}, {"me
 
 @pytest.mark.parametrize("item", ITEMS)
 def test_odd_items_of_the_python_interface(item):
-    assert isinstance(parse_item(0, item, TEXT, DEFAULTS, LIMITS), BadRequest)
+    assert isinstance(RequestReader(TEXT, DEFAULTS, LIMITS).parse_item(item), BadRequest)
 
 
 def test_a_message_that_holds_itself_ends():
     messages = [dict(USER)]
     messages[0]["more"] = messages
-    assert isinstance(parse_item(0, {"messages": messages}, TEXT, DEFAULTS, LIMITS), Request)
+    reader = RequestReader(TEXT, DEFAULTS, LIMITS)
+    assert isinstance(reader.parse_item({"messages": messages}), Request)
 
 
 # --- The whole input -----------------------------------------------------------------------------
@@ -275,6 +271,7 @@ def test_keys_depend_neither_on_order_nor_on_neighbours():
 
 def test_whatever_a_line_holds_it_is_a_request_or_a_bad_one():
     rng, kinds = random.Random(0), {Request: 0, BadRequest: 0}
+    reader = RequestReader(TEXT, DEFAULTS, LIMITS)
     for _ in range(3000):
         raw = mutated(rng)
         for score in (False, True):
@@ -283,7 +280,7 @@ def test_whatever_a_line_holds_it_is_a_request_or_a_bad_one():
             if isinstance(outcome, BadRequest):
                 assert "got" in outcome.message and "need" in outcome.message
                 outcome.message.encode()
-        assert isinstance(parse_text_line(0, 1, raw, TEXT, DEFAULTS, LIMITS), Request | BadRequest)
+        assert isinstance(reader.parse_text_line(1, raw), Request | BadRequest)
     assert min(kinds.values()) > 300
 
 

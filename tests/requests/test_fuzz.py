@@ -49,7 +49,7 @@ from hpcinfer.io.safetensors import open_directory, read_header
 from hpcinfer.model.families import read_architecture
 from hpcinfer.model.weights.check import check
 from hpcinfer.node import peak_memory_bytes
-from hpcinfer.requests.reader import parse_line, parse_text_line
+from hpcinfer.requests.reader import RequestReader, defaults_from
 from hpcinfer.requests.request import BadRequest, Request
 from hpcinfer.text.tokenizer import Text
 
@@ -302,7 +302,7 @@ def test_companions_of_a_tokenizer():
             whole = files | {name: metadata.parse_object(changed[name], name)}
             text = text_with(tokenizer_json=content, **whole)
             text.encode("a")
-            hpcinfer.requests.reader.defaults_from(whole["generation_config"])
+            defaults_from(whole["generation_config"])
 
 
 def text_with(**files):
@@ -350,8 +350,8 @@ def test_input_lines():
     for case in range(2500):
         raw = mutated(rng) if rng.random() < 0.7 else bent(rng, mutated(rng))
         with limited(("line", case, raw)):
-            parse = rng.choice((parse_line, parse_text_line))
-            outcome = parse(0, 1, raw, text, DEFAULTS, LIMITS, score=rng.random() < 0.5)
+            reader = RequestReader(text, DEFAULTS, LIMITS, score=rng.random() < 0.5)
+            outcome = rng.choice((reader.parse_line, reader.parse_text_line))(1, raw)
             assert isinstance(outcome, Request | BadRequest)
             if isinstance(outcome, BadRequest):
                 assert LINE.fullmatch(outcome.message)
