@@ -1,20 +1,26 @@
-"""Options that the commands on a loaded model share."""
+"""Options that commands share, their types, and what a job gets of them."""
 
-import shlex
-import sys
-import time
-from argparse import ArgumentTypeError
+from __future__ import annotations
+
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from argparse import _ArgumentGroup as Group
+
+    from mpi4py.MPI import Comm
+
+    from hpcinfer.array import Device
+    from hpcinfer.job.settings import JobSettings
 
 DTYPES = ("float32", "bfloat16", "float16")
-
-# Seconds before the end of the job at which a run stops.
-_JOB_END_S = 30.0
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
-def add_model_options(parser):
-    """Options of every command that loads a model."""
+def add_model_options(parser: ArgumentParser) -> None:
+    """Options of every command that runs a file through a model."""
     parser.add_argument("model", metavar="MODEL", help="Hugging Face directory or converted .h5")
     parser.add_argument("--input", required=True, metavar="FILE", help="requests: .jsonl or .txt")
     parser.add_argument(
@@ -25,6 +31,13 @@ def add_model_options(parser):
         help="results: .h5 or .jsonl; may be given more than once",
     )
     group = parser.add_argument_group("layout and machine")
+    _add_layout_options(group)
+    _add_step_options(group)
+    _add_run_options(group)
+
+
+def _add_layout_options(group: Group) -> None:
+    """Options that say how the model is laid out over ranks and memory."""
     group.add_argument(
         "--layout",
         metavar="AXES",
@@ -40,6 +53,10 @@ def add_model_options(parser):
         help="cache per rank, such as 500M or 8GiB; default: half of the free memory of the node, "
         "shared by its ranks",
     )
+
+
+def _add_step_options(group: Group) -> None:
+    """Options that say what a step holds, and what every request goes by."""
     group.add_argument(
         "--step-tokens",
         type=positive,
@@ -74,6 +91,10 @@ def add_model_options(parser):
         metavar="N",
         help="of requests that do not give their own (default 0)",
     )
+
+
+def _add_run_options(group: Group) -> None:
+    """Options that say how a run shows itself, ends, and goes on."""
     group.add_argument("--show", action="store_true", help="print each result as it finishes")
     group.add_argument(
         "--checkpoint-every",
@@ -108,7 +129,7 @@ def add_model_options(parser):
     )
 
 
-def add_device_options(parser):
+def add_device_options(parser: ArgumentParser | Group) -> None:
     """Options of every command and bench that loads a model."""
     add_device_option(parser)
     parser.add_argument(
@@ -119,7 +140,7 @@ def add_device_options(parser):
     )
 
 
-def add_device_option(parser):
+def add_device_option(parser: ArgumentParser | Group) -> None:
     """Option of every command and bench that computes on several ranks."""
     parser.add_argument(
         "--device",
@@ -129,27 +150,7 @@ def add_device_option(parser):
     )
 
 
-def device_of(comm, arguments):
-    """The device of this rank for a command without a model; every rank calls this.
-
-    What the user should hear of the choice is printed on the first rank.
-    """
-    from mpi4py import MPI
-
-    from hpcinfer import array
-    from hpcinfer.engine.placement import take_device
-
-    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    node.Set_name("node")
-    device, _ = take_device(comm, node, arguments.device)
-    node.Free()
-    warning = array.auto_warning(device) if arguments.device == "auto" else None
-    if comm.rank == 0 and warning is not None:
-        print(warning, file=sys.stderr, flush=True)
-    return device
-
-
-def add_kv_option(parser):
+def add_kv_option(parser: ArgumentParser) -> None:
     """Option of the commands whose sequences go on from their keys and values."""
     parser.add_argument(
         "--checkpoint-kv",
@@ -159,7 +160,7 @@ def add_kv_option(parser):
     )
 
 
-def add_watch_options(parser):
+def add_watch_options(parser: ArgumentParser | Group) -> None:
     """Options of every command that runs on several ranks."""
     parser.add_argument(
         "--hang-timeout",
@@ -171,114 +172,30 @@ def add_watch_options(parser):
     )
 
 
-def run_batch(kind, arguments, sampling, selection=None):
-    """Load the model, run the input through it, and print the report on the first rank."""
-    from hpcinfer.job.stop import Stop
+def device_of(comm: Comm, arguments: Namespace) -> Device:
+    """The device of this rank for a command without a model; see `hpcinfer.job.start.device_of`."""
+    from hpcinfer.job.start import device_of as device_of_rank
 
-    with Stop(_end_s(arguments.time_limit)) as stop:
-        _run_batch(kind, arguments, sampling, selection, stop)
-
-
-def _run_batch(kind, arguments, sampling, selection, stop):
-    from hpcinfer.job import run
-    from hpcinfer.job.state import RunState
-    from hpcinfer.job.watchdog import Watchdog
-    from hpcinfer.launcher import world
-
-    comm, outputs = world(), arguments.output
-    with Watchdog(comm, arguments.hang_timeout, lambda: stop.last_resort and stop.last_resort()):
-        n_lines = run.check_files(comm, arguments.input, outputs)
-        keeps_kv = getattr(arguments, "checkpoint_kv", False)
-        every_s, restart = arguments.checkpoint_every, arguments.restart
-        with RunState(comm, outputs, every_s, restart, keeps_kv) as state:
-            _run_on(comm, kind, arguments, sampling, selection, n_lines, state, stop)
+    return device_of_rank(comm, arguments.device)
 
 
-def _run_on(comm, kind, arguments, sampling, selection, n_lines, state, stop):
-    from hpcinfer import array
-    from hpcinfer.engine.api import load
-    from hpcinfer.engine.placement import advice
-    from hpcinfer.io.trace import write_trace
-    from hpcinfer.job import run
-    from hpcinfer.job.state import identity_of_input
-    from hpcinfer.ops import dispatch
+def settings_of(kind: str, arguments: Namespace, **others) -> JobSettings:
+    """Settings of a job, from the options of that name and from `others`."""
+    from hpcinfer.job.settings import JobSettings
 
-    state.refuse_changed(
-        lambda: identity_of_input(kind, arguments.input, arguments.output, arguments.seed)
-    )
-    if state.kept:
-        print(f"restart   what was there is kept as {', '.join(state.kept)}", flush=True)
-    engine = load(
-        arguments.model,
-        comm,
-        arguments.layout,
-        arguments.dtype,
-        arguments.device,
-        kv_memory=arguments.kv_memory,
-        step_tokens=arguments.step_tokens,
-        sequences=arguments.sequences,
-        context=arguments.context,
-        seed=arguments.seed,
-        micro_batches=arguments.micro_batches,
-        check_weights=arguments.check,
-        kernels=arguments.kernels,
-    )
-    engine.ledger.tracing = arguments.trace is not None
-    device = engine.model.device
-    for line in (
-        advice(engine.grid.node, device),
-        array.auto_warning(device) if arguments.device == "auto" else None,
-        dispatch.notice() if device.name == "cpu" and arguments.kernels == "auto" else None,
-    ):
-        if comm.rank == 0 and line is not None:
-            print(line, file=sys.stderr, flush=True)
-    facts = {
-        "command": shlex.join(arguments.command_line),
-        "model": arguments.model,
-        "model_checksum": engine.checksum,
-        "layout": str(engine.grid.layout),
-        "dtype": str(engine.model.dtype),
-        "seed": arguments.seed,
-    }
-    finished, refused, before = run.run(
-        engine,
-        kind,
-        arguments.input,
-        n_lines,
-        sampling,
-        facts,
-        state,
-        stop,
-        arguments.show,
-        selection,
-    )
-    report = engine.stats.report(engine)
-    if arguments.trace:
-        write_trace(arguments.trace, comm.rank, engine.ledger.events)
-    if report is not None:
-        print(*report, sep="\n")
-        print(
-            f"done      {finished} requests finished, {refused} refused"
-            + (f", {before} before" if before else "")
-            + " -> "
-            + ", ".join(arguments.output)
-        )
+    names = {field.name for field in fields(JobSettings)}
+    given = {name: value for name, value in vars(arguments).items() if name in names}
+    return JobSettings(kind, **given, **others)
 
 
-def _end_s(time_limit_s):
-    """When to stop, in seconds since 1970: after the time limit, or before the job's end."""
-    from hpcinfer.launcher import job_end_s
+def duration(text: str) -> float:
+    """Seconds written as 90, 1.5 or HH:MM:SS.
 
-    ends_s = []
-    if time_limit_s is not None:
-        ends_s.append(time.time() + time_limit_s)
-    if job_end_s() is not None:
-        ends_s.append(job_end_s() - _JOB_END_S)
-    return min(ends_s, default=None)
-
-
-def duration(text):
-    """Seconds written as 90, 1.5 or HH:MM:SS."""
+    Raises
+    ------
+    ArgumentTypeError
+        Here and in the functions below, for any other text.
+    """
     parts = text.split(":")
     try:
         numbers = [*map(int, parts[:-1]), float(parts[-1])]
@@ -292,31 +209,33 @@ def duration(text):
     return value
 
 
-def patience(text):
+def patience(text: str) -> float:
     """Seconds as in `duration`, or 0 for never."""
     return 0.0 if text == "0" else duration(text)
 
 
-def positive(text):
+def positive(text: str) -> int:
     """Positive whole number of the command line."""
     if not text.isdecimal() or int(text) < 1:
         raise ArgumentTypeError(f"got {text!r}, need a whole number of 1 or more")
     return int(text)
 
 
-def seed(text):
+def seed(text: str) -> int:
     """Seed of the random numbers: any 64-bit number."""
     if not text.removeprefix("-").isdecimal() or not -(2**63) <= int(text) < 2**64:
         raise ArgumentTypeError(f"got seed {text!r}, need a whole number of 64 bits")
     return int(text) % 2**64
 
 
-def size(text):
+def size(text: str) -> int:
     """Bytes written as 500M, 8GB or 8GiB."""
     number = text.rstrip("bBkKmMgGtTi")
     unit = text[len(number) :].lower()
     binary = unit.endswith("ib") or unit.endswith("i")
     letter = unit.rstrip("b").rstrip("i")
+
+    # Read the number, and what its unit stands for.
     try:
         value = float(number)
         factor = _UNITS[letter]

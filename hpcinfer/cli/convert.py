@@ -1,5 +1,8 @@
 """hpcinfer convert SOURCE OUT.h5: a Hugging Face directory as one HDF5 file."""
 
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace, _SubParsersAction
 from contextlib import ExitStack
 from functools import partial
 
@@ -9,7 +12,7 @@ from hpcinfer.launcher import launcher_rank
 CODES, GROUPS = {"int8": 8, "int4": 4}, (32, 64, 128)
 
 
-def add(commands):
+def add(commands: _SubParsersAction) -> ArgumentParser:
     """The command's parser."""
     parser = commands.add_parser(
         "convert",
@@ -20,6 +23,8 @@ def add(commands):
     )
     parser.add_argument("source", metavar="SOURCE", help="Hugging Face directory")
     parser.add_argument("target", metavar="OUT.h5")
+
+    # Add how matrices are stored; without, they stay as they are.
     parser.add_argument(
         "--quantize",
         choices=CODES,
@@ -35,7 +40,7 @@ def add(commands):
     return parser
 
 
-def run(arguments):
+def run(arguments: Namespace) -> None:
     """Run the command, on the first rank alone."""
     if arguments.group and not arguments.quantize:
         raise UsageError(
@@ -48,14 +53,16 @@ def run(arguments):
     from hpcinfer.io.convert import convert
     from hpcinfer.model.weights.quantize import recoding
 
+    # Recode matrices on their way, if asked to.
     recode = None
     if arguments.quantize:
         recode = partial(recoding, bits=CODES[arguments.quantize], group=arguments.group or 32)
 
+    # Show how far it is; the bar appears when the size is known.
     with ExitStack() as stack:
         bars = []
 
-        def progress(done_bytes, total_bytes):
+        def progress(done_bytes: int, total_bytes: int) -> None:
             if not bars:
                 options = {"desc": "convert", "unit": "B", "unit_scale": True}
                 bars.append(stack.enter_context(tqdm(total=total_bytes, **options)))

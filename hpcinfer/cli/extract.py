@@ -1,13 +1,15 @@
 """hpcinfer extract MODEL --input F --output F.h5: activations of given texts."""
 
-from argparse import ArgumentTypeError
+from __future__ import annotations
+
+from argparse import ArgumentParser, ArgumentTypeError, Namespace, _SubParsersAction
 
 from hpcinfer.cli import common
 
 _POINTS = "residual, attention, ffn, q, k, v, router, logits, lse"
 
 
-def add(commands):
+def add(commands: _SubParsersAction) -> ArgumentParser:
     """The command's parser."""
     parser = commands.add_parser(
         "extract",
@@ -16,6 +18,8 @@ def add(commands):
         "rank writes files of its own, which the output joins.",
     )
     common.add_model_options(parser)
+
+    # Add what is taken from the model, and how it is stored.
     group = parser.add_argument_group("activations")
     group.add_argument(
         "--what",
@@ -48,24 +52,22 @@ def add(commands):
     return parser
 
 
-def run(arguments):
+def run(arguments: Namespace) -> None:
     """Run the command."""
-    from hpcinfer.engine.activations.extract import check
     from hpcinfer.engine.activations.selection import Selection
-    from hpcinfer.launcher import world
+    from hpcinfer.job.start import run_job
 
     selection = Selection(
         arguments.what, arguments.layers, arguments.pool, arguments.store, arguments.compress
     )
-    check(world(), arguments.model, arguments.output, selection)
-    common.run_batch("extract", arguments, {}, selection)
+    run_job(common.settings_of("extract", arguments, selection=selection))
 
 
-def _names(text):
+def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(","))
 
 
-def _layers(text):
+def _layers(text: str) -> tuple[int, ...] | None:
     """Numbers of layers, None for all."""
     if text == "all":
         return None

@@ -1,5 +1,9 @@
 """hpcinfer generate MODEL --input F --output F: answer prompts."""
 
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace, _SubParsersAction
+
 from hpcinfer.cli import common
 from hpcinfer.errors import UsageError
 
@@ -19,7 +23,7 @@ _SAMPLING = (
 )
 
 
-def add(commands):
+def add(commands: _SubParsersAction) -> ArgumentParser:
     """The command's parser."""
     parser = commands.add_parser(
         "generate",
@@ -29,6 +33,8 @@ def add(commands):
     )
     common.add_model_options(parser)
     common.add_kv_option(parser)
+
+    # Add the options that stand in for what a request leaves out.
     group = parser.add_argument_group("sampling")
     for name, kind, text in _SAMPLING:
         group.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text, metavar="X")
@@ -42,16 +48,18 @@ def add(commands):
     return parser
 
 
-def run(arguments):
+def run(arguments: Namespace) -> None:
     """Run the command."""
+    from hpcinfer.job.start import run_job
+
     sampling = {name: getattr(arguments, name) for name, _, _ in _SAMPLING}
     sampling["stop"] = tuple(arguments.stop) if arguments.stop else None
     sampling["ignore_eos"] = arguments.ignore_eos
     _check(sampling)
-    common.run_batch("generate", arguments, sampling)
+    run_job(common.settings_of("generate", arguments, sampling=sampling))
 
 
-def _check(sampling):
+def _check(sampling: dict) -> None:
     """Refuse options out of range before a model is loaded, whose config may know more tokens."""
     from hpcinfer.requests.sampling import Sampling
 

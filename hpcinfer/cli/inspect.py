@@ -1,11 +1,15 @@
 """hpcinfer inspect FILE: what is in a model, or in a file of results or activations; or the
 machine."""
 
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace, _SubParsersAction
+
 from hpcinfer.errors import UsageError
 from hpcinfer.launcher import launcher_rank
 
 
-def add(commands):
+def add(commands: _SubParsersAction) -> ArgumentParser:
     """The command's parser."""
     parser = commands.add_parser(
         "inspect", help="show what is in a model or an output, or what the machine offers"
@@ -13,6 +17,8 @@ def add(commands):
     parser.add_argument(
         "file", metavar="FILE", nargs="?", help="model directory, or .h5 of any command"
     )
+
+    # Add what is wanted of the file, and what is wanted without one.
     parser.add_argument(
         "--check",
         action="store_true",
@@ -28,7 +34,7 @@ def add(commands):
     return parser
 
 
-def run(arguments):
+def run(arguments: Namespace) -> None:
     """Run the command, on the first rank alone."""
     if arguments.file is None and not arguments.machine:
         raise UsageError("inspect: got nothing, need a FILE or --machine")
@@ -36,6 +42,8 @@ def run(arguments):
         raise UsageError("inspect: got --check alone, need a FILE to check")
     if launcher_rank() != 0:
         return
+
+    # Show the machine before the file, which may be large.
     if arguments.machine:
         from hpcinfer.job.machine import describe as describe_machine
 

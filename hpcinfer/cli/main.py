@@ -1,9 +1,13 @@
 """Entry point of the command: parse, run, and end every rank with the right exit code."""
 
+from __future__ import annotations
+
 import argparse
 import sys
 import time
 import traceback
+from collections.abc import Sequence
+from typing import IO, NoReturn
 
 from hpcinfer import __version__
 from hpcinfer.cli import bench, convert, extract, generate, inspect, score, verify
@@ -20,15 +24,15 @@ _GRACE_S, _REPORTED_S = 1.0, 5.0
 class Parser(argparse.ArgumentParser):
     """Parser whose errors are exceptions, and which speaks on the first rank only."""
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see {self.prog} --help")
 
-    def _print_message(self, message, file=None):
+    def _print_message(self, message: str, file: IO | None = None) -> None:
         if launcher_rank() == 0:
             super()._print_message(message, file)
 
 
-def parser():
+def parser() -> Parser:
     """Parser of the whole command line."""
     top = Parser(
         prog="hpcinfer",
@@ -43,7 +47,7 @@ def parser():
     return top
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit: 0 done, 1 failed, 2 usage, 75 stopped and to be started again."""
     argv = sys.argv[1:] if argv is None else argv
     arguments = None
@@ -57,8 +61,9 @@ def main(argv=None):
     sys.exit(DONE)
 
 
-def _end(error, debug):
+def _end(error: Exception, debug: bool) -> None:
     """Report an error once and end the whole job with its code."""
+    # Let the first rank speak where it may, or another one that reports this very error.
     alone = is_agreed(error) or not _in_parallel()
     if alone and launcher_rank() != 0:
         sys.exit(exit_code(error))
@@ -66,6 +71,8 @@ def _end(error, debug):
         time.sleep(_GRACE_S)
     if not alone and is_reported(error):
         time.sleep(_REPORTED_S)
+
+    # Print it in one line.
     where = "" if alone or launcher_rank() == 0 else f" (rank {launcher_rank()})"
     start = "\n" if where else ""  # the first rank's progress may stand at the end of a line
     if debug:
@@ -79,7 +86,7 @@ def _end(error, debug):
     abort(exit_code(error))
 
 
-def _in_parallel():
+def _in_parallel() -> bool:
     """True if MPI runs with other ranks, which an error here would leave waiting."""
     MPI = sys.modules.get("mpi4py.MPI")
     return (

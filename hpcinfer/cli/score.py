@@ -1,9 +1,13 @@
 """hpcinfer score MODEL --input F --output F: log-probabilities of given texts."""
 
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace, _SubParsersAction
+
 from hpcinfer.cli import common
 
 
-def add(commands):
+def add(commands: _SubParsersAction) -> ArgumentParser:
     """The command's parser."""
     parser = commands.add_parser(
         "score",
@@ -15,6 +19,8 @@ def add(commands):
     return parser
 
 
-def run(arguments):
+def run(arguments: Namespace) -> None:
     """Run the command."""
-    common.run_batch("score", arguments, {})
+    from hpcinfer.job.start import run_job
+
+    run_job(common.settings_of("score", arguments))

@@ -1,10 +1,14 @@
 """hpcinfer verify: every strategy against one rank, and its bytes against its formula."""
 
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace, _SubParsersAction
+
 from hpcinfer.cli import common
 from hpcinfer.errors import agreed
 
 
-def add(commands):
+def add(commands: _SubParsersAction) -> ArgumentParser:
     """The command's parser."""
     parser = commands.add_parser(
         "verify",
@@ -22,7 +26,7 @@ def add(commands):
     return parser
 
 
-def run(arguments):
+def run(arguments: Namespace) -> None:
     """Run the command."""
     from hpcinfer import verify
     from hpcinfer.grid import agree
@@ -30,12 +34,15 @@ def run(arguments):
     from hpcinfer.job.watchdog import Watchdog
     from hpcinfer.launcher import world
 
+    # Try every row, on all ranks.
     comm = world()
     with Watchdog(comm, arguments.hang_timeout):
         device = common.device_of(comm, arguments)
         outcomes = verify.run(comm, verify.ROWS, arguments.seed, device.put)
     tried = [outcome for outcome in outcomes if outcome.tried]
     failed = [outcome.row.name for outcome in tried if not outcome.passed]
+
+    # Show the table, and what went wrong.
     if comm.rank == 0:
         print(f"verify: {comm.size} ranks on {device.name}, seed {arguments.seed}, float32")
         print(text_table(verify.HEADINGS, [outcome.cells() for outcome in outcomes]))
@@ -44,6 +51,8 @@ def run(arguments):
         print(f"{len(tried) - len(failed)} of {len(tried)} rows are as they must be{rest}")
     if arguments.json:
         agree(comm, write_json, arguments.json, [outcome.facts() for outcome in outcomes])
+
+    # End with an error if any row has failed.
     if failed:
         raise agreed(
             RuntimeError(

@@ -4,11 +4,15 @@ The leader of every replica reads the whole input, so that a request is known by
 it wherever it is answered, and keeps those that the replicas' common queue gives it.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterable
 from itertools import islice
 
 from hpcinfer import partition
-from hpcinfer.grid import agree
+from hpcinfer.grid import Grid, agree
 from hpcinfer.parallel.data import Queue
+from hpcinfer.requests.request import BadRequest, Request
 
 BLOCK = 64
 
@@ -19,7 +23,7 @@ class Feed:
     Parameters
     ----------
     grid : Grid
-    items : iterator on the leader of every replica, ignored elsewhere
+    items : all requests, on the leader of every replica; ignored elsewhere
     n : how many items there are, equal on every rank
 
     Attributes
@@ -27,16 +31,16 @@ class Feed:
     done : True when every item was given to some replica
     """
 
-    def __init__(self, grid, items, n):
+    def __init__(self, grid: Grid, items: Iterable[Request | BadRequest] | None, n: int):
         self._grid, self._remaining, self._read = grid, n, 0
         self._items = iter(items) if grid.is_leader else None
         self._queue = Queue(grid.dp, n) if grid.is_leader else None
 
     @property
-    def done(self):
+    def done(self) -> bool:
         return self._remaining == 0
 
-    def wants(self, waiting, held, most):
+    def wants(self, waiting: int, held: int, most: int) -> bool:
         """True if this replica should take more: it has room, and less than its share.
 
         Parameters
@@ -47,8 +51,12 @@ class Feed:
         share = partition.guided(self._remaining + held, self._grid.layout.dp)
         return not self.done and waiting < most and held < share
 
-    def take(self, held=0):
+    def take(self, held: int = 0) -> list[Request | BadRequest]:
         """The next block of requests, equal on every rank of the replica; empty if others have all.
+
+        Parameters
+        ----------
+        held : sequences that wait or run here, which count as part of this replica's share
 
         Raises
         ------
@@ -64,15 +72,16 @@ class Feed:
             raise
         return block
 
-    def __enter__(self):
+    def __enter__(self) -> Feed:
         return self
 
-    def __exit__(self, kind, *details):
+    def __exit__(self, kind: type | None, *details) -> None:
         """End the stream, unless an error has kept other replicas from coming here."""
         if self._queue is not None and (kind is None or self._grid.layout.dp == 1):
             self._queue.free()
 
-    def _take(self, held):
+    def _take(self, held: int) -> tuple[list[Request | BadRequest], int]:
+        """The next block, on the leader, and how many requests remain for all replicas."""
         start, stop = self._queue.take(BLOCK, held)
         block = list(islice(self._items, start - self._read, stop - self._read))
         self._read = max(self._read, stop)

@@ -1,28 +1,40 @@
 """Answers to prompts: the next token of every sequence chosen, step after step, until it ends."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from operator import is_
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from hpcinfer.engine.sequence import Sequence
-from hpcinfer.ops.sample import History, SamplingBatch
+from hpcinfer.engine.task import Deliver, Plan
+from hpcinfer.ops.sample import Chosen, History, SamplingBatch
 from hpcinfer.parallel import vocabulary
-from hpcinfer.requests.request import Choice, Result
+from hpcinfer.requests.request import Choice, Request, Result
+from hpcinfer.requests.sampling import Sampling
 from hpcinfer.text.stream import TextStream
+
+if TYPE_CHECKING:
+    from hpcinfer.engine.api import Engine
 
 
 @dataclass
 class GenerateTask:
-    """What `loop.run` does with requests that are answered."""
+    """The `Task` of answering requests."""
 
-    engine: object
-    _settings: object = field(default_factory=lambda: Settings((), None))
+    engine: Engine
+    _settings: Settings = field(default_factory=lambda: Settings((), None))
 
-    def tokens_of(self, request):
+    def tokens_of(self, request: Request) -> int:
         """Tokens of a request's longest sequence."""
         return len(request.token_ids) + request.sampling.max_tokens
 
-    def sequences_of(self, request, deliver):
+    def sequences_of(self, request: Request, deliver: Deliver) -> list[Sequence]:
         """One sequence per sample; the last of them to finish delivers the request."""
+        # Begin every sample with the prompt.
         sampling, samples = request.sampling, []
         for sample in range(sampling.n):
             sequence = Sequence(request, sample, list(request.token_ids), len(request.token_ids))
@@ -42,25 +54,29 @@ class GenerateTask:
             deliver(_result(samples))
         return [s for s in samples if s.finish_reason is None]
 
-    def job(self, plan):
+    def expect(self, plan: Plan) -> list[Sequence]:
         """Sequences whose next token the step decides."""
         return [s for s, _ in plan if s.computed == s.target]
 
-    def find(self, ready, hidden):
+    def find(self, ready: list[Sequence], hidden: np.ndarray) -> Chosen | None:
         """Choose the next token of every ready sequence: (R, D) -> Chosen or None."""
         if not ready:
             return None
         model = self.engine.model
         logits = model.logits(hidden)
+
+        # Keep how to choose, as long as the sequences are the same.
         if not self._settings.serves(ready):
             self._settings = Settings(tuple(ready), _rows(self.engine, ready))
         rows = self._settings.at_hand()
+
+        # Choose over the cut vocabulary, and prepare the next step meanwhile.
         start, V = model.head_range[0], model.arch.V
         ahead = self.engine.ahead
         between = ahead.prepare if ahead.serves else None
         return vocabulary.choose(model.grid.tp_cp, logits, start, V, rows, between)
 
-    def use(self, ready, chosen, deliver):
+    def use(self, ready: list[Sequence], chosen: Chosen | None, deliver: Deliver) -> None:
         """Add the chosen tokens, and end the sequences that are done."""
         token_ids = chosen.token_ids.tolist() if ready else []
         for i, sequence in enumerate(ready):
@@ -68,6 +84,8 @@ class GenerateTask:
             if sequence.request.sampling.logprobs is not None:
                 report = float(chosen.logprobs[i]), chosen.top[i]
             _append(self.engine, sequence, token_ids[i], *report)
+
+            # Deliver the request with the last of its samples.
             if sequence.finish_reason is not None:
                 self.engine.scheduler.finish(sequence)
                 if all(s.finish_reason is not None for s in sequence.siblings):
@@ -84,14 +102,14 @@ class Settings:
     rows : sample.SamplingBatch, for some position and without banned tokens
     """
 
-    sequences: tuple
-    rows: object
+    sequences: tuple[Sequence, ...]
+    rows: SamplingBatch | None
 
-    def serves(self, ready):
+    def serves(self, ready: list[Sequence]) -> bool:
         """True if these are the very sequences."""
         return len(ready) == len(self.sequences) and all(map(is_, ready, self.sequences))
 
-    def at_hand(self):
+    def at_hand(self) -> SamplingBatch:
         """The rows for the tokens that the sequences have now."""
         banned = [
             tuple(s.stops) if s.n_new < s.request.sampling.min_tokens else ()
@@ -100,7 +118,7 @@ class Settings:
         return self.rows.at([len(s.tokens) for s in self.sequences], banned)
 
 
-def _has_penalties(sampling):
+def _has_penalties(sampling: Sampling) -> bool:
     neutral = (1.0, 0.0, 0.0)
     return neutral != (
         sampling.repetition_penalty,
@@ -109,8 +127,9 @@ def _has_penalties(sampling):
     )
 
 
-def _rows(engine, ready):
+def _rows(engine: Engine, ready: list[Sequence]) -> SamplingBatch:
     """What stays the same of how to choose the tokens of each sequence."""
+    # Write down the settings of every sequence, and turn them into one column for each.
     columns = [
         (
             s.request.sampling.temperature,
@@ -137,7 +156,7 @@ def _rows(engine, ready):
     )
 
 
-def _tokens(token_ids, logprobs, top_logprobs):
+def _tokens(token_ids: list[int], logprobs: list[float], top_logprobs: list) -> Iterable[tuple]:
     """Tokens of a stopped run's sample, each with its report if one was asked for."""
     if not logprobs:
         return zip(token_ids, strict=True)
@@ -145,7 +164,13 @@ def _tokens(token_ids, logprobs, top_logprobs):
     return zip(token_ids, logprobs, tops, strict=False)
 
 
-def _append(engine, sequence, token_id, logprob=None, top=None):
+def _append(
+    engine: Engine,
+    sequence: Sequence,
+    token_id: int,
+    logprob: float | None = None,
+    top: list[tuple[int, float]] | None = None,
+) -> None:
     """Add a chosen token to its sequence and decide whether the sequence ends with it.
 
     A log-probability, and the likeliest tokens at the place, come with it if they were asked for.
@@ -158,7 +183,7 @@ def _append(engine, sequence, token_id, logprob=None, top=None):
         sequence.logprobs.append(logprob)
         sequence.top_logprobs.append(top)
 
-    # A token that ends the sequence is no part of its text.
+    # End the sequence at a stop or its length; a token that ends it is no part of its text.
     may_stop = sequence.n_new >= sampling.min_tokens
     if may_stop and token_id in sequence.stops:
         sequence.finish_reason = "stop"
@@ -168,7 +193,7 @@ def _append(engine, sequence, token_id, logprob=None, top=None):
         sequence.finish_reason = "length"
 
 
-def _result(samples):
+def _result(samples: list[Sequence]) -> Result:
     """The request's result from its finished samples."""
     request = samples[0].request
     asked = request.sampling.logprobs is not None

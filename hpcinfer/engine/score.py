@@ -4,31 +4,42 @@ The vocabulary is cut over the ranks and the tokens of a step are taken in block
 the length of a text nor V times T decides the memory.
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hpcinfer import partition
 from hpcinfer.engine.sequence import Sequence
+from hpcinfer.engine.task import Deliver, Plan
 from hpcinfer.parallel import vocabulary
-from hpcinfer.requests.request import Score
+from hpcinfer.requests.request import Request, Score
+
+if TYPE_CHECKING:
+    from hpcinfer.engine.api import Engine
+    from hpcinfer.model.forward import Model
 
 # Logits in memory at a time, in bytes.
 _LOGITS_BYTES = 64 << 20
 
+# For each sequence of a step the tokens to score, and whether its text is then complete.
+Targets = list[tuple[Sequence, list[int], bool]]
+
 
 @dataclass(frozen=True)
 class ScoreTask:
-    """What `loop.run` does with texts that are scored."""
+    """The `Task` of scoring texts."""
 
-    engine: object
+    engine: Engine
 
-    def tokens_of(self, request):
+    def tokens_of(self, request: Request) -> int:
         """Tokens of a text that are computed; its last predicts nothing."""
         return len(request.token_ids) - 1
 
-    def sequences_of(self, request, deliver):
+    def sequences_of(self, request: Request, deliver: Deliver) -> list[Sequence]:
         """The text as one sequence; a text of one token has its result at once."""
         if len(request.token_ids) == 1:
             deliver(_score(request, []))
@@ -39,7 +50,7 @@ class ScoreTask:
             sequence.logprobs, sequence.n_known = list(logprobs), len(logprobs)
         return [sequence]
 
-    def job(self, plan):
+    def expect(self, plan: Plan) -> Targets:
         """The step's sequences with the tokens that follow those computed, and whether they end.
 
         Without tokens whose log-probabilities are known already.
@@ -53,17 +64,17 @@ class ScoreTask:
             for s, n in plan
         ]
 
-    def find(self, job, hidden):
+    def find(self, expected: Targets, hidden: np.ndarray) -> np.ndarray | None:
         """Log-probabilities of the tokens that follow: (T, D) -> (T,), None without tokens."""
-        targets = [target for _, targets, _ in job for target in targets]
+        targets = [target for _, targets, _ in expected for target in targets]
         if not targets:
             return None
         return _log_probabilities(self.engine.model, hidden, np.array(targets))
 
-    def use(self, job, logprobs, deliver):
+    def use(self, expected: Targets, logprobs: np.ndarray | None, deliver: Deliver) -> None:
         """Add the log-probabilities, and end the texts that are complete."""
         start = 0
-        for sequence, targets, complete in job:
+        for sequence, targets, complete in expected:
             if targets:
                 sequence.logprobs += logprobs[start : start + len(targets)].tolist()
             start += len(targets)
@@ -72,8 +83,9 @@ class ScoreTask:
                 deliver(_score(sequence.request, sequence.logprobs))
 
 
-def _log_probabilities(model, hidden, targets):
+def _log_probabilities(model: Model, hidden: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """log p(target) of every row: (T, D), (T,) -> (T,) float32, host."""
+    # Take as many rows at a time as the widest rank has room for.
     widest = max(partition.counts(partition.block(model.arch.V, model.grid.tp_cp.size)))
     block = max(1, _LOGITS_BYTES // (4 * widest))
     parts = [
@@ -88,7 +100,7 @@ def _log_probabilities(model, hidden, targets):
     return np.concatenate(parts)
 
 
-def _score(request, logprobs):
+def _score(request: Request, logprobs: list[float]) -> Score:
     """Score of a text from the log-probabilities of all its tokens but the first."""
     total = math.fsum(logprobs)
     return Score(
@@ -99,7 +111,7 @@ def _score(request, logprobs):
     )
 
 
-def _perplexity(mean):
+def _perplexity(mean: float) -> float:
     """e^mean, infinite where it is beyond all numbers."""
     try:
         return math.exp(mean)

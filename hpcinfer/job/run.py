@@ -1,13 +1,15 @@
-"""A whole run over files: requests from an input, results to outputs, progress and report."""
+"""A job on one rank: requests from the input, results to the outputs, and the report."""
 
-import os
-import sys
-import time
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import numpy as np
-from tqdm import tqdm
 
 from hpcinfer import collectives
 from hpcinfer.engine.activations.extract import ExtractTask
@@ -19,282 +21,248 @@ from hpcinfer.engine.score import ScoreTask
 from hpcinfer.errors import agreed
 from hpcinfer.grid import agree, agree_all
 from hpcinfer.io.lines import read_lines
-from hpcinfer.io.results import open_results
+from hpcinfer.io.trace import write_trace
+from hpcinfer.job.files import JobOutputs
 from hpcinfer.job.kv_state import KvState
 from hpcinfer.job.outbox import Outbox
-from hpcinfer.job.state import identity_of_model, under_way, unfinished
-from hpcinfer.job.stop import stopped
-from hpcinfer.requests.request import BadRequest
-from hpcinfer.requests.results import (
-    completion_line,
-    extract_record,
-    generate_record,
-    score_line,
-    score_record,
-)
+from hpcinfer.job.state import RunState, identity_of_model, under_way, unfinished
+from hpcinfer.job.stop import Stop, stopped
+from hpcinfer.requests.request import BadRequest, Request
+from hpcinfer.requests.results import extract_record, generate_record, score_record
 
-_EXTENSIONS = (".h5", ".jsonl")
+if TYPE_CHECKING:
+    from hpcinfer.engine.api import Engine
+    from hpcinfer.engine.task import Outcome
+    from hpcinfer.job.settings import JobSettings
+
 _KINDS = {
     "generate": (GenerateTask, generate_record),
     "score": (ScoreTask, score_record),
     "extract": (ExtractTask, extract_record),
 }
 
-# Seconds between two lines of progress: on a terminal, and in the log of a job.
-_TERMINAL_S, _LOG_S = 0.2, 10.0
 
-
-def check_files(comm, source, outputs):
-    """Refuse, before a model is loaded, files that cannot be read or written.
-
-    Returns
-    -------
-    number of lines of the input, on every rank
-    """
-    return agree(comm, _check_files, source, outputs)
-
-
-def run(engine, kind, source, n_lines, sampling, facts, state, stop, show=False, selection=None):
-    """Do every request of a file; every rank calls this.
-
-    Parameters
-    ----------
-    engine : Engine
-    kind : "generate", "score" or "extract"
-    source : path of the input, .jsonl or .txt
-    n_lines : lines of the input
-    sampling : dict, defaults of the command line for requests that do not say
-    facts : dict, kept in .h5 results: command, model and the like
-    state : RunState, entered; its outputs are written
-    stop : Stop, entered
-    show : True to print every prompt with its text as it finishes
-    selection : Selection, what is extracted
-
-    Returns
-    -------
-    (finished, refused, before) : requests that this run finished and refused, and those that
-        earlier ones did, on every rank
-
-    Raises
-    ------
-    ValueError
-        On every rank, if not one request could be run, or the state is another run's.
-    Stopped
-        On every rank, if the run was stopped before all requests were finished.
-    """
-    with engine.in_use():
-        return _run(engine, kind, source, n_lines, sampling, facts, state, stop, show, selection)
-
-
-def _run(engine, kind, source, n_lines, sampling, facts, state, stop, show, selection):
-    do, record_of = _KINDS[kind]
-    work = do(engine) if selection is None else do(engine, selection)
-    grid, comm, counts = engine.grid, engine.grid.comm, np.zeros(2, np.int64)
-    lines = None
-    defaults = engine.defaults(sampling)
-    if grid.is_leader:
-        lines = _entries(engine, kind, source, sampling)
-    agree_all(comm, lambda: grid.is_leader and next(read_lines(source)))
-    state.refuse_changed(
-        lambda: (
-            identity_of_model(engine, defaults if kind == "generate" else None)
-            | ({} if selection is None else selection.facts)
-        )
-    )
-    with ExitStack() as stack:
-        out = _Output(engine, kind, source, n_lines, show, state) if grid.is_root else None
-        open_file = work.open if kind == "extract" else None
-        before = agree(comm, lambda: out.open(stack, facts, open_file))
-        if kind == "extract":
-            stack.enter_context(work.into_parts(state.outputs[0]))
-        outbox = Outbox(grid, lambda *message: out.take(*message))
-        if grid.is_root:
-            stop.last_resort = lambda: state.rescue(0, under_way(engine.scheduler))
-
-        # Every replica leaves out what is finished, and what has its keys and values in one.
-        kv = KvState(engine, state) if state.keeps_kv else None
-        kept = {} if kv is None else kv.sequences
-        if grid.is_leader:
-            done, left = grid.dp.bcast(out.left if grid.is_root else None)
-            rest = {index: samples for index, samples in left.items() if index not in kept}
-            lines = unfinished(lines, done | kept.keys(), rest)
-
-        def deliver(outcome):
-            engine.stats.answered += 1
-            if grid.is_leader:
-                counts[int(isinstance(outcome, BadRequest))] += 1
-                outbox.put("record", record_of(outcome))
-
-        def tell(last=False):
-            of_cache = kv.save() if kv is not None and grid.role != "ffn" else None
-            if grid.is_leader:
-                outbox.put("under way", grid.dp.rank, under_way(engine.scheduler), last, of_cache)
-
-        def between():
-            outbox.poll()
-            due = state.due()
-            if kv is not None:
-                due = collectives.Bcast(grid.replica, np.array([due]), purpose="kv")[0]
-            if due:
-                tell()
-
-        def kept_here():
-            """Requests that this replica has kept, from a reading of the input of its own."""
-            mine = {index for index, (replica, _) in kept.items() if replica == grid.dp.rank}
-            entries = unfinished(_entries(engine, kind, source, sampling), done, left)
-            return list(islice((e for e in entries if e.index in mine), len(mine)))
-
-        def resume(found):
-            kv.resume([s for entry in found for s in sequences_of(engine, entry, deliver, work)])
-
-        if kept:
-            found = agree_all(comm, lambda: kept_here() if grid.is_leader else [])
-            found = grid.replica.bcast(found)
-            agree_all(comm, lambda: resume(found))
-        with Feed(grid, lines, n_lines - before - len(kept)) as feed:
-            run_loop(engine, feed, deliver, work, between, stop)
-            tell(last=True)
-            outbox.close()
-        stop.settle(grid)
-        finished, refused = comm.allreduce(counts).tolist()
-        if before + finished + refused < n_lines:
-            agree(comm, state.save)
-            raise agreed(
-                stopped(
-                    comm.bcast(stop.reason),
-                    before + finished + refused,
-                    n_lines,
-                    comm.bcast(state.n_under_way),
-                )
-            )
-    agree(comm, state.finish)
-    if not finished + before:
-        raise agreed(
-            ValueError(
-                f"input: got {refused} requests in {source} and none that can be run, need at "
-                "least one; see the error records in the output"
-            )
-        )
-    return finished, refused, before
-
-
-def _entries(engine, kind, source, sampling):
-    """Entries of the input, read anew."""
-    reader = engine.reader(sampling, source.lower().endswith(".txt"), kind != "generate")
-    return reader.read(read_lines(source))
-
-
-class _Output:
-    """The root's side of a run: the files of results, the progress, and what is shown.
+@dataclass(frozen=True)
+class Totals:
+    """What has become of the requests of a job, on every rank.
 
     Attributes
     ----------
-    left : (done, under_way), what an earlier run has left; see `RunState.begin`
+    finished, refused : requests that this run finished and refused
+    before : those that earlier runs did
     """
 
-    def __init__(self, engine, kind, source, n_lines, show, state):
-        self._engine, self._kind, self._source = engine, kind, source
-        self._n_lines, self._show, self._state = n_lines, show, state
-        self._writers, self._began_s = [], time.perf_counter()
+    finished: int
+    refused: int
+    before: int
 
-    def open(self, stack, facts, open_file=None):
-        """Open the files and the progress bar, which `stack` closes.
+    @property
+    def done(self) -> int:
+        """Requests that nothing is left to do for."""
+        return self.finished + self.refused + self.before
 
-        Parameters
-        ----------
-        open_file : function (path, facts, resume, least) -> writer of an output; None for results
 
-        Returns
-        -------
-        number of requests that an earlier run has finished
+class Job:
+    """A run of a loaded model over files; every rank makes one and calls `run`, then `report`.
+
+    Parameters
+    ----------
+    settings : JobSettings
+    engine : Engine
+    n_lines : lines of the input
+    state : RunState, open on the root
+    stop : Stop, entered
+    """
+
+    def __init__(
+        self, settings: JobSettings, engine: Engine, n_lines: int, state: RunState, stop: Stop
+    ):
+        self._settings, self._engine, self._n_lines = settings, engine, n_lines
+        self._grid, self._comm, self._state, self._stop = engine.grid, engine.grid.comm, state, stop
+        task, self._record_of = _KINDS[settings.kind]
+        selected = () if settings.selection is None else (settings.selection,)
+        self._task = task(engine, *selected)
+        self._defaults = engine.defaults(settings.sampling)
+        self._counts, self._kv = np.zeros(2, np.int64), None
+
+        # Only the root has outputs; the others send it what they have.
+        self._outputs = JobOutputs(settings, engine, state, n_lines) if self._grid.is_root else None
+        self._outbox = Outbox(self._grid, self._outputs.take if self._grid.is_root else None)
+
+    def run(self) -> Totals:
+        """Do every request of the input.
+
+        Raises
+        ------
+        ValueError
+            On every rank, if not one request could be run, or the state is another run's.
+        Stopped
+            On every rank, if the run was stopped before all requests were finished.
         """
-        state = self._state
-        name = os.path.basename(os.path.normpath(facts["model"]))
-        created = int(os.stat(self._source).st_mtime)
+        with self._engine.in_use():
+            return self._run()
 
-        def format_line(record):
-            if self._kind == "score":
-                return score_line(record)
-            return completion_line(record, name, created, self._engine.text)
+    def _run(self) -> Totals:
+        settings, grid, comm, task = self._settings, self._grid, self._comm, self._task
 
-        for path in state.outputs:
-            rest = state.resumes, state.least(path)
-            if open_file is not None:
-                writer = open_file(path, facts, *rest)
-            else:
-                writer = open_results(path, self._kind, facts, format_line, *rest)
-            self._writers.append(stack.enter_context(writer))
-        self.left = state.begin(self._writers, self._engine.grid.layout.dp)
-        before = len(self.left[0])
-        self._bar = stack.enter_context(
-            tqdm(
-                total=self._n_lines,
-                initial=before,
-                desc=self._kind,
-                unit=" requests",
-                mininterval=_TERMINAL_S if sys.stderr.isatty() else _LOG_S,
-                dynamic_ncols=True,
+        # Let every leader see that it can read the input.
+        agree_all(comm, lambda: grid.is_leader and next(read_lines(settings.input)))
+        with ExitStack() as stack:
+            # Open the outputs on the root, and the files of activations on every rank.
+            before = agree(comm, self._open, stack)
+            if settings.kind == "extract":
+                stack.enter_context(task.into_parts(settings.output[0]))
+
+            # Take up what an earlier run has left: first what has its keys and values here.
+            self._take_left()
+            kept = self._resume()
+
+            # Do the rest, and wait for the last result of every replica.
+            with Feed(grid, self._rest(kept), self._n_lines - before - len(kept)) as feed:
+                run_loop(self._engine, feed, self._deliver, task, self._between, self._stop)
+                self._snapshot(last=True)
+                self._outbox.close()
+            self._stop.settle(grid)
+
+            # Keep the state of a run that was stopped.
+            totals = Totals(*comm.allreduce(self._counts).tolist(), before)
+            if totals.done < self._n_lines:
+                self._leave(totals)
+        agree(comm, self._state.finish)
+        self._refuse_nothing_done(totals)
+        return totals
+
+    def report(self, totals: Totals) -> None:
+        """Write the trace, and print what the run has cost on the root; every rank calls this."""
+        lines = self._engine.stats.report(self._engine)
+        if self._settings.trace:
+            write_trace(self._settings.trace, self._comm.rank, self._engine.ledger.events)
+        if lines is not None:
+            before = f", {totals.before} before" if totals.before else ""
+            print(*lines, sep="\n")
+            print(
+                f"done      {totals.finished} requests finished, {totals.refused} refused{before}"
+                f" -> {', '.join(self._settings.output)}"
             )
-        )
 
+    # --- Start, on what an earlier run has left ---
+
+    def _open(self, stack: ExitStack) -> int:
+        """Open the outputs, on the root; how many requests an earlier run has finished."""
+        settings, task = self._settings, self._task
+
+        # Refuse to go on with another model or sampling.
+        defaults = self._defaults if settings.kind == "generate" else None
+        selected = {} if settings.selection is None else settings.selection.facts
+        self._state.refuse_changed(identity_of_model(self._engine, defaults) | selected)
+
+        # Open what results go to, and save what is under way if the job must be ended at once.
+        open_file = task.open if settings.kind == "extract" else None
+        before = self._outputs.open(stack, self._facts(), open_file)
+        self._stop.last_resort = lambda: self._state.rescue(0, under_way(self._engine.scheduler))
         return before
 
-    def take(self, what, *message):
-        """Take what a replica hands on: a record, or a snapshot of what it has under way."""
-        if what == "record":
-            self._write(*message)
-        else:
-            self._state.take(*message)
+    def _facts(self) -> dict:
+        """What .h5 results say of their making."""
+        return {
+            "command": shlex.join(self._settings.command_line),
+            "model": self._settings.model,
+            "model_checksum": self._engine.checksum,
+            "layout": str(self._grid.layout),
+            "dtype": str(self._engine.model.dtype),
+            "seed": self._settings.seed,
+        }
 
-    def _write(self, record):
-        """Write the record of one finished request."""
-        for writer in self._writers:
-            writer.write(record)
-        counter = self._engine.stats
-        tokens = counter.prefill.tokens + counter.decode.tokens
-        self._bar.set_postfix_str(
-            f"{tokens / (time.perf_counter() - self._began_s):.0f} tokens/s", refresh=False
+    def _take_left(self) -> None:
+        """Tell the leaders what is finished and what was under way; open the keys and values."""
+        if self._state.keeps_kv:
+            self._kv = KvState(self._engine, self._state)
+        if self._grid.is_leader:
+            left = self._outputs.left if self._grid.is_root else None
+            self._done, self._under_way = self._grid.dp.bcast(left)
+
+    def _resume(self) -> dict:
+        """Queue the requests whose keys and values are kept in some replica; they are returned."""
+        kept = {} if self._kv is None else self._kv.sequences
+        if kept:
+            # Read the own ones from the input, and hand them to the ranks of the replica.
+            is_leader = self._grid.is_leader
+            found = agree_all(self._comm, lambda: self._kept_here(kept) if is_leader else [])
+            found = self._grid.replica.bcast(found)
+
+            # Let their sequences go on, as far as they fit in the cache.
+            agree_all(self._comm, self._queue, found)
+        return kept
+
+    def _kept_here(self, kept: dict) -> list[Request]:
+        """Requests that this replica has kept, from a reading of the input of its own."""
+        own = {index for index, (replica, _) in kept.items() if replica == self._grid.dp.rank}
+        entries = unfinished(self._entries(), self._done, self._under_way)
+        return list(islice((entry for entry in entries if entry.index in own), len(own)))
+
+    def _queue(self, requests: list[Request]) -> None:
+        """Queue requests with their keys and values."""
+        engine, task = self._engine, self._task
+        self._kv.resume(
+            [s for entry in requests for s in sequences_of(engine, entry, self._deliver, task)]
         )
-        self._bar.update()
-        if self._show:
-            self._bar.write(_shown(record, self._engine.text), file=sys.stdout)
 
+    def _rest(self, kept: dict) -> Iterator[Request | BadRequest] | None:
+        """Requests that are neither finished nor kept, on the leaders; None elsewhere."""
+        if not self._grid.is_leader:
+            return None
+        left = {index: samples for index, samples in self._under_way.items() if index not in kept}
+        return unfinished(self._entries(), self._done | kept.keys(), left)
 
-def _shown(record, text):
-    """A prompt with its text, or a refusal, for human eyes."""
-    name = record["custom_id"]
-    if record["error"] is not None:
-        return f"[{name}] line {record['line']}: {record['error']}"
-    if "n_rows" in record:
-        return f"[{name}] {len(record['token_ids'])} tokens, {record['n_rows']} rows"
-    if "choices" not in record:
-        return (
-            f"[{name}] {len(record['token_ids'])} tokens, log-probability "
-            f"{record['sum_logprob']:.3f}, perplexity {record['perplexity']:.3f}"
-        )
-    prompt = text.decode(record["prompt_token_ids"])
-    prompt = prompt if len(prompt) <= 200 else f"{prompt[:60]} ... {prompt[-130:]}"
-    answers = "\n".join(f"    > {choice['text']!r}" for choice in record["choices"])
-    return f"[{name}] {prompt!r}\n{answers}"
+    def _entries(self) -> Iterator[Request | BadRequest]:
+        """Entries of the input, read anew."""
+        source, kind = self._settings.input, self._settings.kind
+        plain, score = source.lower().endswith(".txt"), kind != "generate"
+        reader = self._engine.reader(self._settings.sampling, plain, score)
+        return reader.read(read_lines(source))
 
+    # --- While the loop runs ---
 
-def _check_files(source, outputs):
-    """Number of lines of the input, when all files can be used."""
-    for path in outputs:
-        folder = os.path.dirname(os.path.abspath(path))
-        if os.path.splitext(path)[1].lower() not in _EXTENSIONS:
-            raise ValueError(f"output: got {path}, need a name that ends in .h5 or .jsonl")
-        if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-            raise ValueError(f"output: got {path}, need a folder that exists and can be written")
-        if os.path.isdir(path) or os.path.realpath(path) == os.path.realpath(source):
-            raise ValueError(f"output: got {path}, need a file that is not the input or a folder")
-    if len({os.path.realpath(path) for path in outputs}) < len(outputs):
-        raise ValueError("output: got one file twice, need each once")
-    if os.path.splitext(source)[1].lower() not in (".jsonl", ".txt"):
-        raise ValueError(f"input: got {source}, need a name that ends in .jsonl or .txt")
-    n_lines = sum(
-        not isinstance(line, bytes) or bool(line.strip()) for _, line in read_lines(source)
-    )
-    if not n_lines:
-        raise ValueError(f"input: got no request in {source}, need at least one line")
-    return n_lines
+    def _deliver(self, outcome: Outcome) -> None:
+        """Hand on the outcome of a request; on every rank of the replica."""
+        self._engine.stats.answered += 1
+        if self._grid.is_leader:
+            self._counts[int(isinstance(outcome, BadRequest))] += 1
+            self._outbox.put("record", self._record_of(outcome))
+
+    def _between(self) -> None:
+        """Let results move on after a round, and hand on a snapshot when one is due."""
+        self._outbox.poll()
+        due = self._state.due()
+        if self._kv is not None:  # all ranks of the replica write theirs after the same round
+            due = collectives.Bcast(self._grid.replica, np.array([due]), purpose="kv")[0]
+        if due:
+            self._snapshot()
+
+    def _snapshot(self, last: bool = False) -> None:
+        """Hand on what this replica has under way, and keep its keys and values."""
+        of_cache = None
+        if self._kv is not None and self._grid.role != "ffn":
+            of_cache = self._kv.save()
+        if self._grid.is_leader:
+            tokens = under_way(self._engine.scheduler)
+            self._outbox.put("under way", self._grid.dp.rank, tokens, last, of_cache)
+
+    # --- End ---
+
+    def _leave(self, totals: Totals) -> None:
+        """Save the state of a run that was stopped, and say so on every rank."""
+        comm, state = self._comm, self._state
+        agree(comm, state.save)
+        reason, n_under_way = comm.bcast((self._stop.reason, state.n_under_way))
+        raise agreed(stopped(reason, totals.done, self._n_lines, n_under_way))
+
+    def _refuse_nothing_done(self, totals: Totals) -> None:
+        """Refuse an input of which no request could be run."""
+        if not totals.finished + totals.before:
+            raise agreed(
+                ValueError(
+                    f"input: got {totals.refused} requests in {self._settings.input} and none that "
+                    "can be run, need at least one; see the error records in the output"
+                )
+            )

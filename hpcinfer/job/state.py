@@ -3,33 +3,42 @@
 Finished requests stand in the outputs. ``OUTPUT.state`` beside the first one says what the run is
 (model, input, kind, sampling) and what was under way: of every request the tokens of its samples so
 far, with their log-probabilities. Nothing else is needed: random numbers depend on the seed, the
-request, the sample and the position alone, and keys and values are computed again, unless they are
-kept too (`kv.py`). So it does not matter on how many ranks, and in which layout, a run goes on.
+request, the sample and the position alone, and keys and values are computed again, unless they
+are kept too (`kv_state.py`). So it does not matter on how many ranks, and in which layout, a run
+goes on.
 """
+
+from __future__ import annotations
 
 import os
 import threading
 import time
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
 
 from hpcinfer import __version__
-from hpcinfer.grid import agree
 from hpcinfer.io.kv import remove_kv, remove_kv_before
 from hpcinfer.io.lines import digest
 from hpcinfer.io.state import STATE_SUFFIX, locked, read_state, remove_state, set_aside, write_state
+from hpcinfer.requests.request import BadRequest, Request
+from hpcinfer.requests.sampling import Sampling
+
+if TYPE_CHECKING:
+    from hpcinfer.engine.api import Engine
+    from hpcinfer.engine.scheduler import Scheduler
 
 EVERY_S = 60.0
 
 
 class RunState:
-    """The state of a run; the root has it, the other ranks ask.
+    """The state of a run: the root opens and writes it, every rank has one and asks what is due.
 
-    A context manager, collective over `comm`, which holds the locks of the outputs.
+    A context manager, which lets go of the outputs; it sends nothing.
 
     Parameters
     ----------
-    comm : communicator of all ranks
     outputs : paths of the results
     every_s : seconds from one snapshot to the next
     restart : True to keep what an earlier run has left under other names, and to begin anew
@@ -41,25 +50,38 @@ class RunState:
     kv : dict of replica -> what the state says of its keys and values; see `KvState`
     """
 
-    def __init__(self, comm, outputs, every_s=EVERY_S, restart=False, keeps_kv=False):
-        self.comm, self.outputs, self.every_s, self.restart = comm, outputs, every_s, restart
+    def __init__(
+        self,
+        outputs: Sequence[str],
+        every_s: float = EVERY_S,
+        restart: bool = False,
+        keeps_kv: bool = False,
+    ):
+        self.outputs, self.every_s, self.restart = outputs, every_s, restart
         self.keeps_kv, self.kv, self._first_kv = keeps_kv, {}, 0
         self.path, self.kept = f"{outputs[0]}{STATE_SUFFIX}", []
         self._stack, self._saved, self._identity = ExitStack(), None, {}
         self._writers, self._before, self._under_way = {}, {}, {}
-        self._fresh, self._ended = set(), set()
+        self._replicas, self._fresh, self._ended = set(), set(), set()
         self._saving = threading.Lock()
         self._taken_s = time.monotonic()
 
-    def __enter__(self):
-        agree(self.comm, self._open)
+    def __enter__(self) -> RunState:
         return self
 
-    def __exit__(self, *details):
+    def __exit__(self, *details) -> None:
         self._stack.close()
 
-    def _open(self):
-        """Take the outputs, and read what an earlier run has left."""
+    def open(self) -> None:
+        """Lock the outputs, and read what an earlier run has left; on the root.
+
+        Raises
+        ------
+        ValueError
+            If an output is another unfinished run's.
+        RuntimeError
+            If a run is at work on one, or it cannot be written.
+        """
         for path in self.outputs:
             self._stack.enter_context(locked(path))
         if self.restart:
@@ -72,23 +94,18 @@ class RunState:
                 )
         self._saved = read_state(self.path)
 
-    def refuse_changed(self, identity):
-        """Refuse to go on with another run than the one that has left the state.
-
-        Collective. Only what `identity` names is compared; all of it is kept.
+    def refuse_changed(self, identity: dict) -> None:
+        """Refuse to go on with another run than the one that has left the state; on the root.
 
         Parameters
         ----------
-        identity : function, called on the root, to a dict of plain values
+        identity : dict of plain values; they are compared, and kept in the state
 
         Raises
         ------
         ValueError
-            On every rank, saying what differs.
+            Saying what differs.
         """
-        agree(self.comm, lambda: self._compare(identity()))
-
-    def _compare(self, identity):
         self._identity |= identity
         if self._saved is None:
             return
@@ -103,16 +120,21 @@ class RunState:
             )
 
     @property
-    def resumes(self):
+    def resumes(self) -> bool:
         """True on the root if an earlier run has left a state."""
         return self._saved is not None
 
-    def least(self, path):
+    def least(self, path: str) -> int:
         """Records that an output must hold already, on the root."""
         return self._saved["records"][os.path.basename(path)] if self.resumes else 0
 
-    def begin(self, writers, replicas):
-        """Take up what was left; on the root, when the outputs are open.
+    def begin(self, writers: Sequence, replicas: int) -> tuple[set[int], dict]:
+        """Take up what was left, and write the first state; on the root, when outputs are open.
+
+        Parameters
+        ----------
+        writers : writer of each output, as `io.results.open_results` returns them
+        replicas : number of replicas that will send snapshots
 
         Returns
         -------
@@ -121,6 +143,8 @@ class RunState:
         """
         self._writers = dict(zip(self.outputs, writers, strict=True))
         self._replicas = set(range(replicas))
+
+        # Finished is what stands in every output.
         done = set.intersection(*(set(writer.done) for writer in writers))
         if self.resumes:
             left = {int(i): samples for i, samples in self._saved["under way"].items()}
@@ -130,7 +154,7 @@ class RunState:
         self._taken_s = time.monotonic()
         return done, self._before
 
-    def begin_kv(self, usable, generation):
+    def begin_kv(self, usable: dict, generation: int) -> None:
         """Keep of the keys and values what is usable, until replicas send theirs; on the root.
 
         Parameters
@@ -140,7 +164,7 @@ class RunState:
         """
         self.kv, self._first_kv = usable, generation
 
-    def _left_kv(self, done):
+    def _left_kv(self, done: set[int]) -> dict:
         """Keys and values that an earlier run has left of unfinished requests."""
         return {
             replica: facts
@@ -148,15 +172,25 @@ class RunState:
             for replica, facts in self._saved.get("kv", {}).items()
         }
 
-    def due(self):
+    def due(self) -> bool:
         """True when the next snapshot is due on this rank, which then counts as taken."""
         if time.monotonic() - self._taken_s < self.every_s:
             return False
         self._taken_s = time.monotonic()
         return True
 
-    def take(self, replica, under_way, last=False, kv=None):
-        """Take a replica's snapshot, and write the state when all replicas have sent theirs."""
+    def take(
+        self, replica: int, under_way: dict, last: bool = False, kv: dict | None = None
+    ) -> None:
+        """Take a replica's snapshot, and write the state when all replicas have sent theirs.
+
+        Parameters
+        ----------
+        replica : its number
+        under_way : see the function of that name
+        last : True if the replica's run is over
+        kv : what `KvState.save` returned
+        """
         if kv is not None:
             self.kv[replica] = kv
         self._under_way[replica] = under_way
@@ -167,12 +201,12 @@ class RunState:
             self._fresh.clear()
             self.save()
 
-    def rescue(self, replica, under_way):
+    def rescue(self, replica: int, under_way: dict) -> None:
         """Save what can be saved from a thread, while the run itself does not come to it."""
         self._under_way[replica] = under_way
         self.save(wait_s=1.0)
 
-    def save(self, wait_s=-1):
+    def save(self, wait_s: float = -1) -> None:
         """Bring the finished records and the state to the disk.
 
         Parameters
@@ -182,29 +216,26 @@ class RunState:
         if not self._saving.acquire(timeout=wait_s):
             return
         try:
+            # Bring the records to the disk before the state that counts on them.
             records = {}
             for path, writer in self._writers.items():
                 records[os.path.basename(path)] = len(writer.done)
                 writer.sync()
-            write_state(
-                self.path,
-                {
-                    "identity": self._identity,
-                    "records": records,
-                    "under way": self._unfinished(),
-                }
-                | ({"kv": self.kv} if self.kv else {}),
-            )
+
+            # Write the state, and then remove the keys and values that it names no more.
+            state = {"identity": self._identity, "records": records}
+            state["under way"] = self._unfinished()
+            write_state(self.path, state | ({"kv": self.kv} if self.kv else {}))
             self._clear_kv()
         finally:
             self._saving.release()
 
-    def finish(self):
+    def finish(self) -> None:
         """Forget the state, on the root, when the outputs are complete."""
         remove_state(self.path)
         remove_kv(self.outputs[0])
 
-    def _clear_kv(self):
+    def _clear_kv(self) -> None:
         """Remove the keys and values that the state on the disk does not name."""
         if self.kv or self.keeps_kv:
             generations = {int(replica): facts["generation"] for replica, facts in self.kv.items()}
@@ -213,11 +244,11 @@ class RunState:
             remove_kv(self.outputs[0])
 
     @property
-    def n_under_way(self):
+    def n_under_way(self) -> int:
         """Requests in the last snapshots that are not finished."""
         return len(self._unfinished())
 
-    def _unfinished(self):
+    def _unfinished(self) -> dict:
         """What is under way, of all replicas, without requests that were finished since.
 
         A request that this run has not come to yet is still as an earlier run has left it.
@@ -229,7 +260,7 @@ class RunState:
         return {i: s for i, s in merged.items() if not all(i in w.done for w in writers)}
 
 
-def identity_of_input(kind, source, outputs, seed):
+def identity_of_input(kind: str, source: str, outputs: Sequence[str], seed: int) -> dict:
     """What a run is, as far as it is known before the model is read."""
     return {
         "kind": kind,
@@ -240,7 +271,7 @@ def identity_of_input(kind, source, outputs, seed):
     }
 
 
-def identity_of_model(engine, defaults=None):
+def identity_of_model(engine: Engine, defaults: Sampling | None = None) -> dict:
     """What else decides the results: the model, and the sampling of requests that do not say."""
     sampling = {} if defaults is None else asdict(replace(defaults, seed=engine.seed))
     return {
@@ -254,7 +285,7 @@ def identity_of_model(engine, defaults=None):
     }
 
 
-def under_way(scheduler):
+def under_way(scheduler: Scheduler) -> dict:
     """What a replica has of its unfinished requests.
 
     Returns
@@ -273,7 +304,9 @@ def under_way(scheduler):
     return left
 
 
-def unfinished(entries, done, under_way):
+def unfinished(
+    entries: Iterable[Request | BadRequest], done: set[int], under_way: dict
+) -> Iterator[Request | BadRequest]:
     """Entries of the input that are not finished, each with what an earlier run had of it.
 
     Parameters

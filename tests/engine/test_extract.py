@@ -21,10 +21,11 @@ from reference.parity import on_root
 
 import hpcinfer
 from hpcinfer.engine.activations import tap
-from hpcinfer.engine.activations.extract import ExtractTask, check
+from hpcinfer.engine.activations.extract import ExtractTask, check_extract
 from hpcinfer.engine.activations.selection import POINTS, Selection
 from hpcinfer.engine.activations.tap import spreads_of
 from hpcinfer.errors import UsageError, is_agreed
+from hpcinfer.grid import agree
 from hpcinfer.io.activations import joined_datasets, open_activations
 from hpcinfer.model.families import read_architecture
 from hpcinfer.requests.request import BadRequest
@@ -313,14 +314,14 @@ def test_refuses_what_a_model_does_not_have(comm, folder, case, selection, messa
     """In one line, on every rank, before the model is loaded."""
     on_root(comm, partial(write, case, folder))
     with pytest.raises(UsageError, match=message) as caught:
-        check(comm, folder / case, ["a.h5"], Selection(**selection))
+        agree(comm, check_extract, folder / case, ["a.h5"], Selection(**selection))
     assert is_agreed(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("outputs", [["a.jsonl"], ["a.h5", "b.h5"]])
 def test_refuses_other_outputs(comm, outputs):
     with pytest.raises(UsageError, match="need one name that ends in .h5"):
-        check(comm, "none", outputs, Selection())
+        agree(comm, check_extract, "none", outputs, Selection())
 
 
 @pytest.mark.single

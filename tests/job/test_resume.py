@@ -16,14 +16,13 @@ import h5py
 import numpy as np
 import pytest
 from helpers.paths import SHIPPED
+from helpers.runs import held, start
 from helpers.stopping import StopAt
 from pytest import approx
 from reference.parity import on_root
 
 import hpcinfer
 from hpcinfer.errors import REQUEUE, Stopped, exit_code, is_agreed
-from hpcinfer.job import run as batch
-from hpcinfer.job.state import RunState, identity_of_input
 from hpcinfer.job.stop import Pace, Stop
 
 STORY = "Once there was a shy hare named Nell who lived near the harbour."
@@ -50,16 +49,12 @@ def inputs(folder):
 
 def run(engine, kind, folder, name="out", stop=None, every_s=60.0, restart=False, **sampling):
     """One start of a run to a .jsonl and a .h5; the stop's words if it was stopped, else None."""
-    comm = engine.grid.comm
     source = str(folder / {"generate": "prompts.jsonl", "score": "texts.txt"}[kind])
     outputs = [str(folder / f"{name}{extension}") for extension in (".jsonl", ".h5")]
-    n_lines = batch.check_files(comm, source, outputs)
     sampling = {"max_tokens": 15, "ignore_eos": True} | sampling if kind == "generate" else {}
     try:
-        with RunState(comm, outputs, every_s, restart) as state:
-            state.refuse_changed(lambda: identity_of_input(kind, source, outputs, engine.seed))
-            facts = {"model": str(SHIPPED)}
-            batch.run(engine, kind, source, n_lines, sampling, facts, state, stop or Stop())
+        options = {"checkpoint_every": every_s, "restart": restart}
+        start(engine, kind, source, outputs, sampling, stop, **options)
     except Stopped as error:
         assert is_agreed(error) and exit_code(error) == REQUEUE
         engine._forget(engine.scheduler.pages.n)
@@ -327,13 +322,13 @@ def test_lost_records_are_refused_and_torn_tails_are_not(comm, engines, straight
 
 def test_two_runs_with_one_output(comm, engines, folder):
     engine = engines[0]
-    with RunState(comm, [str(folder / "out.jsonl")]):
+    with held(comm, [str(folder / "out.jsonl")]):
         text = refusal(comm, lambda: run(engine, "generate", folder), RuntimeError)
         holder = comm.bcast(f"process {os.getpid()} on ")
         assert f"out.jsonl, which {holder}" in text
     assert run(engine, "generate", folder, stop=StopAt(0, 3))
     with pytest.raises(ValueError, match="of another unfinished run"):
-        with RunState(comm, [str(folder / "other.jsonl"), str(folder / "out.jsonl")]):
+        with held(comm, [str(folder / "other.jsonl"), str(folder / "out.jsonl")]):
             pass
 
 

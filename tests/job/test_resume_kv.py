@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.paths import SHIPPED
+from helpers.runs import held, start
 from helpers.stopping import StopAt
 from reference.parity import on_root
 
@@ -14,8 +15,7 @@ import hpcinfer
 from hpcinfer.errors import Stopped
 from hpcinfer.io import kv as io_kv
 from hpcinfer.io.state import read_state
-from hpcinfer.job import run as batch
-from hpcinfer.job.state import RunState, identity_of_input
+from hpcinfer.job.state import RunState
 from hpcinfer.job.stop import Stop
 
 STORY = "Once there was a shy hare named Nell who lived near the harbour. "
@@ -49,17 +49,14 @@ def engines(comm):
 
 def run(engine, folder, kind="generate", stop_at=None, keeps_kv=True, name="out", every_s=60.0):
     """One start; (True if it was stopped, prompt tokens that all replicas computed)."""
-    comm, outputs = engine.grid.comm, [str(folder / f"{name}.jsonl")]
+    outputs = [str(folder / f"{name}.jsonl")]
     source, sampling = str(folder / "in.jsonl"), {"max_tokens": 8, "ignore_eos": True}
     before, stopped = engine.stats.prefill.tokens, False
     stop = Stop() if stop_at is None else StopAt(0, stop_at)
-    n_lines = batch.check_files(comm, source, outputs)
+    sampling = sampling if kind == "generate" else {}
+    options = {"checkpoint_every": every_s, "checkpoint_kv": keeps_kv}
     try:
-        with RunState(comm, outputs, every_s, keeps_kv=keeps_kv) as state:
-            state.refuse_changed(lambda: identity_of_input(kind, source, outputs, engine.seed))
-            facts = {"model": str(SHIPPED)}
-            sampling = sampling if kind == "generate" else {}
-            batch.run(engine, kind, source, n_lines, sampling, facts, state, stop)
+        start(engine, kind, source, outputs, sampling, stop, **options)
     except Stopped:
         stopped = True
     assert stopped or not any(engine.scheduler.pages._holders)
@@ -68,7 +65,7 @@ def run(engine, folder, kind="generate", stop_at=None, keeps_kv=True, name="out"
         for _, x in engine.model.cache.arrays():
             x[:] = 9
     own = engine.stats.prefill.tokens - before if engine.grid.is_leader else 0
-    return stopped, comm.allreduce(own)
+    return stopped, engine.grid.comm.allreduce(own)
 
 
 def alone(engines):
@@ -191,7 +188,7 @@ def test_restart_keeps_them_under_another_name(comm, engines, shared_path):
     write(comm, shared_path, ANSWERS)
     assert run(engines[0], shared_path, stop_at=4)[0]
     outputs = [str(shared_path / "out.jsonl")]
-    with RunState(comm, outputs, restart=True, keeps_kv=True) as state:
+    with held(comm, outputs, restart=True, keeps_kv=True) as state:
         assert f"{folder_of(shared_path)}.old-1" in state.kept and not state.resumes
 
 

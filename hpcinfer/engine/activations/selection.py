@@ -14,6 +14,8 @@ With latent attention a key is what is cached, the latent and the rotated key th
 queries are in the same form, so that their product is a score; a value is a part of the key.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +23,7 @@ import numpy as np
 from hpcinfer import array
 from hpcinfer.errors import UsageError
 from hpcinfer.io.parts import Field
+from hpcinfer.model.architecture import Architecture
 
 POINTS = ("residual", "attention", "ffn", "q", "k", "v", "router", "logits", "lse")
 POOLS = ("last", "mean")
@@ -57,13 +60,13 @@ class Selection:
         For a point, pooling or type that there is not.
     """
 
-    what: tuple = ("residual",)
-    layers: tuple | None = None
+    what: tuple[str, ...] = ("residual",)
+    layers: tuple[int, ...] | None = None
     pool: str | None = None
     store: str = "float32"
     compress: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         unknown = [point for point in self.what if point not in POINTS]
         if unknown or not self.what:
             got = unknown[0] if unknown else "nothing"
@@ -78,12 +81,12 @@ class Selection:
             raise UsageError(f"extract: got store={self.store}, need {', '.join(array.DTYPES)}")
 
     @property
-    def rows(self):
+    def rows(self) -> str:
         """What a row is."""
         return "tokens" if self.pool is None else "requests"
 
     @property
-    def facts(self):
+    def facts(self) -> dict[str, str]:
         """What a file says of it."""
         return {
             "what": ",".join(self.what),
@@ -92,8 +95,8 @@ class Selection:
             "store": self.store,
         }
 
-    def fields(self, arch):
-        """Every dataset, in the order of the points: list of Field.
+    def fields(self, arch: Architecture) -> list[Field]:
+        """Every dataset, in the order of the points.
 
         Raises
         ------
@@ -105,6 +108,8 @@ class Selection:
                 f"extract: got what=v for {arch.family}, need k: with latent attention the values "
                 f"are its first {arch.mla.kv_rank} columns"
             )
+
+        # List the points in the order asked for, and the layers of each ascending.
         shapes, fields = self._shapes(arch), []
         for point in dict.fromkeys(self.what):
             for n in self._layers_of(point, arch):
@@ -114,7 +119,7 @@ class Selection:
                     fields.append(Field(full, shape, of_type, labels, _DESCRIPTIONS[name]))
         return fields
 
-    def _shapes(self, arch):
+    def _shapes(self, arch: Architecture) -> dict[str, tuple]:
         """Shape of a row, labels of its axes and element type, by the first part of a name."""
         dtype, exact = array.parse_dtype(self.store), np.dtype(np.float32)
         per_head = ("heads", "width"), dtype
@@ -125,6 +130,8 @@ class Selection:
             "lse": ((arch.H,), ("heads",), exact),
             "logits": ((arch.V,), ("vocabulary",), dtype),
         }
+
+        # Add the points whose shape the family decides.
         for point in ("residual", "attention", "ffn"):
             shapes[point] = (arch.D,), ("features",), dtype
         if arch.mla is not None:
@@ -134,8 +141,9 @@ class Selection:
             shapes["experts"] = (arch.router.k,), ("choices",), np.dtype(np.int32)
         return shapes
 
-    def _layers_of(self, point, arch):
+    def _layers_of(self, point: str, arch: Architecture) -> list[int]:
         """Numbers of the layers of a point, ascending."""
+        # Find the layers that have it.
         if point == "logits":
             return [arch.N]
         known = list(range(arch.N + (point == "residual")))
@@ -147,6 +155,8 @@ class Selection:
                 )
         if self.layers is None:
             return known
+
+        # Count negative numbers from the end, and refuse layers that there are not.
         end = arch.N + (point == "residual")
         layers = [n + end if n < 0 else n for n in self.layers]
         other = [n for n, at in zip(self.layers, layers, strict=True) if at not in known]

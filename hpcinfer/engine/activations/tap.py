@@ -6,14 +6,24 @@ forward pass leaves tokens cut over ranks, one Alltoall per step makes columns c
 ranks of tp hold alike, each of them writes a part of.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hpcinfer import array, partition
-from hpcinfer.io.parts import ColumnShare
+from hpcinfer.engine.activations.selection import Selection
+from hpcinfer.engine.activations.sink import Sink
+from hpcinfer.io.parts import ColumnShare, Field
+from hpcinfer.model.step import Step
 from hpcinfer.model.token_owners import holders, in_parts
 from hpcinfer.parallel.ulysses import to_heads
+
+if TYPE_CHECKING:
+    from hpcinfer.model.forward import Model
 
 # Logits in memory at a time, in bytes.
 _LOGITS_BYTES = 64 << 20
@@ -33,12 +43,13 @@ class Spread:
 
     share: ColumnShare
     held: slice
-    over_cp: list
-    over_all: list | None = None
+    over_cp: list[tuple[int, int]]
+    over_all: list[tuple[int, int]] | None = None
 
 
-def spreads_of(model, fields):
-    """dict name -> Spread of the datasets that this rank has a part in."""
+def spreads_of(model: Model, fields: Iterable[Field]) -> dict[str, Spread]:
+    """Spread of every dataset that this rank has a part in, by its name."""
+    # Take what this stage of the pipeline computes.
     layers, last = model.layers, model.arch.N if model.pipeline.is_last else None
     spreads = {}
     for spec in fields:
@@ -51,8 +62,9 @@ def spreads_of(model, fields):
     return spreads
 
 
-def _spread(model, spec, point):
+def _spread(model: Model, spec: Field, point: str) -> Spread:
     """Spread of one dataset of a layer."""
+    # Find the columns that this rank of tp answers for: heads of its own, or columns of all.
     tp, cp, heads = model.grid.tp, model.grid.cp, model.heads
     if point in ("q", "lse"):
         held, first = slice(None), heads.query[0]
@@ -65,6 +77,8 @@ def _spread(model, spec, point):
         ranges = partition.block(spec.shape[0], tp.size * cp.size)
         of_cp = ranges[tp.rank * cp.size : (tp.rank + 1) * cp.size]
         return Spread(ColumnShare(spec, *of_cp[cp.rank]), slice(None), of_cp, ranges)
+
+    # Deal them to the ranks of cp, which all have them of some tokens.
     of_cp = partition.block(n, cp.size)
     own = of_cp[cp.rank]
     return Spread(ColumnShare(spec, first + own[0], first + own[1]), held, of_cp)
@@ -77,20 +91,20 @@ class Tap:
     ----------
     model : Model
     selection : Selection
-    spreads : dict name -> Spread
-    sink : see `ExtractTask`
+    spreads : Spread of every dataset that this rank has a part in, by its name
+    sink : where the rows go
     """
 
-    def __init__(self, model, selection, spreads, sink):
+    def __init__(self, model: Model, selection: Selection, spreads: dict[str, Spread], sink: Sink):
         self._model, self._spreads, self._sink = model, spreads, sink
         self._pool, self._sums, self._tokens = selection.pool, {}, (None, None)
         self._points = {name.partition("/")[0] for name in spreads}
 
-    def wants(self, point):
+    def wants(self, point: str) -> bool:
         """True if a point is wanted in any layer."""
         return point in self._points
 
-    def take(self, point, n, x, step, rows):
+    def take(self, point: str, n: int, x: np.ndarray, step: Step, rows: str) -> None:
         """Take what the model shows; see `Model.show`."""
         if not step.n_tokens:
             return
@@ -103,7 +117,7 @@ class Tap:
         else:
             self._take(f"{point}/{n}", x, step, rows)
 
-    def _take(self, name, x, step, rows):
+    def _take(self, name: str, x: np.ndarray, step: Step, rows: str) -> None:
         """Take the activations of some tokens: (T/P, columns, ...)."""
         spread = self._spreads.get(name)
         if spread is None:
@@ -115,7 +129,7 @@ class Tap:
         own = self._own_columns(x[:, spread.held], spread, step, rows)
         self._put(name, self._pooled(name, own, step))
 
-    def _take_logits(self, hidden, step):
+    def _take_logits(self, hidden: np.ndarray, step: Step) -> None:
         """Scores of the own part of the vocabulary, a bounded number of rows at a time."""
         spread = self._spreads.get("logits")
         if spread is None:
@@ -127,11 +141,12 @@ class Tap:
         for start in range(0, len(hidden), block):
             self._put("logits", self._model.logits(hidden[start : start + block]))
 
-    def _own_columns(self, x, spread, step, rows):
+    def _own_columns(self, x: np.ndarray, spread: Spread, step: Step, rows: str) -> np.ndarray:
         """The own columns of all wanted tokens, texts in the order in which they came.
 
         (T/P, columns at hand, ...) -> (wanted, own columns, ...)
         """
+        # Where every rank has all tokens, each takes its columns.
         grid, xp, wanted = self._model.grid, array.namespace(x), self._wanted(step)
         comm, held, owner = holders(step, rows, grid)
         if comm is None:
@@ -139,7 +154,7 @@ class Tap:
             rank = grid.tp_cp.rank if spread.over_all else grid.cp.rank
             return x[xp.asarray(wanted)][:, slice(*ranges[rank])]
 
-        # Send every rank its columns of the own tokens.
+        # Where they are dealt out, send every rank its columns of the own tokens.
         ranges = spread.over_all if comm is grid.tp_cp else spread.over_cp
         tokens = np.sort(wanted)
         owner = owner[tokens]
@@ -147,11 +162,13 @@ class Tap:
         counts = np.bincount(owner, minlength=comm.size).tolist()
         sent = x[xp.asarray(mine)]
         sent = sent if x.ndim == 3 else sent[..., None]
+
+        # Put what has come in the order of the texts.
         received = to_heads(comm, sent, counts, ranges, purpose="extract")
         received = received if x.ndim == 3 else received[..., 0]
         return received[xp.asarray(in_parts(owner)[np.searchsorted(tokens, wanted)])]
 
-    def _wanted(self, step):
+    def _wanted(self, step: Step) -> np.ndarray:
         """Tokens of a step that are wanted, texts in the order in which they came: (n,) int64."""
         if self._tokens[0] is not step:
             number = step.numbers[step.tokens[:, 0]]
@@ -162,17 +179,20 @@ class Tap:
             self._tokens = step, tokens
         return self._tokens[1]
 
-    def _pooled(self, name, x, step):
+    def _pooled(self, name: str, x: np.ndarray, step: Step) -> np.ndarray:
         """Rows of the wanted tokens, or the means of the texts that are complete."""
         if self._pool != "mean":
             return x
         means = []
         for b in np.argsort(step.numbers, kind="stable"):
+            # Add the tokens of this step to those of the steps before.
             of_text = step.tokens[self._wanted(step), 0] == b
             key, total = (name, int(step.numbers[b])), 0.0
             if step.positions[step.tokens[:, 0] == b][0] > 0:
                 total = self._sums.pop(key)
             total = total + x[of_text].sum(axis=0, dtype=np.float64)
+
+            # Give out the mean with the last of them.
             if step.complete[b]:
                 means.append(total / int(step.lengths[b]))
             else:
@@ -180,14 +200,14 @@ class Tap:
         xp = array.namespace(x)
         return xp.stack(means).astype(np.float32) if means else x[:0]
 
-    def _put(self, name, rows):
+    def _put(self, name: str, rows: np.ndarray) -> None:
         """Hand own columns on, rounded to the type in which they are stored."""
         field = self._spreads[name].share.field
         if rows.size:
             self._sink.append(name, array.host(_rounded(rows, field)))
 
 
-def _rounded(x, field):
+def _rounded(x: np.ndarray, field: Field) -> np.ndarray:
     """`x` in the element type of a field.
 
     Raises
@@ -197,6 +217,8 @@ def _rounded(x, field):
     """
     if x.dtype == field.dtype or field.dtype != np.float16:
         return array.narrow(x, field.dtype)
+
+    # Refuse what becomes infinite.
     xp = array.namespace(x)
     with np.errstate(over="ignore"):
         rounded = array.narrow(x, field.dtype)

@@ -1,0 +1,81 @@
+"""The start of a command on all ranks: listen for signals, watch over the ranks, do the job."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from hpcinfer.launcher import job_end_s, world
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Comm
+
+    from hpcinfer.array import Device
+    from hpcinfer.job.settings import JobSettings
+
+# Seconds before the end of the batch job at which a run stops.
+_JOB_END_S = 30.0
+
+
+def run_job(settings: JobSettings) -> None:
+    """Load the model, run the input through it, and print the report on the first rank.
+
+    Every rank calls this.
+    """
+    from hpcinfer.job.stop import Stop
+
+    # Listen for signals before the rest is imported, which takes its time.
+    with Stop(_end_s(settings.time_limit)) as stop:
+        from hpcinfer.job.files import open_state
+        from hpcinfer.job.load import load_engine
+        from hpcinfer.job.run import Job
+        from hpcinfer.job.watchdog import Watchdog
+
+        # Refuse what can be refused before the model is loaded, then do the job.
+        comm = world()
+        with (
+            Watchdog(comm, settings.hang_timeout, stop.rescue),
+            open_state(comm, settings) as (state, n_lines),
+        ):
+            engine = load_engine(comm, settings)
+            job = Job(settings, engine, n_lines, state, stop)
+            job.report(job.run())
+
+
+def device_of(comm: Comm, choice: str) -> Device:
+    """The device of this rank for a command without a model; every rank calls this.
+
+    What the user should hear of the choice is printed on the first rank.
+
+    Parameters
+    ----------
+    comm : communicator of all ranks
+    choice : "cpu", "cuda" or "auto"
+    """
+    from mpi4py import MPI
+
+    from hpcinfer import array
+    from hpcinfer.engine.placement import take_device
+
+    # Take the own share of the node's devices.
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    node.Set_name("node")
+    device, _ = take_device(comm, node, choice)
+    node.Free()
+
+    # Say why "auto" has found no GPU.
+    warning = array.auto_warning(device) if choice == "auto" else None
+    if comm.rank == 0 and warning is not None:
+        print(warning, file=sys.stderr, flush=True)
+    return device
+
+
+def _end_s(time_limit_s: float | None) -> float | None:
+    """When to stop, in seconds since 1970: after the time limit, or before the job's end."""
+    ends_s = []
+    if time_limit_s is not None:
+        ends_s.append(time.time() + time_limit_s)
+    if job_end_s() is not None:
+        ends_s.append(job_end_s() - _JOB_END_S)
+    return min(ends_s, default=None)
