@@ -7,7 +7,8 @@ from hpcinfer.model.weights.expert_placement import expert_shares
 from hpcinfer.model.weights.load import load
 from hpcinfer.model.weights.table import FFN_KEYS, owned
 from hpcinfer.ops.experts import experts_ffn
-from hpcinfer.parallel import disagg, tensor
+from hpcinfer.ops.linear import linear_pair
+from hpcinfer.parallel import disagg
 
 
 class FfnRank:
@@ -58,7 +59,7 @@ class FfnRank:
         here.layer = n
         w, cut = self._cut.layer(n), self._cut
         if not self.arch.sparse[n]:
-            y = tensor.partial_sum(x, w.up, cut.between, w.down, w.up_bias)
+            y = linear_pair(x, w.up, cut.between, w.down, w.up_bias)
             return y if w.down_bias is None else y + w.down_bias
         y = experts_ffn(
             x, ids, weights, w.experts_up, w.experts_down, cut.first_expert, cut.experts_between

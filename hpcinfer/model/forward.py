@@ -21,9 +21,8 @@ from hpcinfer.model.weights.stages import layers_of_stage
 from hpcinfer.model.weights.table import FFN_KEYS, owned
 from hpcinfer.model.weights.zero import ZeroWeights
 from hpcinfer.ops.inplace import add_into
-from hpcinfer.ops.linear import linear
 from hpcinfer.ops.rope import angles
-from hpcinfer.parallel import disagg, vocabulary
+from hpcinfer.parallel import disagg, matmul, vocabulary
 from hpcinfer.parallel.pipeline import Pipeline
 
 
@@ -151,7 +150,8 @@ class Model:
 
     def logits(self, hidden):
         """Scores of this rank's part of the vocabulary: (R, D) -> (R, V/P)."""
-        return linear(array.narrow(hidden, self.operand_type), self.weights.output())
+        rounded = array.narrow(hidden, self.operand_type)
+        return matmul.columns(self.grid.tp_cp, rounded, self.weights.output())
 
     def count_choices(self, n, ids):
         """Count the experts that tokens of layer n chose: (T, k), each token on one rank alone."""

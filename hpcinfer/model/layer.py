@@ -11,8 +11,8 @@ from hpcinfer.model.mla import latent_attention
 from hpcinfer.model.moe import moe_sum, routed_choices, shared_sum, spread_experts
 from hpcinfer.ops.embed import embed
 from hpcinfer.ops.inplace import add_into, copy_into
+from hpcinfer.ops.linear import linear_pair
 from hpcinfer.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
-from hpcinfer.parallel import tensor
 
 # Tokens of a step up to which products on the CPU round what they are given, as they read it.
 _FEW = 8
@@ -157,7 +157,7 @@ def _attention(model, n, cut, w, step, rotation):
         o = model.attention.attend(n, q, step)
         return o.reshape(T, o.shape[1] * arch.K)
 
-    return lambda x: tensor.partial_sum(x, w.qkv, attend, w.o, w.qkv_bias)
+    return lambda x: linear_pair(x, w.qkv, attend, w.o, w.qkv_bias)
 
 
 def _norm_of_all_heads(model, w, q, k):
@@ -187,7 +187,7 @@ def _squares(x):
 def _ffn(model, n, cut, w, step):
     """This rank's share of the FFN half of layer n: function (T, D) -> (T, D){sum}."""
     if not model.arch.sparse[n]:
-        return lambda x: tensor.partial_sum(x, w.up, cut.between, w.down, w.up_bias)
+        return lambda x: linear_pair(x, w.up, cut.between, w.down, w.up_bias)
 
     def mixture(x):
         ids, weights = routed_choices(model, n, w, x, step, "mine")

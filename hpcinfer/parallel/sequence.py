@@ -17,12 +17,15 @@ divide by P, and a rank may have none; where tokens are fewer than ranks, `tenso
 
 from hpcinfer import collectives
 from hpcinfer.ops.linear import linear_pair
+from hpcinfer.parallel import matmul
 
 
 def half_layer(
     comm, x, counts, column, between, row, column_bias=None, row_bias=None, purpose="sequence"
 ):
     """Allgather, column product, `between`, row product, ReduceScatter.
+
+    Teaching form: the engine hands the products of its layers to `complete` instead.
 
     Parameters
     ----------
@@ -68,7 +71,4 @@ def complete(comm, x, counts, products, bias=None, purpose="sequence"):
             f"the tokens of each of {comm.size} ranks"
         )
     x_all = collectives.Allgather(comm, x, counts, purpose=purpose)
-    y = collectives.ReduceScatter(comm, products(x_all), counts, purpose=purpose)
-    if bias is not None:
-        y += bias
-    return y
+    return matmul.inner_cut(comm, products(x_all), counts, bias, purpose)

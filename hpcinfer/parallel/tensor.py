@@ -14,13 +14,14 @@ The row bias belongs to the complete sum and is added once, after it. A rank may
 all; it then adds zeros.
 """
 
-from hpcinfer import collectives
-from hpcinfer.ops.inplace import add_into
 from hpcinfer.ops.linear import linear_pair
+from hpcinfer.parallel import matmul
 
 
 def half_layer(comm, x, column, between, row, column_bias=None, row_bias=None, purpose="tensor"):
     """Column product, `between`, row product, Allreduce.
+
+    Teaching form: the engine hands the products of its layers to `complete` instead.
 
     Parameters
     ----------
@@ -33,9 +34,11 @@ def half_layer(comm, x, column, between, row, column_bias=None, row_bias=None, p
     -------
     (T, D) float32, equal on every rank
     """
-    return complete(
-        comm, x, lambda x: partial_sum(x, column, between, row, column_bias), row_bias, purpose
-    )
+
+    def products(x):
+        return linear_pair(x, column, between, row, column_bias)
+
+    return complete(comm, x, products, row_bias, purpose)
 
 
 def complete(comm, x, products, bias=None, purpose="tensor"):
@@ -51,10 +54,4 @@ def complete(comm, x, products, bias=None, purpose="tensor"):
     -------
     (T, D) float32, equal on every rank
     """
-    y = collectives.Allreduce(comm, products(x), purpose=purpose)
-    return y if bias is None else add_into(y, bias)
-
-
-def partial_sum(x, column, between, row, column_bias=None):
-    """This rank's share of a half layer before the reduction: (T, D){sum}."""
-    return linear_pair(x, column, between, row, column_bias)
+    return matmul.inner(comm, products(x), bias, purpose)

@@ -49,14 +49,14 @@ def matmul_gathered(comm, rng, put):
 def matmul_inner(comm, rng, put):
     a, b, bias = normal(rng, put, (T, IN), (OUT, IN), OUT)
     mine = own(comm, IN)
-    c = matmul.inner(comm, a[:, mine], b[:, mine], bias)
+    c = matmul.inner(comm, linear(a[:, mine], b[:, mine]), bias)
     return Trial((c,), (oracle.linear(a, b, bias),), 2 * 4 * T * OUT * (comm.size - 1))
 
 
 def matmul_inner_cut(comm, rng, put):
     a, b, bias = normal(rng, put, (T, IN), (OUT, IN), OUT)
     mine, rows = own(comm, IN), own(comm, T)
-    c = matmul.inner_cut(comm, a[:, mine], b[:, mine], counts(comm, T), bias)
+    c = matmul.inner_cut(comm, linear(a[:, mine], b[:, mine]), counts(comm, T), bias)
     return Trial((c,), (oracle.linear(a, b, bias)[rows],), 4 * T * OUT * (comm.size - 1))
 
 
