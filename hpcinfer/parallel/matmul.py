@@ -33,8 +33,9 @@ def columns(comm, a, b, bias=None):
 def gathered(comm, a, b, counts, bias=None, purpose="matmul"):
     """A · Bᵀ, A cut by rows and B by its output: a (T/P, I), b (O/P, I) -> (T, O/P).
 
-    `counts` are the rows of A that each rank holds. Teaching form: the engine gathers the tokens of
-    a chain of products instead, in `sequence.complete`.
+    `counts` are the rows of A that each rank holds.
+
+    Teaching form: the engine gathers tokens for a chain of products instead, in `sequence`.
     """
     a_all = collectives.Allgather(comm, a, counts, purpose=purpose)
     return linear(a_all, b, bias)

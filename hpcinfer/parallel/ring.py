@@ -38,7 +38,8 @@ def ring(comm, q, k, v, q_tokens, k_tokens, counts, attend, window=None, purpose
     attend : function (q, k, v, q_tokens, k_tokens, between) -> (o, lse) of this rank's mathematics,
         which calls `between` now and then so that the messages move meanwhile
     window : positions that a query looks back, its own included, so that the ring may end early;
-        None if it looks back to the first
+        None if it looks back to the first. Teaching form: the engine gives None instead, as
+        with pages dealt in turn a window meets most ranks' keys
 
     Returns
     -------

@@ -27,6 +27,8 @@ from hpcinfer.ops.attention import correction
 def q_only(comm, q, k, v, q_tokens, k_tokens, counts, attend, purpose="split"):
     """Queries cut, keys and values whole: equal to one rank.
 
+    Teaching form: the engine makes keys and values whole by `gathered_keys` instead.
+
     Parameters
     ----------
     q : (S/P, H, K) float32, this rank's queries
@@ -55,6 +57,8 @@ def v_only(comm, q, k, v, q_tokens, k_tokens, counts, attend, purpose="split"):
     The weights need every key, the product with them only the own values. Blockwise, the weights
     are never in memory: their normalisation is the log-sum-exp over all keys, to which the result
     over the own keys is corrected.
+
+    Teaching form: the engine cuts K with V instead, as ring and tree do.
 
     Parameters
     ----------
@@ -90,6 +94,8 @@ def k_only(comm, q, k, v, q_tokens, k_tokens, counts, attend, purpose="split"):
     side adds up to the number of ranks that see a key, P as a rule, instead of 1. Dividing by that
     would not help: ranks whose keys matter little would weigh as much as the others. The product of
     the weights side by side with V is the sum of the ranks' products with their own rows of V.
+
+    Teaching form: the engine corrects by the log-sum-exp instead, as ring and tree do.
 
     Parameters
     ----------
