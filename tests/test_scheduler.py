@@ -99,7 +99,7 @@ class Run:
         assert first.lengths.tolist() == [start + n for _, start, n in plan]
         assert all(s.computed == start + n for s, start, n in plan)
         wanted = [plan[b][0].wants_all_hidden or at + 1 == plan[b][0].target for b, at in tokens]
-        assert first.rows.tolist() == [t for t, want in enumerate(wanted) if want]
+        assert first.wanted.tolist() == [t for t, want in enumerate(wanted) if want]
 
         # Every part computes its tokens; every token's key is stored once
         cp = self.options["cp"]
@@ -318,4 +318,4 @@ def test_lengths_of_texts_travel_with_their_tokens():
         run.scheduler.add(s)
     step = run.build([(s, 0, n) for s, n in run.scheduler.next_step()], 0)
     assert step.length_classes.tolist() == [6] * 6 + [4, 4, 4, 4, 5]
-    assert step.rows.tolist() == [5, 10]
+    assert step.wanted.tolist() == [5, 10]

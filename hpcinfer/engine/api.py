@@ -136,8 +136,7 @@ class Engine:
             self.generation_config = checkpoint.generation_config
             self.checksum = checkpoint.checksum
             part = FfnRank if grid.role == "ffn" else Model
-            self.model = part(arch, checkpoint, grid, device, dtype)
-            self.model.expert_load = ExpertLoad(arch)
+            self.model = part(arch, checkpoint, grid, device, dtype, ExpertLoad(arch))
             self.stats = RunStats(grid, checkpoint.bytes_read, checkpoint.file_bytes)
         self.context = _context(arch, context)
         self.path, self._kv_memory, self.ahead = path, kv_memory, Ahead(self)

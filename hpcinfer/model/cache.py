@@ -23,12 +23,16 @@ class Cache:
         self.k = {n: device.empty((*shape, width), dtype) for n in layers}
         self.v = {n: device.empty((*shape, value_width), dtype) for n in layers}
 
+    def pages(self, n: int):
+        """Keys and values of layer n, as `k` and `v` have them."""
+        return self.k[n], self.v[n]
+
     def arrays(self):
         """(name, (pages, G, PAGE, columns)) of every layer's keys and values that have columns."""
         named = [(f"{word}/{n}", x[n]) for word, x in (("k", self.k), ("v", self.v)) for n in x]
         return [(name, x) for name, x in named if x.shape[-1]]
 
-    def write(self, layer, step, k, v):
+    def write(self, n, step, k, v):
         """Store the keys and values of one step, as far as they belong to this rank.
 
         Parameters
@@ -36,9 +40,9 @@ class Cache:
         k, v : (T/P, G, K) float32, of the tokens step.mine; rounded to the cache's type. v is
             (T/P, G, 0) if it is in k
         """
-        store(k, v, step.stored, self.k[layer], self.v[layer], step.slot_mapping)
+        store(k, v, step.stored, *self.pages(n), step.slot_mapping)
 
-    def place_heads(self, layer, step, qkv, norms, eps, rotation):
+    def place_heads(self, n, step, qkv, norms, eps, rotation):
         """Norm and rotate queries and keys, and store keys and values, as `ops.cache` does.
 
         Parameters
@@ -49,7 +53,7 @@ class Cache:
         -------
         (T/P, H + G, K) float32: queries and keys
         """
-        pages = self.k[layer], self.v[layer]
+        pages = self.pages(n)
         return place_heads(qkv, norms, eps, rotation, step.stored, *pages, step.slot_mapping)
 
 

@@ -12,7 +12,8 @@ import numpy as np
 
 from hpcinfer import array, partition
 from hpcinfer.io.parts import ColumnShare
-from hpcinfer.model.token_owners import holders, in_parts
+from hpcinfer.model.step import in_parts
+from hpcinfer.model.token_owners import holders
 from hpcinfer.parallel.ulysses import to_heads
 
 # Logits in memory at a time, in bytes.
@@ -90,20 +91,20 @@ class Tap:
         """True if a point is wanted in any layer."""
         return point in self._points
 
-    def take(self, point, n, x, step, rows):
-        """Take what the model shows; see `Model.show`."""
+    def take(self, point, n, x, step, at):
+        """Take what the model shows; see `Pass.show`."""
         if not step.n_tokens:
             return
         if point == "final":
-            self._take(f"residual/{n}", x, step, rows)
+            self._take(f"residual/{n}", x, step, at)
             self._take_logits(x, step)
         elif point == "router":
-            self._take(f"router/{n}", x[0], step, rows)
-            self._take(f"experts/{n}", x[1], step, rows)
+            self._take(f"router/{n}", x[0], step, at)
+            self._take(f"experts/{n}", x[1], step, at)
         else:
-            self._take(f"{point}/{n}", x, step, rows)
+            self._take(f"{point}/{n}", x, step, at)
 
-    def _take(self, name, x, step, rows):
+    def _take(self, name, x, step, at):
         """Take the activations of some tokens: (T/P, columns, ...)."""
         spread = self._spreads.get(name)
         if spread is None:
@@ -112,7 +113,7 @@ class Tap:
             x = _rounded(x, spread.share.field)
         if x.ndim > 1 + len(spread.share.field.shape):  # a key that all heads share
             x = x[:, 0]
-        own = self._own_columns(x[:, spread.held], spread, step, rows)
+        own = self._own_columns(x[:, spread.held], spread, step, at)
         self._put(name, self._pooled(name, own, step))
 
     def _take_logits(self, hidden, step):
@@ -127,13 +128,13 @@ class Tap:
         for start in range(0, len(hidden), block):
             self._put("logits", self._model.logits(hidden[start : start + block]))
 
-    def _own_columns(self, x, spread, step, rows):
+    def _own_columns(self, x, spread, step, at):
         """The own columns of all wanted tokens, texts in the order in which they came.
 
         (T/P, columns at hand, ...) -> (wanted, own columns, ...)
         """
         grid, xp, wanted = self._model.grid, array.namespace(x), self._wanted(step)
-        comm, held, owner = holders(step, rows, grid)
+        comm, held, owner = holders(step, at, grid)
         if comm is None:
             ranges = spread.over_all or spread.over_cp
             rank = grid.tp_cp.rank if spread.over_all else grid.cp.rank

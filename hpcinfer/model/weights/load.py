@@ -17,7 +17,7 @@ from hpcinfer.ops.quantize import LANES, QuantFormat, Quantized, form_of, from_a
 _FULL = ("router", "shared_gate")
 
 
-def load(arch, checkpoint, ranges, dtype, device, cp=1, keep=None, pieces=None):
+def load(arch, checkpoint, ranges, dtype, device, cp=1, keep=None, keep_layer=None):
     """Read this rank's shard, and nothing else, from a checkpoint.
 
     Matrices take `dtype`, or stay quantised if they are in the checkpoint; vectors (norms, biases)
@@ -28,12 +28,12 @@ def load(arch, checkpoint, ranges, dtype, device, cp=1, keep=None, pieces=None):
     ranges : dict cut -> (start, stop), as `owned` returns it; its parts of cp follow from the rest
     cp : ranks of cp
     keep : function of a TensorSpec, True if this rank has it; None for all
-    pieces : ZeroWeights, which then keeps a part of the parameters and fetches them when they are
-        used; None to keep them whole
+    keep_layer : function (n, Layer) -> what is kept of a layer, called when it has been read; None
+        to keep all
 
     Returns
     -------
-    Weights, or `pieces`
+    Weights, whose layers are what `keep_layer` returned
     """
     names, ranges = check(arch, checkpoint.tensors), in_parts(ranges, cp)
     weights = Weights(layers=[Layer() for _ in range(arch.N)])
@@ -44,13 +44,12 @@ def load(arch, checkpoint, ranges, dtype, device, cp=1, keep=None, pieces=None):
             read = _read if of_parameter[0].expert is None else _read_experts
             parameter = read(of_parameter, names, checkpoint, ranges, dtype)
             setattr(target, of_parameter[0].key, _put(device, parameter))
-        if layer is not None and pieces is not None:
-            pieces.keep_layer(layer, target)
-            weights.layers[layer] = None
+        if layer is not None and keep_layer is not None:
+            weights.layers[layer] = keep_layer(layer, target)
     head = vocabulary_row(arch, "head")
     if arch.tied and (keep is None or keep(head)) and weights.embed is not None:
         _tie_head(arch, checkpoint, ranges, weights, dtype, device)
-    return weights if pieces is None else pieces.keep_rest(weights)
+    return weights
 
 
 def _read(rows, names, checkpoint, ranges, dtype):
