@@ -17,27 +17,18 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import pytest
+from helpers.jobs import run_job
+from helpers.paths import ROOT
 from mpi4py import MPI
 
-ROOT = Path(__file__).resolve().parent.parent
 GRACE_S = 10.0  # how long a failed rank waits for the others
 STACKS_S = 1.0  # how long before the time limit the stacks are printed
-
-# What a launcher tells its processes; a launch inside a test must not inherit it
-LAUNCHER_PREFIXES = (
-    "PMI_", "PMIX_", "HYD", "MPIEXEC_", "MPI_LOCAL", "PALS_", "SLURM_", "PRTE_LAUNCHED",
-    "OMPI_COMM_", "OMPI_UNIVERSE_", "OMPI_FILE_", "OMPI_APP_", "OMPI_MCA_ess", "OMPI_MCA_orte",
-    "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -194,16 +185,6 @@ def shared_path(comm):
         shutil.rmtree(path, ignore_errors=True)
 
 
-@dataclass(frozen=True)
-class Finished:
-    """A command that came to its end: exit status, output, error output, time in seconds."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-    seconds: float
-
-
 @pytest.fixture
 def mpirun():
     """Function mpirun(ranks, *command, timeout_s=60, cwd=ROOT, **environment) -> Finished.
@@ -213,49 +194,6 @@ def mpirun():
     output.
     """
     return run_job
-
-
-def run_job(ranks, *command, timeout_s=60, cwd=ROOT, **environment):
-    """Run `command` on `ranks` ranks; see the fixture `mpirun`."""
-    start_s = time.monotonic()
-    job = subprocess.Popen(
-        ["bash", str(ROOT / "jobs" / "site.sh"), str(ranks), *map(str, command)],
-        cwd=cwd,
-        env=clean_environment() | environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        stdout, stderr = job.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        kill_tree(job.pid)
-        stdout, stderr = job.communicate()
-        pytest.fail(f"{command} did not end in {timeout_s} s\n{stdout}\n{stderr}")
-    return Finished(job.returncode, stdout, stderr, time.monotonic() - start_s)
-
-
-def clean_environment():
-    """Return the environment without a launcher's part, this Python's folder first on PATH."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER_PREFIXES)}
-    programs = Path(sys.executable).parent
-    paths = [str(ROOT), *filter(None, [kept.get("PYTHONPATH")])]
-    return kept | {
-        "HPCINFER_OVERSUBSCRIBE": "yes",
-        "PATH": os.pathsep.join([str(programs), kept.get("PATH", os.defpath)]),
-        "PYTHONPATH": os.pathsep.join(paths),
-    }
-
-
-def kill_tree(process):
-    """Kill a process and all that descend from it."""
-    parent = psutil.Process(process)
-    for member in [*parent.children(recursive=True), parent]:
-        try:
-            member.kill()
-        except psutil.NoSuchProcess:
-            continue
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@
 # HPCINFER_TEST_RANKS="1 2 3 4"        rank counts
 # HPCINFER_TEST_LIMIT=60               seconds that one test may take
 # HPCINFER_TEST_SESSION_LIMIT=1080     seconds that the tests on one rank count may take
-# HPCINFER_TEST_DEVICE=all             all cases of tests/test_device_engine.py
+# HPCINFER_TEST_DEVICE=all             all cases of tests/device/test_device_engine.py
 # jobs/environment.sh lists the settings of the environment.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

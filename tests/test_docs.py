@@ -4,9 +4,9 @@ import argparse
 import ast
 import re
 import shlex
-from pathlib import Path
 
 import pytest
+from helpers.paths import ROOT
 
 from hpcinfer.cli import main
 from hpcinfer.layout import parse_layout
@@ -14,7 +14,6 @@ from hpcinfer.model.families import FAMILIES
 
 pytestmark = pytest.mark.single
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {path.name: path.read_text(encoding="utf-8") for path in PAGES}
 REFERENCE, LAYOUTS = TEXTS["reference.md"], TEXTS["layouts.md"]
@@ -107,7 +106,7 @@ def test_every_variable_is_in_the_reference():
     texts = {path: path.read_text(encoding="utf-8") for path in sources}
     names = {name for text in texts.values() for name in re.findall(r"HPCINFER_[A-Z_]+", text)}
     for path in sources:
-        if path.name in ("array.py", "grid.py") and path.parent.name == "hpcinfer":
+        if path.name in ("array.py", "launcher.py", "node.py") and path.parent.name == "hpcinfer":
             nodes = ast.walk(ast.parse(texts[path]))
             words = {n.value for n in nodes if isinstance(n, ast.Constant) and type(n.value) is str}
             names |= {word for word in words if re.fullmatch(r"[A-Z][A-Z0-9]*_\w+", word)}

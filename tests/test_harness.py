@@ -5,9 +5,9 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from helpers.paths import TESTS
 
 pytestmark = pytest.mark.single
 
@@ -28,7 +28,8 @@ def session(mpirun, tmp_path):
     """Function session(ranks, source, *options): run the test file `source` under the harness."""
 
     def run(ranks, source, *options):
-        shutil.copy(Path(__file__).with_name("conftest.py"), tmp_path)
+        shutil.copy(TESTS / "conftest.py", tmp_path)
+        shutil.copytree(TESTS / "helpers", tmp_path / "helpers", dirs_exist_ok=True)
         (tmp_path / "pytest.ini").write_text(SETTINGS)
         (tmp_path / "test_inner.py").write_text(HEAD + source)
         command = [sys.executable, "-m", "pytest", "--with-mpi", "-p", "no:cacheprovider"]
@@ -192,7 +193,7 @@ REPORT = """<testsuites><testsuite>
 
 def add_up(folder, *steps):
     """Run tests/total.py; return its exit status and its lines."""
-    total = Path(__file__).with_name("total.py")
+    total = TESTS / "total.py"
     command = [sys.executable, str(total), str(folder), str(time.time()), *steps]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     return done.returncode, done.stdout.splitlines()

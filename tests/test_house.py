@@ -4,15 +4,14 @@ environment."""
 import ast
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers.paths import ROOT
 
 pytestmark = pytest.mark.single
 
-ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "hpcinfer").rglob("*.py"))
-READ_ENVIRONMENT = {"hpcinfer/array.py", "hpcinfer/grid.py"}
+READ_ENVIRONMENT = {"hpcinfer/array.py", "hpcinfer/launcher.py", "hpcinfer/node.py"}
 
 
 def reads_environment(tree):
@@ -33,7 +32,7 @@ def test_a_reader_is_recognised(source):
     assert reads_environment(ast.parse(source))
 
 
-def test_environment_is_read_in_two_files_only():
+def test_environment_is_read_in_three_files_only():
     readers = {
         str(path.relative_to(ROOT))
         for path in SOURCES

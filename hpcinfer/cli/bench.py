@@ -291,7 +291,7 @@ def _expert(bench, comm, arguments):
 
 
 def _disagg(bench, comm, arguments):
-    from hpcinfer.bench.shape import Shape
+    from hpcinfer.bench.shape import AttentionShape
 
     D, H = arguments.width, arguments.heads
     split = arguments.split or (-(-comm.size // 2), comm.size // 2)
@@ -304,7 +304,7 @@ def _disagg(bench, comm, arguments):
         )
     device = common.device_of(comm, arguments)
     return bench.run(
-        comm, device, Shape(H, H, D // H, "float32"), _ffn(arguments), arguments.tokens,
+        comm, device, AttentionShape(H, H, D // H, "float32"), _ffn(arguments), arguments.tokens,
         arguments.layers, split, arguments.micro, arguments.context, arguments.work,
         arguments.repeat,
     )  # fmt: skip
@@ -318,13 +318,13 @@ def _ffn(arguments):
 
 
 def _shape(arguments):
-    """Shape of the attention; every rank refuses heads that cannot share keys evenly."""
-    from hpcinfer.bench.shape import Shape
+    """AttentionShape of the attention; every rank refuses heads that cannot share keys evenly."""
+    from hpcinfer.bench.shape import AttentionShape
 
     H, G = arguments.heads, arguments.kv_heads
     if H % G:
         raise UsageError(f"bench: got --heads {H} --kv-heads {G}, need a multiple of the KV heads")
-    return Shape(H, G, arguments.width, arguments.dtype)
+    return AttentionShape(H, G, arguments.width, arguments.dtype)
 
 
 def _cuts(text):

@@ -63,15 +63,15 @@ def linear_pair(x, first, between, second, bias=None):
         return NotImplemented
     if not array.is_half(second.dtype) or not x.size:
         return NotImplemented
-    between = _gated(x, first, between, second.dtype, bias)
-    if between is None:
+    gated = _gated(x, first, between, second.dtype, bias)
+    if gated is None:
         from hpcinfer.ops.linear import linear as any_linear
 
         both = any_linear(x, first, bias)
-        between = activation.gated(both, between.function, between.widths, second.dtype)
-        if between is NotImplemented:
+        gated = activation.gated(both, between.function, between.widths, second.dtype)
+        if gated is NotImplemented:
             return NotImplemented
-    return linear(between, second)
+    return linear(gated, second)
 
 
 def _lies_well(weight):
