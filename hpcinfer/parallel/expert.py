@@ -2,10 +2,10 @@
 
     before   x (T/P, D), and each token's k experts and their weights; experts cut over the ranks
     after    y (T/P, D), the weighted sum of each token's experts
-    cost     3 Alltoall: counts, (P-1) · 8 bytes sent per rank; dispatch, R (D w + 8 k) bytes, w
-             bytes a number; combine, R' 4 D bytes. R: pairs of an own token and another rank that
-             has columns of an expert it chose; R': pairs of an own expert's token and another rank
-             that it came from. Over all ranks the sums of R and of R' are equal
+    cost     3 Alltoall: counts, (P-1) · 8 bytes sent per rank; dispatch, n (D w + 8 k) bytes, w
+             bytes a number; combine, m 4 D bytes. n: pairs of an own token and another rank that
+             has columns of an expert it chose; m: pairs of an own expert's token and another rank
+             that it came from. Over all ranks the sums of n and of m are equal
     source   Lepikhin et al. 2020, GShard, Algorithm 1 (arXiv:2006.16668)
 
 A token goes once to each rank that has any of its experts, with the numbers and weights of its

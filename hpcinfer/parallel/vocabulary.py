@@ -7,10 +7,10 @@
              the ranks 1 ReduceScatter: (P-1)/P · 4 T D bytes
              log_softmax_of: 2 Allreduce: 2 (P-1)/P · 24 R bytes
              choose: 1 Allgather: (P-1) · 16 R bytes; greedy and unfiltered rows need no more.
-             For F filtered rows 1 Allgather of C = min(64, V/P) candidates: (P-1) · 8 F C bytes,
-             and for those with top-p and no top-k 1 Allreduce: 2 (P-1)/P · 8 F bytes.
-             For L rows that report n log-probabilities 1 Allgather: (P-1) · 8 L (1 + max(1, n))
-             bytes, and 1 Allreduce: 2 (P-1)/P · 8 L bytes
+             For f filtered rows 1 Allgather of c = min(64, V/P) candidates: (P-1) · 8 f c bytes,
+             and for those with top-p and no top-k 1 Allreduce: 2 (P-1)/P · 8 f bytes.
+             For l rows that report n log-probabilities 1 Allgather: (P-1) · 8 l (1 + max(1, n))
+             bytes, and 1 Allreduce: 2 (P-1)/P · 8 l bytes
     source   Shoeybi et al. 2019, section 3 (arXiv:1909.08053); Maddison et al. 2014, Gumbel-max
              (arXiv:1411.0030)
 
@@ -18,9 +18,9 @@ The embedding of a token is looked up by the rank that owns its id and is zero e
 the sum is the whole. A softmax over a cut axis needs the maximum and the sum of exponentials only.
 The largest logit is the largest of the ranks' largest, and so is the largest noisy logit: as every
 rank knows the noise of its own ids, that is a draw from the whole softmax. Min-p, top-k and top-p
-keep a prefix of the sorted vocabulary: each rank offers its C largest, and what lies above the
+keep a prefix of the sorted vocabulary: each rank offers its c largest, and what lies above the
 largest of the ranks' smallest offers is the true prefix. Rows whose filter reaches below it are
-tried again with C grown eightfold, up to the whole vocabulary (ledger purpose "choose whole").
+tried again with c grown eightfold, up to the whole vocabulary (ledger purpose "choose whole").
 """
 
 import numpy as np
