@@ -19,11 +19,22 @@ micro-batches in the same one, so messages need no names; how many tokens come i
 message. A dense FFN is one expert that all tokens choose, its columns cut over the FFN ranks.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
 from functools import cache
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from hpcinfer import array, collectives, partition
+from hpcinfer.array import Array
+from hpcinfer.partition import ExpertShare
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Comm
 
 
 class Dispatch:
@@ -46,14 +57,14 @@ class Dispatch:
 
     def __init__(
         self,
-        comm,
-        x,
-        ids,
-        weights,
-        shares,
-        dtype=np.float32,
-        common=False,
-        purpose="disagg",
+        comm: Comm,
+        x: Array,
+        ids: Array,
+        weights: Array,
+        shares: list[ExpertShare],
+        dtype: DTypeLike = np.float32,
+        common: bool = False,
+        purpose: str = "disagg",
     ):
         if len(shares) != comm.remote_size or len(ids) != len(x) or weights.shape != ids.shape:
             raise ValueError(
@@ -73,7 +84,7 @@ class Dispatch:
             for rank, rows in enumerate(self._rows)
         ]
 
-    def collect(self):
+    def collect(self) -> Array:
         """Results of all tokens: (T/A, D) float32, the FFN ranks' added up in their order."""
         y = self._y
         for rank, rows in enumerate(self._rows):
@@ -86,7 +97,16 @@ class Dispatch:
         return y
 
 
-def attention_side(comm, layers, xs, attend, add, shares, dtype=np.float32, purpose="disagg"):
+def attention_side(
+    comm: Comm,
+    layers: Iterable[int],
+    xs: list,
+    attend: Callable,
+    add: Callable,
+    shares: Callable,
+    dtype: DTypeLike = np.float32,
+    purpose: str = "disagg",
+) -> list:
     """Layers of all micro-batches in ping-pong, on an attention rank.
 
     Parameters
@@ -119,7 +139,17 @@ def attention_side(comm, layers, xs, attend, add, shares, dtype=np.float32, purp
     return xs
 
 
-def ffn_side(comm, layers, micro_batches, compute, D, k, dtype=np.float32, xp=np, purpose="disagg"):
+def ffn_side(
+    comm: Comm,
+    layers: Iterable[int],
+    micro_batches: int,
+    compute: Callable,
+    D: int,
+    k: Callable[[int], int],
+    dtype: DTypeLike = np.float32,
+    xp: ModuleType = np,
+    purpose: str = "disagg",
+) -> None:
     """The same layers and micro-batches on an FFN rank, which serves all attention ranks.
 
     Parameters

@@ -15,12 +15,33 @@ them. Where ranks are more than experts, an expert's columns are cut over severa
 go to each of them, and the sum at the end completes the partial sums as it adds up the choices.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import TYPE_CHECKING
+
 import numpy as np
+from numpy.typing import DTypeLike
 
 from hpcinfer import array, collectives, partition
+from hpcinfer.array import Array
+from hpcinfer.partition import ExpertShare
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Comm
 
 
-def experts(comm, x, ids, weights, shares, compute, dtype=np.float32, purpose="expert"):
+def experts(
+    comm: Comm,
+    x: Array,
+    ids: Array,
+    weights: Array,
+    shares: list[ExpertShare],
+    compute: Callable,
+    dtype: DTypeLike = np.float32,
+    purpose: str = "expert",
+) -> Array:
     """Send tokens to their experts, compute there, and bring the results home.
 
     Parameters
@@ -66,7 +87,7 @@ def experts(comm, x, ids, weights, shares, compute, dtype=np.float32, purpose="e
     return combine(xp, len(x), rows, returned)
 
 
-def combine(xp, n, rows, returned):
+def combine(xp: ModuleType, n: int, rows: list[np.ndarray], returned: Array) -> Array:
     """Sum what the ranks returned for each token: rows of rank 0's answer first -> (n, D)."""
     y, start = xp.zeros((n, returned.shape[1]), xp.float32), 0
     for of_rank in rows:

@@ -20,17 +20,32 @@ operand of the second. B is stored (out, in), as weights are. Both halves of a l
 chains: `tensor` and `sequence` hand their partial sums to `inner` and `inner_cut`.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from hpcinfer import collectives
+from hpcinfer.array import Array
 from hpcinfer.ops.inplace import add_into
 from hpcinfer.ops.linear import linear
 
+if TYPE_CHECKING:
+    from mpi4py.MPI import Comm
 
-def columns(comm, a, b, bias=None):
+
+def columns(comm: Comm, a: Array, b: Array, bias: Array | None = None) -> Array:
     """A · Bᵀ, B cut by its output: a (T, I), b (O/P, I), bias (O/P,) -> (T, O/P)."""
     return linear(a, b, bias)
 
 
-def gathered(comm, a, b, counts, bias=None, purpose="matmul"):
+def gathered(
+    comm: Comm,
+    a: Array,
+    b: Array,
+    counts: list[int],
+    bias: Array | None = None,
+    purpose: str = "matmul",
+) -> Array:
     """A · Bᵀ, A cut by rows and B by its output: a (T/P, I), b (O/P, I) -> (T, O/P).
 
     `counts` are the rows of A that each rank holds.
@@ -41,7 +56,7 @@ def gathered(comm, a, b, counts, bias=None, purpose="matmul"):
     return linear(a_all, b, bias)
 
 
-def inner(comm, c_sum, bias=None, purpose="matmul"):
+def inner(comm: Comm, c_sum: Array, bias: Array | None = None, purpose: str = "matmul") -> Array:
     """A · Bᵀ, both cut along the inner axis: c_sum (T, O){sum}, bias (O,) whole -> (T, O).
 
     c_sum is the product of this rank's parts, a (T, I/P) and b (O, I/P); its memory is used.
@@ -50,7 +65,9 @@ def inner(comm, c_sum, bias=None, purpose="matmul"):
     return c if bias is None else add_into(c, bias)
 
 
-def inner_cut(comm, c_sum, counts, bias=None, purpose="matmul"):
+def inner_cut(
+    comm: Comm, c_sum: Array, counts: list[int], bias: Array | None = None, purpose: str = "matmul"
+) -> Array:
     """As `inner`, the result cut by rows: c_sum (T, O){sum}, bias (O,) whole -> (T/P, O).
 
     `counts` are the rows of the result that each rank keeps.

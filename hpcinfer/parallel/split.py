@@ -20,11 +20,32 @@ ring and tree do. `gathered_keys` restores the whole K and V where tokens are cu
 is.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
 from hpcinfer import array, collectives
+from hpcinfer.array import Array
 from hpcinfer.ops.attention import correction
 
+if TYPE_CHECKING:
+    from mpi4py.MPI import Comm
 
-def q_only(comm, q, k, v, q_tokens, k_tokens, counts, attend, purpose="split"):
+
+def q_only(
+    comm: Comm,
+    q: Array,
+    k: Array,
+    v: Array,
+    q_tokens: np.ndarray,
+    k_tokens: np.ndarray,
+    counts: list[int],
+    attend: Callable,
+    purpose: str = "split",
+) -> Array:
     """Queries cut, keys and values whole: equal to one rank.
 
     Teaching form: the engine makes keys and values whole by `gathered_keys` instead.
@@ -51,7 +72,17 @@ def q_only(comm, q, k, v, q_tokens, k_tokens, counts, attend, purpose="split"):
     return collectives.Allgather(comm, o, counts, purpose=purpose)
 
 
-def v_only(comm, q, k, v, q_tokens, k_tokens, counts, attend, purpose="split"):
+def v_only(
+    comm: Comm,
+    q: Array,
+    k: Array,
+    v: Array,
+    q_tokens: np.ndarray,
+    k_tokens: np.ndarray,
+    counts: list[int],
+    attend: Callable,
+    purpose: str = "split",
+) -> Array:
     """Values cut by rows, queries and keys whole: equal to one rank.
 
     The weights need every key, the product with them only the own values. Blockwise, the weights
@@ -87,7 +118,17 @@ def v_only(comm, q, k, v, q_tokens, k_tokens, counts, attend, purpose="split"):
     return collectives.Allreduce(comm, o_sum, purpose=purpose)
 
 
-def k_only(comm, q, k, v, q_tokens, k_tokens, counts, attend, purpose="split"):
+def k_only(
+    comm: Comm,
+    q: Array,
+    k: Array,
+    v: Array,
+    q_tokens: np.ndarray,
+    k_tokens: np.ndarray,
+    counts: list[int],
+    attend: Callable,
+    purpose: str = "split",
+) -> Array:
     """Keys cut, a softmax on every rank, the weights side by side: NOT equal to one rank.
 
     It stands here to show that it fails. Each rank's weights add up to 1, so a row of them side by
@@ -121,7 +162,9 @@ def k_only(comm, q, k, v, q_tokens, k_tokens, counts, attend, purpose="split"):
     return collectives.Allreduce(comm, o_sum, purpose=purpose)
 
 
-def gathered_keys(comm, k, v, k_tokens, counts, purpose="split"):
+def gathered_keys(
+    comm: Comm, k: Array, v: Array, k_tokens: np.ndarray, counts: list[int], purpose: str = "split"
+) -> tuple[Array, Array, np.ndarray]:
     """Keys and values of all ranks on every rank, so that only the queries stay cut.
 
     Parameters

@@ -14,11 +14,29 @@ The row bias belongs to the complete sum and is added once, after it. A rank may
 all; it then adds zeros.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from hpcinfer.array import Array
 from hpcinfer.ops.linear import linear_pair
 from hpcinfer.parallel import matmul
 
+if TYPE_CHECKING:
+    from mpi4py.MPI import Comm
 
-def half_layer(comm, x, column, between, row, column_bias=None, row_bias=None, purpose="tensor"):
+
+def half_layer(
+    comm: Comm,
+    x: Array,
+    column: Array,
+    between: Callable,
+    row: Array,
+    column_bias: Array | None = None,
+    row_bias: Array | None = None,
+    purpose: str = "tensor",
+) -> Array:
     """Column product, `between`, row product, Allreduce.
 
     Teaching form: the engine hands the products of its layers to `complete` instead.
@@ -41,7 +59,9 @@ def half_layer(comm, x, column, between, row, column_bias=None, row_bias=None, p
     return complete(comm, x, products, row_bias, purpose)
 
 
-def complete(comm, x, products, bias=None, purpose="tensor"):
+def complete(
+    comm: Comm, x: Array, products: Callable, bias: Array | None = None, purpose: str = "tensor"
+) -> Array:
     """Partial sums of any products, completed by one Allreduce.
 
     Parameters

@@ -23,13 +23,22 @@ largest of the ranks' smallest offers is the true prefix. Rows whose filter reac
 tried again with c grown eightfold, up to the whole vocabulary (ledger purpose "choose whole").
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import numpy as np
 from mpi4py import MPI
 
 from hpcinfer import array, collectives, partition
+from hpcinfer.array import Array
 from hpcinfer.ops import sample
 from hpcinfer.ops.embed import embed as own_rows
 from hpcinfer.ops.softmax import softmax_parts
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Comm
 
 CANDIDATES = 64  # offers of a rank in the first round
 GROWTH = 8
@@ -38,7 +47,9 @@ GATHER_ITEMS = 1 << 20  # candidates in one Allgather: bounds the memory of rows
 _BEST = np.dtype([("score", np.float64), ("token_id", np.int64)])
 
 
-def embed(comm, token_ids, weight, start, counts=None):
+def embed(
+    comm: Comm, token_ids: Array, weight: Array, start: int, counts: list[int] | None = None
+) -> Array:
     """Rows of a vocabulary-cut embedding.
 
     Parameters
@@ -65,7 +76,7 @@ def embed(comm, token_ids, weight, start, counts=None):
     return collectives.Allreduce(comm, x_sum, purpose="embed")
 
 
-def log_softmax_of(comm, logits, start, targets):
+def log_softmax_of(comm: Comm, logits: Array, start: int, targets: Array) -> np.ndarray:
     """Log-probabilities of given tokens.
 
     Parameters
@@ -105,7 +116,14 @@ def log_softmax_of(comm, logits, start, targets):
     return (target - top - np.log(exp_sum)).astype(np.float32)
 
 
-def choose(comm, logits, start, V, rows, between=None):
+def choose(
+    comm: Comm,
+    logits: Array,
+    start: int,
+    V: int,
+    rows: sample.SamplingBatch,
+    between: Callable | None = None,
+) -> sample.Chosen:
     """Next tokens of R sequences: to the last bit those of `sample.choose` on the gathered logits.
 
     Parameters
