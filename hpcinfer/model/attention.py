@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hpcinfer import array, collectives, partition
+from hpcinfer.array import Array
 from hpcinfer.grid import Grid
 from hpcinfer.model.architecture import Architecture
 from hpcinfer.model.cut import query_heads
@@ -77,7 +78,7 @@ class CachedAttention:
         self._decode = self._ring if decode == "ring" else self._merged
         self._merge_parts = gather if decode == "gather" else tree_by_size
 
-    def attend(self, p: Pass, n: int, q):
+    def attend(self, p: Pass, n: int, q: Array) -> Array:
         """Attention of this rank's tokens and query heads to all keys of their sequences.
 
         Parameters
@@ -91,10 +92,14 @@ class CachedAttention:
         outputs this rank projects
         """
         step = p.step
+
+        # Merge over all ranks where every one has all tokens.
         if step.columns:
             o, lse = self._merge(p, n, q, step.tokens)
             p.show("lse", n, lse, At.MINE)
             return o[:, slice(*query_heads(self.heads, self.grid.cp.size)[self.grid.cp.rank])]
+
+        # Attend to the tokens of each strategy by themselves.
         runs = (step.decoding, self._decode), (step.prefilling, self._prefill)
         runs = [(run, strategy) for run, strategy in runs if run is not None]
         if len(runs) == 1:  # spares the results a copy
@@ -102,6 +107,8 @@ class CachedAttention:
             o, lse = strategy(p, n, q, run)
             p.show("lse", n, lse, At.MINE)
             return o
+
+        # Put the results of both in their places.
         mla, xp = self.arch.mla, array.namespace(q)
         width = self.arch.K if mla is None else mla.kv_rank
         whole = self.kv.size == 1
@@ -143,6 +150,8 @@ class CachedAttention:
         if self.sharers == 1 and self._cheaper_to_move_queries(p, n, run, counts):
             attend_local = partial(self._to_own_keys, p, n)
             return ring_queries(self.kv, q, q_tokens, run.counts, attend_local)
+
+        # Pass keys and values where queries are many.
         k, v, k_tokens = self._own_keys(p, n, run)
 
         def attend(q, k, v, q_tokens, k_tokens, between):

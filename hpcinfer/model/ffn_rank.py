@@ -1,6 +1,15 @@
 """An FFN rank of a model whose attention is on other ranks: weights of FFNs, and nothing else."""
 
+from __future__ import annotations
+
+from typing import Any
+
+from numpy.typing import DTypeLike
+
+from hpcinfer.array import Device
+from hpcinfer.grid import Grid
 from hpcinfer.heartbeat import here
+from hpcinfer.model.architecture import Architecture
 from hpcinfer.model.cut import cut_by_tokens
 from hpcinfer.model.moe import routed_sum, shared_sum
 from hpcinfer.model.shard import ModelShard
@@ -19,7 +28,15 @@ class FfnRank(ModelShard):
     arch, checkpoint, grid, device, dtype, expert_load : as for `Model`
     """
 
-    def __init__(self, arch, checkpoint, grid, device, dtype, expert_load):
+    def __init__(
+        self,
+        arch: Architecture,
+        checkpoint: Any,
+        grid: Grid,
+        device: Device,
+        dtype: DTypeLike,
+        expert_load,
+    ):
         self.arch, self.grid, self.device, self.dtype = arch, grid, device, dtype
         self.expert_load = expert_load
         ranges = owned(arch, grid.tp.size, grid.tp.rank)
@@ -29,7 +46,7 @@ class FfnRank(ModelShard):
         self.weights = load(arch, checkpoint, ranges, dtype, device, keep=self._keeps)
         self._cut = cut_by_tokens(arch, grid, ranges, self.weights.layer)
 
-    def serve(self, micro_batches):
+    def serve(self, micro_batches: int) -> None:
         """Compute the FFN halves of all layers for the micro-batches of one round."""
         disagg.ffn_side(
             self.grid.inter,

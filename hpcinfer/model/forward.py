@@ -1,11 +1,15 @@
 """A model on one rank of the grid, and its forward pass over the tokens of some steps."""
 
+from __future__ import annotations
+
 from functools import partial
+from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from hpcinfer import array
-from hpcinfer.array import Device
+from hpcinfer.array import Array, Device
 from hpcinfer.grid import Grid
 from hpcinfer.heartbeat import here
 from hpcinfer.model.architecture import Architecture
@@ -59,10 +63,10 @@ class Model(ModelShard):
     def __init__(
         self,
         arch: Architecture,
-        checkpoint,
+        checkpoint: Any,
         grid: Grid,
         device: Device,
-        dtype,
+        dtype: DTypeLike,
         expert_load,
     ):
         self.arch, self.grid, self.device, self.dtype = arch, grid, device, dtype
@@ -100,7 +104,7 @@ class Model(ModelShard):
         """Ranks that the pages of a sequence are dealt to."""
         return self.attention.kv.size
 
-    def read(self, checkpoint, alone: bool = False):
+    def read(self, checkpoint: Any, alone: bool = False) -> None:
         """Read this rank's weights; unless `alone`, without those that it will share."""
         self.weights = self._load(checkpoint, alone=alone)
 
@@ -117,7 +121,7 @@ class Model(ModelShard):
         tied_rows = tables.tied_rows(self.ranges) if tied else None
         return share_weights(self.weights, self.grid.same_weights, self._private_keys, tied_rows)
 
-    def allocate_cache(self, pages: int):
+    def allocate_cache(self, pages: int) -> None:
         """Give this rank a new cache of `pages` pages; every rank of tp and cp calls this."""
         self.cache, self.graphs = self._cache(pages), Graphs()
         self.graphs.agree(self.grid.tp_cp, None, reason_against(self))
@@ -129,7 +133,7 @@ class Model(ModelShard):
         counts = step.counts_at_home(self.grid.tp.size)
         return self._by_tokens if counts is None else kept_at_home(self._by_tokens, counts)
 
-    def prepare(self, step: Step):
+    def prepare(self, step: Step) -> None:
         """Make ready what a step reads, but for its tokens, while another one is computed."""
         self._prepared = self._pass(step)
         self.graphs.prepare(self._prepared)
@@ -151,17 +155,17 @@ class Model(ModelShard):
             return self._beside_ffn(passes)
         return [self._through_stage(p) for p in passes]
 
-    def logits(self, hidden):
+    def logits(self, hidden: Array) -> Array:
         """Scores of this rank's part of the vocabulary: (R, D) -> (R, V/P)."""
         rounded = array.narrow(hidden, self.operand_type)
         return matmul.columns(self.grid.tp_cp, rounded, self.weights.output())
 
-    def progress(self):
+    def progress(self) -> None:
         """Let MPI move on what is in flight beside the computation."""
         self.pipeline.test()
         self.weights.test()
 
-    def settle(self):
+    def settle(self) -> None:
         """Wait for what is in flight, at the end of a run."""
         self.pipeline.wait()
         self.weights.settle()
@@ -202,6 +206,7 @@ class Model(ModelShard):
 
     def _beside_ffn(self, passes):
         """All micro-batches through the attention halves, the FFN halves on other ranks."""
+        # Say what is done on this side, before and after the FFN ranks' part.
         shares = partial(ffn_shares, self.arch, self.grid)
 
         def attend(n, b, x):
@@ -265,6 +270,7 @@ def _to_ffn(p, n, x):
     own : (T/P, D) float32, normed tokens for which this rank answers alone
     ids, weights, common : as `choices_to_send` returns them
     """
+    # Attend, and norm for the FFN: what it is given if both halves read the same, else the sum.
     arch, w = p.model.arch, p.layer(n)
     if arch.parallel_residual:
         p.show("residual", n, x, At.HOME)
@@ -273,5 +279,7 @@ def _to_ffn(p, n, x):
         tokens, x = norm(arch, x, w.norm2, w.norm2_bias), add_into(y, x)
     else:
         x, tokens = add_norm(arch, before, y, w.norm2, w.norm2_bias)
+
+    # Send the tokens for which this rank answers alone.
     own = p.cut.own(tokens)
     return x, own, *choices_to_send(p, n, w, own)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hpcinfer import array, collectives
+from hpcinfer.array import Array
 from hpcinfer.model.cut import Cut
 from hpcinfer.model.layer import add_norm, norm
 from hpcinfer.model.step import Step, in_parts
@@ -45,7 +46,7 @@ class Pass:
         """True if someone wants to see what is computed at a point."""
         return self.model.tap is not None and self.model.tap.wants(point)
 
-    def show(self, point: str, n: int, x, at: At):
+    def show(self, point: str, n: int, x: object, at: At) -> None:
         """Show what was computed at a point of layer n to whoever wants to see it.
 
         Parameters
@@ -57,7 +58,7 @@ class Pass:
         if self.model.tap is not None:
             self.model.tap.take(point, n, x, self.step, at)
 
-    def begin(self):
+    def begin(self) -> Array:
         """The embedding on the first stage, a buffer for what arrives on others: (T/P, D)."""
         model, step, counts = self.model, self.step, self.cut.counts
         n = len(step.mine) if counts is None else counts[model.grid.tp.rank]
@@ -77,7 +78,7 @@ class Pass:
         start = 0 if counts is None else sum(counts[: model.grid.tp.rank])
         return x + embed(positions, of_mine[start : start + n], 0)
 
-    def end(self, x, y):
+    def end(self, x: Array, y: Array | None) -> Array:
         """Final norm of x + y, of all tokens, in the type of operands: (T, D) -> (T, D).
 
         y may be None, for nothing to add.
@@ -86,7 +87,7 @@ class Pass:
         bias, dtype = w.final_norm_bias, model.operand_type
         return add_norm(model.arch, x, y, w.final_norm, bias, dtype)[1]
 
-    def hidden(self, x):
+    def hidden(self, x: Array) -> Array:
         """Final norm of the wanted tokens: (T/P, D) -> (R, D) on every rank."""
         arch, w = self.model.arch, self.model.weights
 

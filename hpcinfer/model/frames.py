@@ -4,11 +4,15 @@ A graph is captured of a Pass whose step has the arrays of a frame; before a rep
 filled with what the step at hand has.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from hpcinfer import array, capture
+from hpcinfer.array import Array
 from hpcinfer.model.block_table import BlockTable
 from hpcinfer.model.cache import PAGE
 from hpcinfer.model.forward_pass import Pass
@@ -34,7 +38,7 @@ class FramedIndex:
     most_queries: int = 1
 
     @property
-    def pages(self):
+    def pages(self) -> tuple:
         """(bounds, places, numbers)"""
         return self.bounds, self.places, self.numbers
 
@@ -45,7 +49,7 @@ class FramedBlockTable:
     def __init__(self, block_table: BlockTable, indices: dict):
         self._block_table, self._indices = block_table, indices
 
-    def table(self, tokens, window=None):
+    def table(self, tokens: np.ndarray, window: int | None = None) -> FramedIndex:
         """As `BlockTable.table`."""
         return self._indices[window]
 
@@ -83,7 +87,7 @@ class Frame:
     load : ExpertLoad that the graph counts into
     """
 
-    def __init__(self, p: Pass, x):
+    def __init__(self, p: Pass, x: Array | None):
         self.load, self.x = p.model.expert_load, None
         if x is not None:
             self.x = array.namespace(x).empty_like(x)
@@ -91,7 +95,7 @@ class Frame:
         self.stored = np.empty_like(p.step.stored)
         self.slot_mapping = np.empty_like(p.step.slot_mapping)
 
-    def fill(self, p: Pass, x):
+    def fill(self, p: Pass, x: Array | None) -> None:
         """Write what a Pass has into the frame."""
         if x is not None:
             self.x[...] = x
@@ -108,7 +112,7 @@ class Frame:
 class HostFrame(Frame):
     """A frame whose indices are host arrays, which compiled functions read where they are."""
 
-    def __init__(self, p: Pass, x):
+    def __init__(self, p: Pass, x: Array | None):
         super().__init__(p, x)
         n_pages = 2 * int(_pages(p.step).sum()) + _MORE_PAGES
         self._indices = {}
@@ -116,7 +120,7 @@ class HostFrame(Frame):
             sizes = len(x), len(x) + 1, n_pages, n_pages
             self._indices[window] = FramedIndex(*(np.zeros(n, np.int64) for n in sizes))
 
-    def arrays(self):
+    def arrays(self) -> Iterator[Array]:
         """All arrays of the frame."""
         yield from (self.x, *(self.rotation or ()), self.stored, self.slot_mapping)
         for index in self._indices.values():
@@ -128,7 +132,7 @@ class HostFrame(Frame):
             len(index.places) >= _pages(p.step).sum() for index in self._indices.values()
         )
 
-    def fill(self, p: Pass, x):
+    def fill(self, p: Pass, x: Array | None) -> None:
         """Write what a Pass has into the frame."""
         super().fill(p, x)
         for window, into in self._indices.items():
@@ -143,7 +147,7 @@ class HostFrame(Frame):
 class DeviceFrame(Frame):
     """A frame from which indices are made anew before a replay, and copied to the device."""
 
-    def __init__(self, p: Pass, x):
+    def __init__(self, p: Pass, x: Array | None):
         super().__init__(p, x)
         self.tokens, self.token_ids = map(np.empty_like, (p.step.tokens, p.step.token_ids))
         pages = _pages(p.step)
@@ -156,13 +160,13 @@ class DeviceFrame(Frame):
         fits = pages.sum() <= of_all and pages.max() <= of_one
         return p.model.expert_load is self.load and fits
 
-    def fill(self, p: Pass, x):
+    def fill(self, p: Pass, x: Array | None) -> None:
         """Write what a Pass has into the frame."""
         super().fill(p, x)
         self.tokens[...], self.block_table.now = p.step.tokens, p.step.block_table
         self.fill_tokens(p)
 
-    def fill_tokens(self, p: Pass):
+    def fill_tokens(self, p: Pass) -> None:
         """Write what is known of a step at the last moment."""
         self.token_ids[...] = p.step.token_ids
 

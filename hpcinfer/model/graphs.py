@@ -13,10 +13,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hpcinfer import array, capture, collectives, node
+from hpcinfer.array import Array
 from hpcinfer.heartbeat import waiting
 from hpcinfer.ledger import ledger
 from hpcinfer.model.forward_pass import Pass
@@ -25,6 +27,12 @@ from hpcinfer.model.step import Step
 from hpcinfer.model.weights.shared import parameters
 from hpcinfer.ops import dispatch
 from hpcinfer.ops.quantize import to_arrays
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Comm
+
+    from hpcinfer.model.forward import Model
+
 
 # Tokens of a step up to which it is worth it; and steps before one is captured, which costs as much
 # as replaying saves in some twenty on the CPU, in three on a GPU.
@@ -69,7 +77,7 @@ class Graphs:
         self._known, self._memory, self._steps = {}, None, Counter()
         self.refusals = {} if refusal is None else {None: refusal}
 
-    def layers(self, p: Pass, x, compute: Callable):
+    def layers(self, p: Pass, x: Array | None, compute: Callable) -> Array:
         """Hidden states behind the layers.
 
         Parameters
@@ -106,7 +114,7 @@ class Graphs:
         _replay(known.graph)
         return known.y.copy()
 
-    def prepare(self, p: Pass):
+    def prepare(self, p: Pass) -> None:
         """Fill the frame with a step whose tokens are not known yet, if it will be replayed."""
         known = self._known.get(p.step.n_tokens)
         if known is None or not known.trusted or known.frame.x is not None:
@@ -116,7 +124,7 @@ class Graphs:
             known.graph.prepare()
             known.prepared = p.step
 
-    def agree(self, comm, T: int | None, reason: str | None) -> bool:
+    def agree(self, comm: Comm, T: int | None, reason: str | None) -> bool:
         """True if no rank has a reason against the graph of T tokens; else there will be none."""
         with waiting("allgather", comm, "graph"):
             reasons = [r for r in comm.allgather(reason) if r is not None]
@@ -163,6 +171,7 @@ class Graphs:
         """Compute the layers on a GPU, and keep how if that can be done."""
         from hpcinfer.ops.cuda.runtime.graph import Capture, Memory
 
+        # Compute the step as any other, then once more while launches are noted.
         result = compute(p, x)
         self._memory = self._memory or Memory()
         frame = DeviceFrame(p, x)
@@ -189,7 +198,7 @@ class Graphs:
         return result
 
 
-def reason_against(model) -> str | None:
+def reason_against(model: Model) -> str | None:
     """Why the layers of a model are not captured on this rank, or None."""
     arch, grid = model.arch, model.grid
     if dispatch.chosen(model.device.xp.__name__) is None:

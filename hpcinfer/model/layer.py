@@ -13,8 +13,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from hpcinfer import array, collectives
+from hpcinfer.array import Array
+from hpcinfer.model.architecture import Architecture
 from hpcinfer.model.mla import latent_attention
 from hpcinfer.model.moe import mixture_sum, shared_sum, spread_experts
 from hpcinfer.model.token_owners import At
@@ -24,12 +27,13 @@ from hpcinfer.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
 if TYPE_CHECKING:
     from hpcinfer.model.forward_pass import Pass
+    from hpcinfer.model.weights.parameters import Layer
 
 # Tokens of a step up to which products on the CPU round what they are given, as they read it.
 _FEW = 8
 
 
-def layer(p: Pass, n: int, x, y):
+def layer(p: Pass, n: int, x: Array, y: Array | None) -> tuple[Array, Array]:
     """Layer n of a model.
 
     Parameters
@@ -45,6 +49,8 @@ def layer(p: Pass, n: int, x, y):
     w = p.layer(n)
     if p.model.arch.parallel_residual:
         return _both_halves(p, n, w, x, y)
+
+    # Attend, then apply the FFN; messages of others move on behind each.
     x, y = attention_half(p, n, w, x, y)
     p.model.progress()
     x, y = _ffn_half(p, n, w, x, y)
@@ -52,7 +58,7 @@ def layer(p: Pass, n: int, x, y):
     return x, y
 
 
-def attention_half(p, n, w, x, y):
+def attention_half(p: Pass, n: int, w: Layer, x: Array, y: Array | None) -> tuple[Array, Array]:
     """x + y, and what attention adds to that: both (T/P, D)."""
     arch = p.model.arch
     dtype = _type_of_input(p, w.qkv if arch.mla is None else w.latents)
@@ -182,14 +188,23 @@ def _ffn_sum(p, n, w, x):
     return linear_pair(x, w.up, p.cut.between, w.down, w.up_bias)
 
 
-def norm(arch, x, weight, bias, dtype=np.float32):
+def norm(
+    arch: Architecture, x: Array, weight: Array, bias: Array | None, dtype: DTypeLike = np.float32
+) -> Array:
     """The family's norm, rounded to a type."""
     if arch.norm == "layer":
         return layer_norm(x, weight, bias, arch.eps, dtype)
     return rms_norm(x, weight, arch.eps, dtype)
 
 
-def add_norm(arch, x, y, weight, bias, dtype=np.float32):
+def add_norm(
+    arch: Architecture,
+    x: Array,
+    y: Array | None,
+    weight: Array,
+    bias: Array | None,
+    dtype: DTypeLike = np.float32,
+) -> tuple[Array, Array]:
     """x + y, in the memory of y where there is one, and its norm: both (T/P, D)."""
     if y is None:
         return x, norm(arch, x, weight, bias, dtype)

@@ -11,14 +11,23 @@ latent with the rotated key behind it, and whose value is the latent. This one k
 that is cached, and all that travels where the cache is cut over ranks.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from hpcinfer import array
+from hpcinfer.array import Array
 from hpcinfer.model.token_owners import At
 from hpcinfer.ops.linear import linear
 from hpcinfer.ops.norm import rms_norm
 from hpcinfer.ops.rope import rotate
 
+if TYPE_CHECKING:
+    from hpcinfer.model.forward_pass import Pass
+    from hpcinfer.model.weights.parameters import Layer
 
-def latent_attention(p, n, w, x):
+
+def latent_attention(p: Pass, n: int, w: Layer, x: Array) -> Array:
     """This rank's share of the attention half of layer n: (T, D) -> (T, D){sum}."""
     model, mla, heads = p.model, p.model.arch.mla, p.model.heads.n_query
     xp, T = array.namespace(x), len(x)

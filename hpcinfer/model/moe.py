@@ -8,11 +8,15 @@ Every rank scores all tokens with the whole router, so all make the same choices
 The scores are float32: rounded ones would choose other experts where two are near.
 """
 
+from __future__ import annotations
+
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hpcinfer import array
+from hpcinfer.array import Array
 from hpcinfer.model.token_owners import At
 from hpcinfer.model.weights.expert_placement import expert_shares
 from hpcinfer.ops.activation import sigmoid
@@ -22,8 +26,13 @@ from hpcinfer.ops.linear import linear, linear_pair
 from hpcinfer.ops.route import route
 from hpcinfer.parallel import expert
 
+if TYPE_CHECKING:
+    from hpcinfer.model.cut import Cut
+    from hpcinfer.model.forward_pass import Pass
+    from hpcinfer.model.weights.parameters import Layer
 
-def mixture_sum(p, n, w, x):
+
+def mixture_sum(p: Pass, n: int, w: Layer, x: Array) -> Array:
     """This rank's share of the FFN half, routed experts and shared ones: (T, D) -> (T, D){sum}."""
     ids, weights = _routed_choices(p, n, w, x, At.MINE)
     p.model.expert_load.add(n, ids[p.cut.rows(len(x))])
@@ -31,7 +40,7 @@ def mixture_sum(p, n, w, x):
     return y if w.shared_up is None else add_into(y, shared_sum(p.cut, w, x))
 
 
-def routed_sum(cut, w, x, ids, weights):
+def routed_sum(cut: Cut, w: Layer, x: Array, ids: Array, weights: Array) -> Array:
     """This rank's share of the experts that tokens chose.
 
     Parameters
@@ -47,7 +56,7 @@ def routed_sum(cut, w, x, ids, weights):
     return experts_ffn(x, ids, weights, up, down, cut.first_expert, cut.experts_between)
 
 
-def shared_sum(cut, w, x):
+def shared_sum(cut: Cut, w: Layer, x: Array) -> Array:
     """This rank's share of the experts that every token takes: (T, D) -> (T, D){sum}."""
     y = linear_pair(x, w.shared_up, cut.shared_between, w.shared_down)
     if w.shared_gate is None:
@@ -55,7 +64,7 @@ def shared_sum(cut, w, x):
     return y * sigmoid(linear(x, w.shared_gate))
 
 
-def spread_experts(p, n, w, x):
+def spread_experts(p: Pass, n: int, w: Layer, x: Array) -> Array:
     """Routed experts that are spread over ranks, to which tokens travel.
 
     Parameters
@@ -73,7 +82,7 @@ def spread_experts(p, n, w, x):
     return expert.experts(model.grid.experts, x, ids, weights, shares, compute, model.dtype)
 
 
-def choices_to_send(p, n, w, x):
+def choices_to_send(p: Pass, n: int, w: Layer, x: Array) -> tuple[Array, Array, bool]:
     """What the FFN ranks must know of each token to compute it.
 
     A dense FFN is one expert that all tokens choose. The shared experts are one more choice of all

@@ -1,6 +1,6 @@
 """What the engine asks of a rank's part of a model, whatever that part is."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -26,7 +26,7 @@ class ModelShard(Protocol):
     device: Device
     dtype: np.dtype
     weights: Parameters
-    expert_load: object
+    expert_load: Any
     page_bytes: int = 0
     pools: int = 1
 

@@ -1,5 +1,7 @@
 """Which rank has which token of a step, at which point of the forward pass."""
 
+from __future__ import annotations
+
 from enum import Enum
 
 import numpy as np
@@ -25,7 +27,7 @@ class At(Enum):
     """Every rank of tp and cp of the last stage has all tokens whose hidden state is wanted."""
 
 
-def holders(step: Step, at: At, grid: Grid):
+def holders(step: Step, at: At, grid: Grid) -> tuple:
     """Which ranks have which tokens at a point of the forward pass.
 
     Returns

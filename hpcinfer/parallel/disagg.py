@@ -72,6 +72,8 @@ class Dispatch:
                 f"{weights.shape} for {len(x)} tokens, need a share for each of "
                 f"{comm.remote_size} FFN ranks and a row a token"
             )
+
+        # Send every FFN rank the tokens that chose its experts, with their choices.
         self._comm, self._purpose, self._first = _joined(comm, True), purpose, comm.size
         xp = array.namespace(x)
         self._y = xp.zeros(x.shape, xp.float32)

@@ -45,10 +45,11 @@ def gather(
     """
     if not 0 <= root < comm.size:
         raise ValueError(f"gather: got root {root}, need a rank of {comm.size}")
+
+    # Bring all parts to the root, merge there, and send the result back.
     xp = array.namespace(o)
     records = xp.concatenate([o, lse[..., None]], axis=-1)
     of_ranks = collectives.Gather(comm, records, root, purpose)
-
     if comm.rank == root:
         records[..., :-1], records[..., -1] = merge_all(of_ranks[..., :-1], of_ranks[..., -1])
     collectives.Bcast(comm, records, root, purpose)

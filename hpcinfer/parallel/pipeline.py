@@ -51,14 +51,15 @@ class Pipeline:
 
         Parameters
         ----------
-        x : (T, D) float32; on the first rank the input, on the others room for what arrives, new
-            for every micro-batch, as without layers it is what travels on
+        x : (T, D) float32; on the first rank the input, on the others a buffer for what arrives,
+            new for every micro-batch, as without layers it is what travels on
         compute : function (T, D) -> (T, D), this rank's layers
 
         Returns
         -------
         what `compute` returned on the last rank, None elsewhere
         """
+        # Receive, compute, and send on without waiting.
         if not self.is_first:
             x = collectives.Recv(self.comm, x, self.comm.rank - 1, _FORWARD, self.purpose)
         y = compute(x)

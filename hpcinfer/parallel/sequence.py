@@ -57,6 +57,7 @@ def half_layer(
     (T/P, D) float32
     """
 
+    # Between the collectives stands one rank's mathematics.
     def products(x_all):
         return linear_pair(x_all, column, between, row, column_bias)
 
@@ -94,5 +95,7 @@ def complete(
             f"sequence: got {len(x)} tokens on rank {comm.rank} and counts {list(counts)}, need "
             f"the tokens of each of {comm.size} ranks"
         )
+
+    # Put all tokens together, and keep the own ones of the sum.
     x_all = collectives.Allgather(comm, x, counts, purpose=purpose)
     return matmul.inner_cut(comm, products(x_all), counts, bias, purpose)

@@ -1,6 +1,6 @@
 """One operand of attention cut along the sequence: Q, V, or K, and what each costs.
 
-    room             before                                      after          cost
+    function         before                                      after          cost
     q_only           q (S/P, H, K), k, v (L, G, K) whole         o (S, H, K)    1 Allgather:
                                                                  (P-1) · S/P H K words of 4 bytes
     v_only           v (L/P, G, K), q, k whole                   o (S, H, K)    1 Allreduce:
@@ -68,6 +68,8 @@ def q_only(
         If `counts` does not fit the ranks, or this rank's queries.
     """
     _check(comm, counts, len(q), "queries")
+
+    # Compute whole rows of the result, and put them together.
     o, _ = attend(q, k, v, q_tokens, k_tokens)
     return collectives.Allgather(comm, o, counts, purpose=purpose)
 
@@ -111,6 +113,8 @@ def v_only(
     """
     _check(comm, counts, len(v), "values")
     own = _own_rows(comm, counts, len(k))
+
+    # Find the normalisation over all keys, and sum what the own values give under it.
     no_values = array.namespace(k).empty((*k.shape[:2], 0), k.dtype)
     _, lse = attend(q, k, no_values, q_tokens, k_tokens)
     o_own, lse_own = attend(q, k[own], v, q_tokens, k_tokens[own])
@@ -158,6 +162,8 @@ def k_only(
     """
     _check(comm, counts, len(k), "keys")
     own = _own_rows(comm, counts, len(v))
+
+    # Normalise over the own keys alone, which is the fault, and sum.
     o_sum, _ = attend(q, k, v[own], q_tokens, k_tokens)
     return collectives.Allreduce(comm, o_sum, purpose=purpose)
 
@@ -184,6 +190,8 @@ def gathered_keys(
         If `counts` does not fit the ranks, or this rank's keys.
     """
     _check(comm, counts, len(k), "keys")
+
+    # Gather keys, values, and the tokens they belong to.
     tokens = k_tokens.astype("int32")
     return tuple(collectives.Allgather(comm, x, counts, purpose=purpose) for x in (k, v, tokens))
 

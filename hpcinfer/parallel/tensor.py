@@ -53,6 +53,7 @@ def half_layer(
     (T, D) float32, equal on every rank
     """
 
+    # Before the collective stands one rank's mathematics.
     def products(x):
         return linear_pair(x, column, between, row, column_bias)
 

@@ -58,6 +58,8 @@ def ulysses(
     query, kv = [h.query for h in heads], [h.kv for h in heads]
     _check(comm, k, counts_k, kv, "keys")
     _check_whole(query, q.shape[1])
+
+    # Swap tokens for heads, attend, and swap back.
     q_heads = to_heads(comm, q, counts_q, query, purpose)
     both = array.namespace(k).concatenate([k, v], axis=-1)
     kv_heads = to_heads(comm, both, counts_k, kv, purpose)

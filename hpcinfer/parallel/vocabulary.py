@@ -70,6 +70,8 @@ def embed(
     """
     token_ids = np.asarray(array.host(token_ids))
     _refuse_negative(token_ids)
+
+    # Look up the own ids, zero for others', and sum over the ranks.
     x_sum = own_rows(weight, token_ids, start)
     if counts is not None:
         return collectives.ReduceScatter(comm, x_sum, counts, purpose="embed")

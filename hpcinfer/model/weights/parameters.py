@@ -4,11 +4,15 @@ Parameters are kept (out, in); those that meet the same input are laid one after
 `out`, so that queries, keys and values, or gate and up, are one product.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Protocol
 
 import numpy as np
+
+from hpcinfer.array import Array
 
 
 @dataclass
@@ -88,7 +92,7 @@ class Parameters(Protocol):
     def embedding(self) -> tuple:
         """(embed, positions), good as long as the caller keeps them."""
 
-    def output(self):
+    def output(self) -> Array:
         """The head, good until a layer or the embedding is asked for."""
 
     def test(self) -> None:
@@ -120,20 +124,20 @@ class Weights(Parameters):
     tied_rows: slice | None = None
     layers: list = field(default_factory=list)
 
-    def layer(self, n):
+    def layer(self, n: int) -> Layer:
         """Parameters of layer n."""
         return self.layers[n]
 
-    def embedding(self):
+    def embedding(self) -> tuple:
         """(embed, positions)."""
         return self.embed, self.positions
 
-    def output(self):
+    def output(self) -> Array:
         """The head."""
         return self.head
 
     @property
-    def nbytes(self):
+    def nbytes(self) -> int:
         """Bytes of all parameters; a head that is a part of the embedding counts once."""
         outside = [self.embed, self.positions, self.final_norm, self.final_norm_bias]
         if self.tied_rows is None:
@@ -142,12 +146,14 @@ class Weights(Parameters):
         return sum(x.nbytes for x in chain(outside, *layers) if x is not None)
 
 
-def tied_rows(ranges):
+def tied_rows(ranges: dict[str, tuple]) -> slice:
     """Slice of a rank's rows of the embedding whose logits it computes, where the head is tied."""
     return slice(*(bound - ranges["embed"][0] for bound in ranges["head"]))
 
 
-def slice_columns(layer, qkv, o, ffn, moe, shared):
+def slice_columns(
+    layer: Layer, qkv: slice, o: slice, ffn: tuple, moe: tuple, shared: tuple
+) -> Layer:
     """A layer with only some of its columns: views of its parameters.
 
     Parameters
@@ -159,6 +165,7 @@ def slice_columns(layer, qkv, o, ffn, moe, shared):
     def part(parameter, *index):
         return None if parameter is None else parameter[(..., *index)]
 
+    # Cut columns along `out`, rows along `in`, biases of columns with them.
     whole = slice(None)
     return replace(
         layer,

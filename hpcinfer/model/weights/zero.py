@@ -5,11 +5,15 @@ spread over cp are equal over dp only, and so is a head of its own, which is cut
 norm stays whole.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from types import ModuleType
 
 import numpy as np
 
+from hpcinfer.array import Array
 from hpcinfer.grid import Grid
 from hpcinfer.model.weights.parameters import Layer, Parameters
 from hpcinfer.ops.quantize import form_of, from_arrays, to_arrays
@@ -45,7 +49,7 @@ class ZeroWeights(Parameters):
     load : function (keep_layer) -> Weights, which reads them as `load.load` does
     """
 
-    def __init__(self, grid: Grid, layers: range, xp, load: Callable):
+    def __init__(self, grid: Grid, layers: range, xp: ModuleType, load: Callable):
         self._layers, self._xp = layers, xp
         self._small = np.inf if grid.layout.zero == "broadcast" else zero.SMALL_BYTES
         self._all, self._dp, self._output = grid.dp_cp, grid.dp, None
@@ -85,7 +89,7 @@ class ZeroWeights(Parameters):
             experts, apart = self._cut(self._dp, apart, owner), {}
         return LayerParts(common, experts, Layer(**apart))
 
-    def layer(self, n):
+    def layer(self, n: int) -> Layer:
         """Parameters of layer n, whole until the next layer is asked for."""
         self._output = None
         i, whole = n - self._layers.start, {}
@@ -93,13 +97,13 @@ class ZeroWeights(Parameters):
             whole |= _parameters(gathered.get(i))
         return replace(self._rest[i], **whole)
 
-    def embedding(self):
+    def embedding(self) -> tuple:
         """(embed, positions), whole as long as the caller keeps them."""
         self._output = None
         whole = self._fetch(self._all, self._outer)
         return whole.get("embed"), whole.get("positions")
 
-    def output(self):
+    def output(self) -> Array:
         """The head, whole until a layer or the embedding is asked for, or the run ends."""
         if self._output is None:
             if self._head_at is not None:
@@ -108,19 +112,19 @@ class ZeroWeights(Parameters):
                 self._output = self._fetch(self._dp, self._head)["head"]
         return self._output
 
-    def test(self):
+    def test(self) -> None:
         """Let MPI move on what is in flight."""
         for gathered in self._gathered:
             gathered.test()
 
-    def settle(self):
+    def settle(self) -> None:
         """Wait for what is in flight."""
         for gathered in self._gathered:
             gathered.settle()
         self._output = None
 
     @property
-    def nbytes(self):
+    def nbytes(self) -> int:
         """Bytes of parameters that this rank ever holds at a time."""
         units = [self._outer, self._head]
         resident = sum(
