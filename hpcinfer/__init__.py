@@ -8,8 +8,11 @@ Letters used for shapes throughout::
     B  batch (sequences)          H  query heads            N  layers
     S  query positions            G  key/value heads        V  vocabulary
     L  key positions              K  width of one head      E  experts
-    D  model width                F  FFN width              P  ranks of the communicator at hand
-    T  tokens of one step, all sequences laid end to end
+    D  model width                F  FFN width              k  experts that a token chooses
+    I  inputs of a product        O  outputs of a product   R  rows of logits, of wanted tokens
+    C  columns behind the first product of a half layer     M  columns before its second one
+    T  tokens of one step, all sequences laid end to end    A  attention ranks, if FFNs have others
+    P  ranks of the communicator at hand
 
 ``/P`` marks the axis that is cut: ``(T/P, D)`` is one rank's part of ``(T, D)``; ``{sum}`` after a
 shape marks a partial sum that is still to be reduced over the ranks.

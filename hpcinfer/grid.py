@@ -5,8 +5,8 @@ node, then cp, dp and pp::
 
     rank = ((pp_index · dp + dp_index) · cp + cp_index) · tp + tp_index
 
-With attention and FFN on ranks of their own (afd=M:N) the first M ranks are such a grid, and the
-other N, the FFN side, are N ranks along tp. Experts are spread over existing axes: over tp and cp
+With attention and FFN on ranks of their own (afd=A:F) the first A ranks are such a grid, and the
+others, the FFN side, are all along tp. Experts are spread over existing axes: over tp and cp
 of a replica where ep divides their number, else over all ranks of a pipeline stage.
 """
 
@@ -102,15 +102,15 @@ class Grid:
             made += [self.inter, self._base]
         return [*made, self.comm]
 
-    def _take_sides(self, M, N):
+    def _take_sides(self, attention, ffn):
         """Divide the ranks in attention and FFN side, which meet over an intercommunicator."""
-        attends = self.comm.rank < M
+        attends = self.comm.rank < attention
         self.role = "attention" if attends else "ffn"
         self._base = self.comm.Split(int(not attends))
-        self.inter = self._base.Create_intercomm(0, self.comm, M if attends else 0)
+        self.inter = self._base.Create_intercomm(0, self.comm, attention if attends else 0)
         self.inter.Set_name("afd")
         if not attends:
-            self._lengths = dict.fromkeys(AXES, 1) | {"tp": N}
+            self._lengths = dict.fromkeys(AXES, 1) | {"tp": ffn}
 
     def _split(self, axes, index):
         """Communicator of the ranks that differ along `axes` only, the last running fastest."""

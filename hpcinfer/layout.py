@@ -28,7 +28,7 @@ class Layout:
     pp, dp, cp, tp : lengths; of the attention side where there is one
     ep : ranks over which experts are spread, a divisor of cp · tp, of dp · cp · tp, or of the ranks
         of the FFN side, which are all of them where nothing is said
-    afd : (M, N) ranks of attention and FFN side; None if every rank does both
+    afd : (attention ranks, FFN ranks); None if every rank does both
     prefill : ring, ulysses or split-q, how several new tokens meet keys that are cut over cp
     decode : tree, gather or ring, how one new token of a sequence does
     sp : on or off, whether tokens are cut over tp outside the products
@@ -124,7 +124,7 @@ def _value(word, value, item):
     if word == "afd":
         sides = value.split(":")
         if len(sides) != 2 or not all(n.isdecimal() and int(n) > 0 for n in sides):
-            raise UsageError(f"layout: got {item!r}, need afd=M:N, M attention and N FFN ranks")
+            raise UsageError(f"layout: got {item!r}, need afd=A:F, A attention and F FFN ranks")
         return tuple(int(n) for n in sides)
     if not value.isdecimal() or int(value) < 1:
         raise UsageError(f"layout: got {item!r}, need a length of 1 or more")
@@ -133,18 +133,18 @@ def _value(word, value, item):
 
 def _refuse_sides(layout, text, size):
     """Refuse sides that are not the ranks launched and the axes' product."""
-    M, N = layout.afd
-    if M + N != size:
+    attention, ffn = layout.afd
+    if attention + ffn != size:
         raise UsageError(
-            f"layout: got {text!r}, which is {M + N} ranks, need {size} as launched; start "
-            f"{M + N} ranks or write --layout tp={size}"
+            f"layout: got {text!r}, which is {attention + ffn} ranks, need {size} as launched; "
+            f"start {attention + ffn} ranks or write --layout tp={size}"
         )
     axes = layout.pp * layout.dp * layout.cp * layout.tp
-    if axes != M:
-        nearest = nearest_without(senseless, replace(layout, pp=1, dp=1, cp=1, tp=M))
+    if axes != attention:
+        nearest = nearest_without(senseless, replace(layout, pp=1, dp=1, cp=1, tp=attention))
         raise UsageError(
-            f"layout: got {text!r}, whose axes make {axes} ranks, need {M}, the attention side of "
-            f"afd={M}:{N}; try --layout {nearest}"
+            f"layout: got {text!r}, whose axes make {axes} ranks, need {attention}, the attention "
+            f"side of afd={attention}:{ffn}; try --layout {nearest}"
         )
 
 

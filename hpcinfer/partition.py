@@ -132,7 +132,8 @@ def block_cyclic(n: int, P: int, block: int = 16) -> list[np.ndarray]:
 
 
 # Cuts of a sequence of n tokens over P ranks: for every rank the (n/P,) numbers of its tokens,
-# ascending. All but `contiguous` balance causal attention.
+# ascending. All but `contiguous` balance causal attention. The engine has the last one, with pages
+# for blocks (`dealt`); the others are there to be compared with it.
 CUTS = {cut.__name__: cut for cut in (contiguous, striped, zigzag, block_cyclic)}
 
 

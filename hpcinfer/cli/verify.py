@@ -15,7 +15,8 @@ def add(commands: _SubParsersAction) -> ArgumentParser:
         help="hold every strategy to one rank's answer and to its cost formula",
         description="Run every strategy on random data over the ranks at hand, and compare its "
         "result with the definition on one rank and its bytes with its formula. Bytes are those "
-        "that all ranks send together. Exit code 0 only if every row is as it must be.",
+        "that all ranks send together. A * marks a teaching form: the engine runs another one, "
+        "which docs/layouts.md names. Exit code 0 only if every row is as it must be.",
     )
     parser.add_argument(
         "--seed", type=common.seed, default=0, help="of the random data (default 0)"
@@ -47,6 +48,8 @@ def run(arguments: Namespace) -> None:
         print(f"verify: {comm.size} ranks on {device.name}, seed {arguments.seed}, float32")
         print(text_table(verify.HEADINGS, [outcome.cells() for outcome in outcomes]))
         print(*(f"{x.row.name}: {x.error}\n" for x in outcomes if x.error), sep="", end="")
+        if not all(outcome.row.engine for outcome in outcomes):
+            print("* a teaching form; docs/layouts.md says what the engine runs instead")
         rest = f", {len(outcomes) - len(tried)} need more ranks" if tried != outcomes else ""
         print(f"{len(tried) - len(failed)} of {len(tried)} rows are as they must be{rest}")
     if arguments.json:

@@ -29,8 +29,8 @@ def build_step(plan, pages, kv_rank=0, cp=1, by_columns=False, rope=None, tp=1):
 
     Returns
     -------
-    Step; its `rows` are the last token of every sequence that is then complete, or all tokens of a
-    sequence with `wants_all_hidden`
+    Step; its `wanted` are the last token of every sequence that is then complete, or all tokens of
+    a sequence with `wants_all_hidden`
     """
     counts = np.array([n for _, n in plan], np.int64)
     bounds = np.concatenate([[0], np.cumsum(counts)])
@@ -46,14 +46,14 @@ def build_step(plan, pages, kv_rank=0, cp=1, by_columns=False, rope=None, tp=1):
     token_pool = pool[owner, positions // PAGE]
     slots = place[owner, positions // PAGE] * PAGE + positions % PAGE
 
-    token_ids, rows = [], []
+    token_ids, wanted = [], []
     for b, (sequence, n) in enumerate(plan):
         token_ids += sequence.tokens[sequence.computed : sequence.computed + n]
         if sequence.wants_all_hidden:
             known = min(max(sequence.n_known - sequence.computed, 0), n)
-            rows += range(bounds[b] + known, bounds[b + 1])
+            wanted += range(bounds[b] + known, bounds[b + 1])
         elif lengths[b] == sequence.target:
-            rows.append(bounds[b + 1] - 1)
+            wanted.append(bounds[b + 1] - 1)
         sequence.computed += n
     columns = by_columns and len(plan) == bounds[-1] <= COLUMNS_TOKENS * cp
     mine = np.arange(bounds[-1]) if columns else np.flatnonzero(token_pool % cp == kv_rank % cp)
@@ -66,7 +66,7 @@ def build_step(plan, pages, kv_rank=0, cp=1, by_columns=False, rope=None, tp=1):
         numbers=np.array([sequence.number for sequence, _ in plan], np.int64),
         complete=np.array([sequence.computed == sequence.target for sequence, _ in plan], bool),
         n_single=int(np.sum(counts == 1)),
-        rows=np.array(rows, np.int64),
+        wanted=np.array(wanted, np.int64),
         length_classes=_length_classes(plan, owner, positions, rope),
         columns=columns,
         parts=cp,

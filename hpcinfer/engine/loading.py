@@ -80,8 +80,7 @@ def _read(path, grid, dtype, device, context, ledger):
 
         # Read the weights.
         part = FfnRank if grid.role == "ffn" else Model
-        model = part(arch, checkpoint, grid, device, dtype)
-        model.expert_load = ExpertLoad(arch)
+        model = part(arch, checkpoint, grid, device, dtype, ExpertLoad(arch))
         stats = RunStats(grid, ledger, checkpoint.bytes_read, checkpoint.file_bytes)
         documents = checkpoint.generation_config, checkpoint.checksum
     stats.load_s = time.perf_counter() - start_s

@@ -1,5 +1,7 @@
 """What a model is, as its config says: sizes in the legend's letters, choices of its family."""
 
+from __future__ import annotations
+
 import reprlib
 from dataclasses import dataclass, field
 
@@ -129,7 +131,7 @@ class Architecture:
             )
 
     @property
-    def value_width(self):
+    def value_width(self) -> int:
         """Columns of a cached value: 0 where the values are columns of the cached key."""
         return self.K if self.mla is None else 0
 
@@ -229,6 +231,8 @@ class Config:
         if kind not in _ROPES:
             known = ", ".join(_ROPES)
             raise ValueError(f"config: got rope_type={reprlib.repr(kind)}, need one of {known}")
+
+        # Find for how many positions the model was made, before and after it was extended.
         positions = self.size("max_position_embeddings", default=2048)
         original = self.get(
             "original_max_position_embeddings",
@@ -237,6 +241,8 @@ class Config:
         original = Config({"original_max_position_embeddings": original}).size(
             "original_max_position_embeddings"
         )
+
+        # Find how many columns are rotated, and the base of their angles.
         dim = int(width * table.number("partial_rotary_factor", default=partial))
         if dim < 2 or dim % 2 or dim > width:
             raise ValueError(f"config: got {dim} rotated columns of {width}, need an even number")
@@ -317,6 +323,7 @@ def _yarn(table, dim, theta, positions, original):
 
 
 def _longrope(table, dim, theta, positions, original):
+    # Read a divisor for every pair of columns, for short texts and for long ones.
     factor = table.positive("factor", default=positions / original)
     divisors = {}
     for name in ("short_factor", "long_factor"):
@@ -324,6 +331,8 @@ def _longrope(table, dim, theta, positions, original):
         if not isinstance(values, list) or len(values) != dim // 2:
             raise ValueError(f"config: got no {name} of {dim // 2} numbers, which longrope needs")
         divisors[name] = tuple(Config({name: v}).positive(name) for v in values)
+
+    # Raise the magnitude with the logarithm of the extension, unless the config says how far.
     growth = 1.0
     if factor > 1 and original > 1:
         growth = float(np.sqrt(1 + np.log(factor) / np.log(original)))
@@ -356,7 +365,7 @@ _ROPES = {
 }
 
 
-def head_width(D, H):
+def head_width(D: int, H: int) -> int:
     """Width of a head where the heads share the model's width."""
     if D % H:
         raise ValueError(

@@ -1,5 +1,7 @@
 """Which pages hold the keys of which sequences of a step."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -33,7 +35,7 @@ class BlockTable:
     def __post_init__(self):
         self._pages, self._tables = {}, {}
 
-    def pages(self, b, start=0):
+    def pages(self, b: int, start: int = 0) -> tuple:
         """This rank's pages of sequence b from token `start` on; every layer asks again.
 
         Returns
@@ -47,7 +49,7 @@ class BlockTable:
             self._pages[key] = self.places[b, numbers], numbers
         return self._pages[key]
 
-    def table(self, tokens, window=None):
+    def table(self, tokens: np.ndarray, window: int | None = None) -> PageIndex:
         """This rank's pages of the sequences of some queries; every layer asks again.
 
         Parameters
@@ -60,7 +62,7 @@ class BlockTable:
             self._tables[key] = PageIndex(self, tokens, window)
         return self._tables[key]
 
-    def keys(self, b, start=0):
+    def keys(self, b: int, start: int = 0) -> np.ndarray:
         """Number of cached keys of sequence b, from the page of token `start` on, in every pool."""
         counts = PAGE * np.array([len(self._dealt(b, start, pool)) for pool in range(self.pools)])
         length = int(self.lengths[b])
@@ -90,14 +92,14 @@ class PageIndex:
     most_queries : of one sequence
     """
 
-    def __init__(self, block_table, tokens, window):
+    def __init__(self, block_table: BlockTable, tokens: np.ndarray, window: int | None):
         self.tokens, self._block_table, self._window = tokens, block_table, window
         self.positions = tokens[:, 1].astype(np.int64)
         self._sequences = list(sequences(tokens))
         self.most_queries = max((rows.stop - rows.start for _, rows in self._sequences), default=0)
 
     @cached_property
-    def pages(self):
+    def pages(self) -> tuple:
         """Pages of each query: of a sequence's, each meets those that the first one does.
 
         Returns
@@ -118,7 +120,7 @@ class PageIndex:
         return bounds, places, numbers
 
     @cached_property
-    def spans(self):
+    def spans(self) -> list:
         """What the queries of each sequence meet, for attention of many at a time.
 
         Returns

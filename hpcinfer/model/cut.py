@@ -9,15 +9,21 @@ The ranks that divide columns hold equal tokens between the halves of a layer, o
 parallelism, each keeps a part of them.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
 from hpcinfer import collectives, partition
+from hpcinfer.array import Array
+from hpcinfer.grid import Grid
+from hpcinfer.model.architecture import Architecture
 from hpcinfer.model.weights.parameters import slice_columns
 from hpcinfer.model.weights.table import FFN_CUTS
 from hpcinfer.ops import activation
 from hpcinfer.parallel import sequence, tensor
+from hpcinfer.partition import Heads
 
 _MOE = FFN_CUTS.index("moe")
 
@@ -49,15 +55,15 @@ class Cut:
     first_expert: int
     whole: Callable
 
-    def rows(self, T):
+    def rows(self, T: int) -> slice:
         """Slice of this rank's tokens among the T that the ranks of `comm` compute together."""
         return slice(*partition.block(T, self.comm.size)[self.comm.rank])
 
-    def own(self, x):
+    def own(self, x: Array) -> Array:
         """Tokens for which this rank answers alone: (T, D) or, if cut, (T/P, D) -> (T/P, D)."""
         return x if self.counts else x[self.rows(len(x))]
 
-    def everywhere(self, y, T):
+    def everywhere(self, y: Array, T: int) -> Array:
         """What each rank found for its own tokens, where the T tokens are: the inverse of `own`."""
         if self.counts:
             return y
@@ -65,7 +71,7 @@ class Cut:
         return collectives.Allgather(self.comm, y, counts, purpose="own tokens")
 
 
-def cut_by_tokens(arch, grid, ranges, layer):
+def cut_by_tokens(arch: Architecture, grid: Grid, ranges: dict[str, tuple], layer: Callable) -> Cut:
     """Own tokens, all columns of the tensor-parallel shard."""
     widths = [partition.counts(_parts(ranges, c, grid.cp.size)) for c in FFN_CUTS]
     complete = partial(tensor.complete, grid.tp)
@@ -74,7 +80,7 @@ def cut_by_tokens(arch, grid, ranges, layer):
     return Cut(grid.tp, None, complete, layer, *middles, first, lambda qkv: qkv)
 
 
-def kept_at_home(cut, counts):
+def kept_at_home(cut: Cut, counts: list[int]) -> Cut:
     """The same cut where each rank keeps `counts[rank]` of the tokens between the halves."""
 
     def complete(x, products, bias=None, purpose="sequence"):
@@ -83,7 +89,9 @@ def kept_at_home(cut, counts):
     return replace(cut, counts=counts, complete=complete)
 
 
-def cut_by_columns(arch, grid, ranges, whole_layer, heads):
+def cut_by_columns(
+    arch: Architecture, grid: Grid, ranges: dict[str, tuple], whole_layer: Callable, heads: Heads
+) -> Cut:
     """All tokens, a part of the columns of the tensor-parallel shard."""
     cp, part, K = grid.cp.size, grid.cp.rank, arch.K
     blocks = partition.block(heads.n_query + 2 * heads.n_kv, cp)
@@ -111,7 +119,7 @@ def cut_by_columns(arch, grid, ranges, whole_layer, heads):
     return Cut(grid.tp_cp, None, complete, layer, *middles, ranges["experts"][0], whole)
 
 
-def query_heads(heads, cp):
+def query_heads(heads: Heads, cp: int) -> list[tuple[int, int]]:
     """(start, stop) among a rank's query heads whose outputs each part of cp projects."""
     return partition.block(heads.n_query, cp)
 

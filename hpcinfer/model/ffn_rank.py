@@ -1,28 +1,44 @@
-"""The FFN side of a model whose attention is on other ranks: weights of FFNs, and nothing else."""
+"""An FFN rank of a model whose attention is on other ranks: weights of FFNs, and nothing else."""
 
+from __future__ import annotations
+
+from typing import Any
+
+from numpy.typing import DTypeLike
+
+from hpcinfer.array import Device
+from hpcinfer.grid import Grid
 from hpcinfer.heartbeat import here
+from hpcinfer.model.architecture import Architecture
 from hpcinfer.model.cut import cut_by_tokens
-from hpcinfer.model.moe import shared_sum
+from hpcinfer.model.moe import routed_sum, shared_sum
+from hpcinfer.model.shard import ModelShard
 from hpcinfer.model.weights.expert_placement import expert_shares
 from hpcinfer.model.weights.load import load
 from hpcinfer.model.weights.table import FFN_KEYS, owned
-from hpcinfer.ops.experts import experts_ffn
-from hpcinfer.parallel import disagg, tensor
+from hpcinfer.ops.linear import linear_pair
+from hpcinfer.parallel import disagg
 
 
-class FfnRank:
+class FfnRank(ModelShard):
     """One rank's shard of all FFNs; it has no cache and sees no sequence.
 
     Parameters
     ----------
-    arch, checkpoint, grid, device, dtype : as for `Model`
+    arch, checkpoint, grid, device, dtype, expert_load : as for `Model`
     """
 
-    page_bytes, pools = 0, 1
-
-    def __init__(self, arch, checkpoint, grid, device, dtype):
+    def __init__(
+        self,
+        arch: Architecture,
+        checkpoint: Any,
+        grid: Grid,
+        device: Device,
+        dtype: DTypeLike,
+        expert_load,
+    ):
         self.arch, self.grid, self.device, self.dtype = arch, grid, device, dtype
-        self.expert_load = None
+        self.expert_load = expert_load
         ranges = owned(arch, grid.tp.size, grid.tp.rank)
         if arch.E:
             share = expert_shares(arch, grid)[grid.experts.rank]
@@ -30,17 +46,7 @@ class FfnRank:
         self.weights = load(arch, checkpoint, ranges, dtype, device, keep=self._keeps)
         self._cut = cut_by_tokens(arch, grid, ranges, self.weights.layer)
 
-    def share_weights(self):
-        """No other rank holds the same weights."""
-        return True
-
-    def allocate_cache(self, pages):
-        """Nothing is cached on this side."""
-
-    def settle(self):
-        """Nothing is in flight after a round."""
-
-    def serve(self, micro_batches):
+    def serve(self, micro_batches: int) -> None:
         """Compute the FFN halves of all layers for the micro-batches of one round."""
         disagg.ffn_side(
             self.grid.inter,
@@ -58,11 +64,9 @@ class FfnRank:
         here.layer = n
         w, cut = self._cut.layer(n), self._cut
         if not self.arch.sparse[n]:
-            y = tensor.partial_sum(x, w.up, cut.between, w.down, w.up_bias)
+            y = linear_pair(x, w.up, cut.between, w.down, w.up_bias)
             return y if w.down_bias is None else y + w.down_bias
-        y = experts_ffn(
-            x, ids, weights, w.experts_up, w.experts_down, cut.first_expert, cut.experts_between
-        )
+        y = routed_sum(cut, w, x, ids, weights)
         return y + weights[:, -1:] * shared_sum(cut, w, x) if self.arch.shared_F else y
 
     def _choices(self, n):

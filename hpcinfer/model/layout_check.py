@@ -1,17 +1,20 @@
 """Layouts that make no sense for a model, refused with the reason and the nearest one that does."""
 
+from __future__ import annotations
+
 from dataclasses import replace
 
-from hpcinfer.layout import refuse, senseless
+from hpcinfer.layout import Layout, refuse, senseless
+from hpcinfer.model.architecture import Architecture
 
 
-def key_sharers(arch, layout):
+def key_sharers(arch: Architecture, layout: Layout) -> int:
     """Ranks of tp that read one key/value head, and with cp share its keys out; 1 as a rule."""
     P, G = layout.tp, arch.G
     return P // G if layout.cp > 1 and P > G and P % G == 0 else 1
 
 
-def refuse_unfit(arch, layout):
+def refuse_unfit(arch: Architecture, layout: Layout) -> None:
     """Refuse a layout that asks for what this model does not have.
 
     Raises

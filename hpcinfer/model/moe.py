@@ -8,9 +8,16 @@ Every rank scores all tokens with the whole router, so all make the same choices
 The scores are float32: rounded ones would choose other experts where two are near.
 """
 
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from hpcinfer import array
+from hpcinfer.array import Array
+from hpcinfer.model.token_owners import At
 from hpcinfer.model.weights.expert_placement import expert_shares
 from hpcinfer.ops.activation import sigmoid
 from hpcinfer.ops.experts import experts_ffn
@@ -19,48 +26,37 @@ from hpcinfer.ops.linear import linear, linear_pair
 from hpcinfer.ops.route import route
 from hpcinfer.parallel import expert
 
-
-def routed_choices(model, n, w, x, step, rows):
-    """Experts that the tokens take.
-
-    Parameters
-    ----------
-    w : Layer
-    x : (T, D) float32
-    rows : which tokens of the step these are, as `step.holders` says
-
-    Returns
-    -------
-    ids : (T, k) int32
-    weights : (T, k) float32
-    """
-    logits = linear(x, w.router)
-    ids, weights = route(logits, model.arch.router, w.router_bias)
-    model.show("router", n, (logits, ids), step, rows)
-    return ids, weights
+if TYPE_CHECKING:
+    from hpcinfer.model.cut import Cut
+    from hpcinfer.model.forward_pass import Pass
+    from hpcinfer.model.weights.parameters import Layer
 
 
-def moe_sum(cut, w, x, ids, weights):
-    """This rank's share of the FFN half: routed experts and shared ones.
+def mixture_sum(p: Pass, n: int, w: Layer, x: Array) -> Array:
+    """This rank's share of the FFN half, routed experts and shared ones: (T, D) -> (T, D){sum}."""
+    ids, weights = _routed_choices(p, n, w, x, At.MINE)
+    p.model.expert_load.add(n, ids[p.cut.rows(len(x))])
+    y = routed_sum(p.cut, w, x, ids, weights)
+    return y if w.shared_up is None else add_into(y, shared_sum(p.cut, w, x))
+
+
+def routed_sum(cut: Cut, w: Layer, x: Array, ids: Array, weights: Array) -> Array:
+    """This rank's share of the experts that tokens chose.
 
     Parameters
     ----------
-    cut : Cut
-    w : Layer
     x : (T, D) float32
-    ids, weights : (T, k), as `routed_choices` returns them
+    ids, weights : (T, k) int, float32: experts that each token chose, and their weights
 
     Returns
     -------
     (T, D) float32, {sum}
     """
-    y = experts_ffn(
-        x, ids, weights, w.experts_up, w.experts_down, cut.first_expert, cut.experts_between
-    )
-    return y if w.shared_up is None else add_into(y, shared_sum(cut, w, x))
+    up, down = w.experts_up, w.experts_down
+    return experts_ffn(x, ids, weights, up, down, cut.first_expert, cut.experts_between)
 
 
-def shared_sum(cut, w, x):
+def shared_sum(cut: Cut, w: Layer, x: Array) -> Array:
     """This rank's share of the experts that every token takes: (T, D) -> (T, D){sum}."""
     y = linear_pair(x, w.shared_up, cut.shared_between, w.shared_down)
     if w.shared_gate is None:
@@ -68,32 +64,26 @@ def shared_sum(cut, w, x):
     return y * sigmoid(linear(x, w.shared_gate))
 
 
-def spread_experts(model, n, cut, w, x, step):
+def spread_experts(p: Pass, n: int, w: Layer, x: Array) -> Array:
     """Routed experts that are spread over ranks, to which tokens travel.
 
     Parameters
     ----------
-    n : number of the layer
     x : (T/P, D) float32, tokens for which this rank answers alone
 
     Returns
     -------
     (T/P, D) float32
     """
-    arch = model.arch
-    ids, weights = routed_choices(model, n, w, x, step, "own")
-    model.count_choices(n, ids)
-
-    def compute(x, ids, weights):
-        up, down = w.experts_up, w.experts_down
-        return experts_ffn(x, ids, weights, up, down, cut.first_expert, cut.experts_between)
-
-    shares = expert_shares(arch, model.grid)
+    model = p.model
+    ids, weights = _routed_choices(p, n, w, x, At.OWN)
+    model.expert_load.add(n, ids)
+    shares, compute = expert_shares(model.arch, model.grid), partial(routed_sum, p.cut, w)
     return expert.experts(model.grid.experts, x, ids, weights, shares, compute, model.dtype)
 
 
-def choices_to_send(model, n, w, x, step):
-    """What the FFN side must know of each token to compute it.
+def choices_to_send(p: Pass, n: int, w: Layer, x: Array) -> tuple[Array, Array, bool]:
+    """What the FFN ranks must know of each token to compute it.
 
     A dense FFN is one expert that all tokens choose. The shared experts are one more choice of all
     tokens, whose weight is their gate.
@@ -108,15 +98,24 @@ def choices_to_send(model, n, w, x, step):
     weights : (T/P, k) float32
     common : True if the last choice is the shared experts
     """
-    arch, xp = model.arch, array.namespace(x)
+    arch, xp = p.model.arch, array.namespace(x)
+    ones = xp.ones((len(x), 1), np.float32)
     if not arch.sparse[n]:
-        return xp.zeros((len(x), 1), np.int32), xp.ones((len(x), 1), np.float32), False
-    ids, weights = routed_choices(model, n, w, x, step, "own")
-    model.count_choices(n, ids)
+        return xp.zeros((len(x), 1), np.int32), ones, False
+    ids, weights = _routed_choices(p, n, w, x, At.OWN)
+    p.model.expert_load.add(n, ids)
     if not arch.shared_F:
         return ids, weights, False
+
+    # Put the shared experts behind the routed ones.
     shared = xp.full((len(x), 1), arch.E, ids.dtype)
-    gate = xp.ones((len(x), 1), np.float32)
-    if w.shared_gate is not None:
-        gate = sigmoid(linear(x, w.shared_gate))
+    gate = ones if w.shared_gate is None else sigmoid(linear(x, w.shared_gate))
     return xp.concatenate([ids, shared], 1), xp.concatenate([weights, gate], 1), True
+
+
+def _routed_choices(p, n, w, x, at):
+    """Experts that tokens (T, D) take: ids (T, k) int32, weights (T, k) float32."""
+    logits = linear(x, w.router)
+    ids, weights = route(logits, p.model.arch.router, w.router_bias)
+    p.show("router", n, (logits, ids), at)
+    return ids, weights

@@ -6,7 +6,6 @@ from functools import cached_property
 import numpy as np
 
 from hpcinfer.model.block_table import BlockTable
-from hpcinfer.model.token_owners import in_parts
 
 
 @dataclass
@@ -41,7 +40,7 @@ class Step:
     numbers : (B,) int64, ascending in the order in which the sequences came
     complete : (B,) bool, sequences that have all their tokens then in the cache
     n_single : sequences with one token in this step; they stand first
-    rows : (R,) int64, tokens whose hidden state is wanted
+    wanted : (R,) int64, tokens whose hidden state is wanted
     length_classes : (T,) int64 or None, for ropes that depend on the length of the text
     columns : True if every rank of cp computes all tokens, with a part of the columns
     parts : ranks of cp
@@ -59,7 +58,7 @@ class Step:
     numbers: np.ndarray
     complete: np.ndarray
     n_single: int
-    rows: np.ndarray
+    wanted: np.ndarray
     length_classes: np.ndarray | None
     columns: bool
     parts: int
@@ -71,26 +70,21 @@ class Step:
     block_table: BlockTable
 
     @property
-    def n_tokens(self):
+    def n_tokens(self) -> int:
         """T."""
         return len(self.token_ids)
 
     @property
-    def n_sequences(self):
-        """B."""
-        return len(self.lengths)
-
-    @property
-    def all_wanted(self):
+    def all_wanted(self) -> bool:
         """True if the hidden state of every token is wanted."""
-        return len(self.rows) == self.n_tokens
+        return len(self.wanted) == self.n_tokens
 
     @property
-    def positions(self):
+    def positions(self) -> np.ndarray:
         """(T,) place of every token in its sequence."""
         return self.tokens[:, 1]
 
-    def counts_at_home(self, tp):
+    def counts_at_home(self, tp: int) -> list[int] | None:
         """How many of `mine` each rank of tp keeps between the halves; None if all keep all."""
         home = self.home[self.mine]
         if not len(home) or home[0] < 0:
@@ -98,19 +92,26 @@ class Step:
         return np.bincount(home, minlength=tp).tolist()
 
     @cached_property
-    def decoding(self):
-        """Phase of the sequences with one token in this step; None if there is none."""
-        return self._phase(0, self.n_single)
+    def decoding(self) -> TokenRun | None:
+        """Tokens of the sequences with one token in this step; None if there is none."""
+        return self._run(0, self.n_single)
 
     @cached_property
-    def prefilling(self):
-        """Phase of the sequences with several tokens in this step; None if there is none."""
-        return self._phase(self.n_single, self.n_tokens)
+    def prefilling(self) -> TokenRun | None:
+        """Tokens of the sequences with several tokens in this step; None if there is none."""
+        return self._run(self.n_single, self.n_tokens)
 
-    def _phase(self, start, stop):
+    def _run(self, start, stop):
         if start == stop:
             return None
         own = slice(*np.searchsorted(self.mine, (start, stop)))
         counts = np.bincount(self.part[start:stop], minlength=self.parts).tolist()
-        order = in_parts(self.part[start:stop])
+        order = part_order(self.part[start:stop])
         return TokenRun(self.tokens[start:stop], own, self.mine[own] - start, counts, order)
+
+
+def part_order(part: np.ndarray) -> np.ndarray:
+    """Where each item stands when the items of part 0 come first, then those of part 1, ..."""
+    order = np.empty(len(part), np.int64)
+    order[np.argsort(part, kind="stable")] = np.arange(len(part))
+    return order

@@ -1,25 +1,34 @@
-"""Which rank computes which token of a step."""
+"""Which rank has which token of a step, at which point of the forward pass."""
+
+from __future__ import annotations
+
+from enum import Enum
 
 import numpy as np
 
 from hpcinfer import partition
+from hpcinfer.grid import Grid
+from hpcinfer.model.step import Step
 
 
-def in_parts(part):
-    """Where each item stands when the items of part 0 come first, then those of part 1, ..."""
-    order = np.empty(len(part), np.int64)
-    order[np.argsort(part, kind="stable")] = np.arange(len(part))
-    return order
+class At(Enum):
+    """Points of the forward pass, by who has which token there; `holders` says it in numbers."""
+
+    MINE = "inside the products of a layer"
+    """Each rank of cp has its part, all ranks of tp alike; all have all where columns are cut."""
+
+    HOME = "between the halves of a layer"
+    """As MINE; with sequence parallelism each rank of tp has a part of them."""
+
+    OWN = "answered for alone"
+    """One rank of tp x cp has each token: it counts its choices, or sends it to experts."""
+
+    WANTED = "after the last layer"
+    """Every rank of tp and cp of the last stage has all tokens whose hidden state is wanted."""
 
 
-def holders(step, rows, grid):
+def holders(step: Step, at: At, grid: Grid) -> tuple:
     """Which ranks have which tokens at a point of the forward pass.
-
-    Parameters
-    ----------
-    rows : "mine", tokens inside the products of a layer; "home", between its halves; "own", those
-        for which a rank answers alone; "wanted", after the last layer
-    grid : Grid
 
     Returns
     -------
@@ -28,16 +37,16 @@ def holders(step, rows, grid):
     owner : (T,) int64, rank of `comm` that brings each token
     """
     tp, cp = grid.tp, grid.cp
-    if rows == "wanted" or (step.columns and rows != "own"):
+    if at is At.WANTED or (step.columns and at is not At.OWN):
         return None, None, None
-    if rows == "mine" or (rows == "home" and grid.layout.sp == "off"):
+    if at is At.MINE or (at is At.HOME and grid.layout.sp == "off"):
         return cp, step.mine, step.part
-    if rows == "home":
+    if at is At.HOME:
         at_home = step.home[step.mine]
         held = step.mine[(at_home == tp.rank) | (at_home < 0)]
         return grid.tp_cp, held, np.maximum(step.home, 0) * cp.size + step.part
 
-    # Tokens that several ranks keep are dealt to them in blocks.
+    # Deal the tokens that several ranks keep to them in blocks.
     if step.columns:
         owner = _dealt(step.n_tokens, cp.size * tp.size)
     else:

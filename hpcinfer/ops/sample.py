@@ -58,8 +58,8 @@ class History:
 
     Attributes
     ----------
-    ids : (M,) int64, each id once
-    counts : (M,) int64, times generated; 0 for an id of the prompt only
+    ids : (n,) int64, each id once
+    counts : (n,) int64, times generated; 0 for an id of the prompt only
     """
 
     def __init__(self, prompt_ids, generated_ids=()):
@@ -496,7 +496,7 @@ def draw(keys, floor, total, V, rows):
 
     Parameters
     ----------
-    keys : (n, M) uint64, candidates of all ranks in any order
+    keys : (n, candidates) uint64, candidates of all ranks in any order
     floor : (n,) uint64, 0 where the candidates are the whole vocabulary
     total : (n,) int64, sum of the weights after min-p; not read in rows with top-k
     V : length of the whole vocabulary
@@ -536,7 +536,7 @@ def draw(keys, floor, total, V, rows):
 
 
 def lowest_of_best(score, ids):
-    """Lowest id among those of the largest score, for each row: (n, M), (n, M) -> (n,)."""
+    """Lowest id among those of the largest score, for each row: two (n, ranks) -> (n,)."""
     largest = score.max(axis=1, keepdims=True)
     return np.where(score == largest, ids, np.iinfo(np.int64).max).min(axis=1)
 

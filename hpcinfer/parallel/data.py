@@ -13,7 +13,14 @@ Blocks shrink with what remains, so that large ones save calls and small ones le
 together.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from hpcinfer import collectives, partition
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Comm
 
 
 class Queue:
@@ -34,13 +41,13 @@ class Queue:
         If `n` is negative.
     """
 
-    def __init__(self, comm, n):
+    def __init__(self, comm: Comm, n: int):
         if n < 0:
             raise ValueError(f"data: got a queue of {n} items, need 0 or more")
         self.comm, self.n, self.remaining = comm, n, n
         self._counter = collectives.Counter(comm)
 
-    def take(self, most, held=0):
+    def take(self, most: int, held: int = 0) -> tuple[int, int]:
         """Take the next block of numbers.
 
         Parameters
@@ -64,6 +71,6 @@ class Queue:
         self.remaining = self.n - stop
         return start, stop
 
-    def free(self):
+    def free(self) -> None:
         """End the queue; every rank must call this."""
         self._counter.free()

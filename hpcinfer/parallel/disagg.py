@@ -1,29 +1,40 @@
 """Attention-FFN disaggregation: attention and FFN on different ranks, in numbers chosen freely.
 
-    before   x (T/M, D) on each of M attention ranks, with each token's k experts and their weights;
-             experts cut over N FFN ranks
-    after    y (T/M, D) on the attention ranks
-    cost     per layer and micro-batch M N Send there and as many back at most: R (D w + 8 k) bytes
-             sent by an attention rank, w bytes a number; R' 4 D bytes by an FFN rank. R: pairs of
-             an own token and an FFN rank that has columns of an expert it chose; R': pairs of an
-             own expert's token and the attention rank that it came from
+    before   x (T/A, D) on each of A attention ranks, with each token's k experts and their weights;
+             experts cut over the FFN ranks
+    after    y (T/A, D) on the attention ranks
+    cost     per layer and micro-batch 1 Send from each attention rank to each FFN rank and 1 back
+             at most: n (D w + 8 k) bytes sent by an attention rank, w bytes a number; m 4 D bytes
+             by an FFN rank. n: pairs of an own token and an FFN rank that has columns of an expert
+             it chose; m: pairs of an own expert's token and the attention rank it came from
     source   Zhu et al. 2025, MegaScale-Infer, section 4 (arXiv:2504.02263); Wang et al. 2025,
              Step-3 (arXiv:2507.19427)
 
 Attention reads caches and is bound by memory; the FFN holds most of the weights and is bound by
-compute. Apart, each side gets the ranks it needs. The groups meet over an intercommunicator: M
-ranks send tokens to N, whatever M and N are. A side that waits for the other is idle, so a step is
+compute. Apart, each side gets the ranks it needs. The groups meet over an intercommunicator,
+whatever the numbers of their ranks are. A side that waits for the other is idle, so a step is
 divided in micro-batches: while the FFN side computes one, the attention side works on the next
 (ping-pong). Messages between two ranks keep their order, and both sides take layers and
 micro-batches in the same one, so messages need no names; how many tokens come is the length of the
 message. A dense FFN is one expert that all tokens choose, its columns cut over the FFN ranks.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
 from functools import cache
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from hpcinfer import array, collectives, partition
+from hpcinfer.array import Array
+from hpcinfer.partition import ExpertShare
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Comm
 
 
 class Dispatch:
@@ -32,8 +43,8 @@ class Dispatch:
     Parameters
     ----------
     comm : intercommunicator to the FFN ranks
-    x : (T/M, D) float32
-    ids, weights : (T/M, k) int, float32: experts that each token chose
+    x : (T/A, D) float32
+    ids, weights : (T/A, k) int, float32: experts that each token chose
     shares : list of partition.ExpertShare, the experts and columns of every FFN rank
     dtype : element type in which tokens travel
     common : True if the FFN side has an expert beside these that all tokens choose
@@ -46,14 +57,14 @@ class Dispatch:
 
     def __init__(
         self,
-        comm,
-        x,
-        ids,
-        weights,
-        shares,
-        dtype=np.float32,
-        common=False,
-        purpose="disagg",
+        comm: Comm,
+        x: Array,
+        ids: Array,
+        weights: Array,
+        shares: list[ExpertShare],
+        dtype: DTypeLike = np.float32,
+        common: bool = False,
+        purpose: str = "disagg",
     ):
         if len(shares) != comm.remote_size or len(ids) != len(x) or weights.shape != ids.shape:
             raise ValueError(
@@ -61,6 +72,8 @@ class Dispatch:
                 f"{weights.shape} for {len(x)} tokens, need a share for each of "
                 f"{comm.remote_size} FFN ranks and a row a token"
             )
+
+        # Send every FFN rank the tokens that chose its experts, with their choices.
         self._comm, self._purpose, self._first = _joined(comm, True), purpose, comm.size
         xp = array.namespace(x)
         self._y = xp.zeros(x.shape, xp.float32)
@@ -73,8 +86,8 @@ class Dispatch:
             for rank, rows in enumerate(self._rows)
         ]
 
-    def collect(self):
-        """Results of all tokens: (T/M, D) float32, the FFN ranks' added up in their order."""
+    def collect(self) -> Array:
+        """Results of all tokens: (T/A, D) float32, the FFN ranks' added up in their order."""
         y = self._y
         for rank, rows in enumerate(self._rows):
             if len(rows):
@@ -86,7 +99,16 @@ class Dispatch:
         return y
 
 
-def attention_side(comm, layers, xs, attend, add, shares, dtype=np.float32, purpose="disagg"):
+def attention_side(
+    comm: Comm,
+    layers: Iterable[int],
+    xs: list,
+    attend: Callable,
+    add: Callable,
+    shares: Callable,
+    dtype: DTypeLike = np.float32,
+    purpose: str = "disagg",
+) -> list:
     """Layers of all micro-batches in ping-pong, on an attention rank.
 
     Parameters
@@ -95,8 +117,8 @@ def attention_side(comm, layers, xs, attend, add, shares, dtype=np.float32, purp
     layers : numbers of the layers, in order
     xs : list of micro-batches' activations, as `attend` takes them
     attend : function (n, b, x) -> x, sent, ids, weights, common: the attention half of layer n for
-        micro-batch b, and the tokens (T/M, D) that go to the FFN side with their choices
-    add : function (n, b, x, y) -> x: the FFN's result (T/M, D) taken up
+        micro-batch b, and the tokens (T/A, D) that go to the FFN side with their choices
+    add : function (n, b, x, y) -> x: the FFN's result (T/A, D) taken up
     shares : function of a layer's number, the list of partition.ExpertShare of the FFN ranks
 
     Returns
@@ -119,7 +141,17 @@ def attention_side(comm, layers, xs, attend, add, shares, dtype=np.float32, purp
     return xs
 
 
-def ffn_side(comm, layers, micro_batches, compute, D, k, dtype=np.float32, xp=np, purpose="disagg"):
+def ffn_side(
+    comm: Comm,
+    layers: Iterable[int],
+    micro_batches: int,
+    compute: Callable,
+    D: int,
+    k: Callable[[int], int],
+    dtype: DTypeLike = np.float32,
+    xp: ModuleType = np,
+    purpose: str = "disagg",
+) -> None:
     """The same layers and micro-batches on an FFN rank, which serves all attention ranks.
 
     Parameters

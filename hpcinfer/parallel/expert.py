@@ -2,10 +2,10 @@
 
     before   x (T/P, D), and each token's k experts and their weights; experts cut over the ranks
     after    y (T/P, D), the weighted sum of each token's experts
-    cost     3 Alltoall: counts, (P-1) · 8 bytes sent per rank; dispatch, R (D w + 8 k) bytes, w
-             bytes a number; combine, R' 4 D bytes. R: pairs of an own token and another rank that
-             has columns of an expert it chose; R': pairs of an own expert's token and another rank
-             that it came from. Over all ranks the sums of R and of R' are equal
+    cost     3 Alltoall: counts, (P-1) · 8 bytes sent per rank; dispatch, n (D w + 8 k) bytes, w
+             bytes a number; combine, m 4 D bytes. n: pairs of an own token and another rank that
+             has columns of an expert it chose; m: pairs of an own expert's token and another rank
+             that it came from. Over all ranks the sums of n and of m are equal
     source   Lepikhin et al. 2020, GShard, Algorithm 1 (arXiv:2006.16668)
 
 A token goes once to each rank that has any of its experts, with the numbers and weights of its
@@ -15,12 +15,33 @@ them. Where ranks are more than experts, an expert's columns are cut over severa
 go to each of them, and the sum at the end completes the partial sums as it adds up the choices.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import TYPE_CHECKING
+
 import numpy as np
+from numpy.typing import DTypeLike
 
 from hpcinfer import array, collectives, partition
+from hpcinfer.array import Array
+from hpcinfer.partition import ExpertShare
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Comm
 
 
-def experts(comm, x, ids, weights, shares, compute, dtype=np.float32, purpose="expert"):
+def experts(
+    comm: Comm,
+    x: Array,
+    ids: Array,
+    weights: Array,
+    shares: list[ExpertShare],
+    compute: Callable,
+    dtype: DTypeLike = np.float32,
+    purpose: str = "expert",
+) -> Array:
     """Send tokens to their experts, compute there, and bring the results home.
 
     Parameters
@@ -66,7 +87,7 @@ def experts(comm, x, ids, weights, shares, compute, dtype=np.float32, purpose="e
     return combine(xp, len(x), rows, returned)
 
 
-def combine(xp, n, rows, returned):
+def combine(xp: ModuleType, n: int, rows: list[np.ndarray], returned: Array) -> Array:
     """Sum what the ranks returned for each token: rows of rank 0's answer first -> (n, D)."""
     y, start = xp.zeros((n, returned.shape[1]), xp.float32), 0
     for of_rank in rows:

@@ -10,11 +10,21 @@ The root takes the largest log-sum-exp, corrects the parts to it and sums them. 
 bottleneck: what it receives and computes grows with P, while the others wait.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from hpcinfer import array, collectives
+from hpcinfer.array import Array
 from hpcinfer.ops.attention import merge_all
 
+if TYPE_CHECKING:
+    from mpi4py.MPI import Comm
 
-def gather(comm, o, lse, root=0, purpose="gather"):
+
+def gather(
+    comm: Comm, o: Array, lse: Array, root: int = 0, purpose: str = "gather"
+) -> tuple[Array, Array]:
     """Merge partial attention over the ranks on one of them.
 
     Parameters
@@ -35,10 +45,11 @@ def gather(comm, o, lse, root=0, purpose="gather"):
     """
     if not 0 <= root < comm.size:
         raise ValueError(f"gather: got root {root}, need a rank of {comm.size}")
+
+    # Bring all parts to the root, merge there, and send the result back.
     xp = array.namespace(o)
     records = xp.concatenate([o, lse[..., None]], axis=-1)
     of_ranks = collectives.Gather(comm, records, root, purpose)
-
     if comm.rank == root:
         records[..., :-1], records[..., -1] = merge_all(of_ranks[..., :-1], of_ranks[..., -1])
     collectives.Bcast(comm, records, root, purpose)

@@ -13,7 +13,18 @@ and the last drains it, ranks are idle: of m equal micro-batches a share (P-1)/(
 All micro-batches pass in one order, so messages need no names.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
 from hpcinfer import collectives
+from hpcinfer.array import Array
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Comm
 
 _FORWARD, _BACK = 1, 2  # tags: activations to the next stage, results to all
 
@@ -30,24 +41,25 @@ class Pipeline:
     is_first, is_last : whether this rank begins, ends the pipeline; one rank does both
     """
 
-    def __init__(self, comm, purpose="pipeline"):
+    def __init__(self, comm: Comm, purpose: str = "pipeline"):
         self.comm, self.purpose = comm, purpose
         self.is_first, self.is_last = comm.rank == 0, comm.rank == comm.size - 1
         self._outgoing = collectives.Outgoing()
 
-    def forward(self, x, compute):
+    def forward(self, x: Array, compute: Callable) -> Array | None:
         """One micro-batch through this rank's layers.
 
         Parameters
         ----------
-        x : (T, D) float32; on the first rank the input, on the others room for what arrives, new
-            for every micro-batch, as without layers it is what travels on
+        x : (T, D) float32; on the first rank the input, on the others a buffer for what arrives,
+            new for every micro-batch, as without layers it is what travels on
         compute : function (T, D) -> (T, D), this rank's layers
 
         Returns
         -------
         what `compute` returned on the last rank, None elsewhere
         """
+        # Receive, compute, and send on without waiting.
         if not self.is_first:
             x = collectives.Recv(self.comm, x, self.comm.rank - 1, _FORWARD, self.purpose)
         y = compute(x)
@@ -58,7 +70,7 @@ class Pipeline:
         )
         return None
 
-    def broadcast_result(self, result):
+    def broadcast_result(self, result: np.ndarray) -> None:
         """Send what the last rank found in a micro-batch to all others, without waiting.
 
         Parameters
@@ -69,7 +81,7 @@ class Pipeline:
             purpose = f"{self.purpose} result"
             self._outgoing.add(collectives.Isend(self.comm, result, rank, _BACK, purpose))
 
-    def receive_result(self):
+    def receive_result(self) -> np.ndarray:
         """What the last rank announced of the oldest micro-batch not heard of: (n,) uint8, host.
 
         Raises
@@ -84,15 +96,15 @@ class Pipeline:
             )
         return collectives.RecvBytes(self.comm, last, _BACK, f"{self.purpose} result")
 
-    def test(self):
+    def test(self) -> None:
         """Let MPI move messages on."""
         self._outgoing.test()
 
-    def wait(self):
+    def wait(self) -> None:
         """Wait until all messages of this rank have left."""
         self._outgoing.wait()
 
 
-def bubble_share(P, m):
+def bubble_share(P: int, m: int) -> float:
     """Share of the time that ranks are idle with m equal micro-batches: (P-1)/(m+P-1)."""
     return (P - 1) / (m + P - 1)

@@ -18,15 +18,35 @@ moves fewer bytes to send the queries round, keep each partial result where it w
 return all of them to the queries' owners at the end.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from hpcinfer import array, collectives
+from hpcinfer.array import Array
 from hpcinfer.ops.attention import merge, merge_all, sequences
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Comm
 
 _TOKEN_BYTES = 8  # sequence and position, int32 each
 
 
-def ring(comm, q, k, v, q_tokens, k_tokens, counts, attend, window=None, purpose="ring"):
+def ring(
+    comm: Comm,
+    q: Array,
+    k: Array,
+    v: Array,
+    q_tokens: np.ndarray,
+    k_tokens: np.ndarray,
+    counts: list[int],
+    attend: Callable,
+    window: int | None = None,
+    purpose: str = "ring",
+) -> tuple[Array, Array]:
     """Attention of every rank's queries to the keys of all ranks, by passing K and V.
 
     Parameters
@@ -38,7 +58,8 @@ def ring(comm, q, k, v, q_tokens, k_tokens, counts, attend, window=None, purpose
     attend : function (q, k, v, q_tokens, k_tokens, between) -> (o, lse) of this rank's mathematics,
         which calls `between` now and then so that the messages move meanwhile
     window : positions that a query looks back, its own included, so that the ring may end early;
-        None if it looks back to the first
+        None if it looks back to the first. Teaching form: the engine gives None instead, as
+        with pages dealt in turn a window meets most ranks' keys
 
     Returns
     -------
@@ -72,7 +93,14 @@ def ring(comm, q, k, v, q_tokens, k_tokens, counts, attend, window=None, purpose
     return o, lse
 
 
-def ring_queries(comm, q, q_tokens, counts, attend_local, purpose="ring queries"):
+def ring_queries(
+    comm: Comm,
+    q: Array,
+    q_tokens: np.ndarray,
+    counts: list[int],
+    attend_local: Callable,
+    purpose: str = "ring queries",
+) -> tuple[Array, Array]:
     """Attention of every rank's queries to the keys of all ranks, by passing Q.
 
     Parameters
@@ -118,7 +146,9 @@ def ring_queries(comm, q, q_tokens, counts, attend_local, purpose="ring queries"
     return merge_all(of_ranks[..., :-1], of_ranks[..., -1])
 
 
-def cheaper_to_move_queries(n_queries, n_keys, H, G, K, itemsize):
+def cheaper_to_move_queries(
+    n_queries: list[int], n_keys: list[int], H: int, G: int, K: int, itemsize: float
+) -> bool:
     """True if passing queries and partial results moves fewer bytes than passing keys and values.
 
     Parameters

@@ -15,14 +15,34 @@ between the two, where tokens and columns are whole, as f(a + b) != f(a) + f(b).
 divide by P, and a rank may have none; where tokens are fewer than ranks, `tensor` sends less often.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 from hpcinfer import collectives
+from hpcinfer.array import Array
 from hpcinfer.ops.linear import linear_pair
+from hpcinfer.parallel import matmul
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Comm
 
 
 def half_layer(
-    comm, x, counts, column, between, row, column_bias=None, row_bias=None, purpose="sequence"
-):
+    comm: Comm,
+    x: Array,
+    counts: list[int],
+    column: Array,
+    between: Callable,
+    row: Array,
+    column_bias: Array | None = None,
+    row_bias: Array | None = None,
+    purpose: str = "sequence",
+) -> Array:
     """Allgather, column product, `between`, row product, ReduceScatter.
+
+    Teaching form: the engine hands the products of its layers to `complete` instead.
 
     Parameters
     ----------
@@ -37,13 +57,21 @@ def half_layer(
     (T/P, D) float32
     """
 
+    # Between the collectives stands one rank's mathematics.
     def products(x_all):
         return linear_pair(x_all, column, between, row, column_bias)
 
     return complete(comm, x, counts, products, row_bias, purpose)
 
 
-def complete(comm, x, counts, products, bias=None, purpose="sequence"):
+def complete(
+    comm: Comm,
+    x: Array,
+    counts: list[int],
+    products: Callable,
+    bias: Array | None = None,
+    purpose: str = "sequence",
+) -> Array:
     """Any products of all tokens, their partial sums completed for the own tokens.
 
     Parameters
@@ -67,8 +95,7 @@ def complete(comm, x, counts, products, bias=None, purpose="sequence"):
             f"sequence: got {len(x)} tokens on rank {comm.rank} and counts {list(counts)}, need "
             f"the tokens of each of {comm.size} ranks"
         )
+
+    # Put all tokens together, and keep the own ones of the sum.
     x_all = collectives.Allgather(comm, x, counts, purpose=purpose)
-    y = collectives.ReduceScatter(comm, products(x_all), counts, purpose=purpose)
-    if bias is not None:
-        y += bias
-    return y
+    return matmul.inner_cut(comm, products(x_all), counts, bias, purpose)

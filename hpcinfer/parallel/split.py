@@ -1,6 +1,6 @@
 """One operand of attention cut along the sequence: Q, V, or K, and what each costs.
 
-    room             before                                      after          cost
+    function         before                                      after          cost
     q_only           q (S/P, H, K), k, v (L, G, K) whole         o (S, H, K)    1 Allgather:
                                                                  (P-1) · S/P H K words of 4 bytes
     v_only           v (L/P, G, K), q, k whole                   o (S, H, K)    1 Allreduce:
@@ -20,12 +20,35 @@ ring and tree do. `gathered_keys` restores the whole K and V where tokens are cu
 is.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
 from hpcinfer import array, collectives
+from hpcinfer.array import Array
 from hpcinfer.ops.attention import correction
 
+if TYPE_CHECKING:
+    from mpi4py.MPI import Comm
 
-def q_only(comm, q, k, v, q_tokens, k_tokens, counts, attend, purpose="split"):
+
+def q_only(
+    comm: Comm,
+    q: Array,
+    k: Array,
+    v: Array,
+    q_tokens: np.ndarray,
+    k_tokens: np.ndarray,
+    counts: list[int],
+    attend: Callable,
+    purpose: str = "split",
+) -> Array:
     """Queries cut, keys and values whole: equal to one rank.
+
+    Teaching form: the engine makes keys and values whole by `gathered_keys` instead.
 
     Parameters
     ----------
@@ -45,16 +68,30 @@ def q_only(comm, q, k, v, q_tokens, k_tokens, counts, attend, purpose="split"):
         If `counts` does not fit the ranks, or this rank's queries.
     """
     _check(comm, counts, len(q), "queries")
+
+    # Compute whole rows of the result, and put them together.
     o, _ = attend(q, k, v, q_tokens, k_tokens)
     return collectives.Allgather(comm, o, counts, purpose=purpose)
 
 
-def v_only(comm, q, k, v, q_tokens, k_tokens, counts, attend, purpose="split"):
+def v_only(
+    comm: Comm,
+    q: Array,
+    k: Array,
+    v: Array,
+    q_tokens: np.ndarray,
+    k_tokens: np.ndarray,
+    counts: list[int],
+    attend: Callable,
+    purpose: str = "split",
+) -> Array:
     """Values cut by rows, queries and keys whole: equal to one rank.
 
     The weights need every key, the product with them only the own values. Blockwise, the weights
     are never in memory: their normalisation is the log-sum-exp over all keys, to which the result
     over the own keys is corrected.
+
+    Teaching form: the engine cuts K with V instead, as ring and tree do.
 
     Parameters
     ----------
@@ -76,6 +113,8 @@ def v_only(comm, q, k, v, q_tokens, k_tokens, counts, attend, purpose="split"):
     """
     _check(comm, counts, len(v), "values")
     own = _own_rows(comm, counts, len(k))
+
+    # Find the normalisation over all keys, and sum what the own values give under it.
     no_values = array.namespace(k).empty((*k.shape[:2], 0), k.dtype)
     _, lse = attend(q, k, no_values, q_tokens, k_tokens)
     o_own, lse_own = attend(q, k[own], v, q_tokens, k_tokens[own])
@@ -83,13 +122,25 @@ def v_only(comm, q, k, v, q_tokens, k_tokens, counts, attend, purpose="split"):
     return collectives.Allreduce(comm, o_sum, purpose=purpose)
 
 
-def k_only(comm, q, k, v, q_tokens, k_tokens, counts, attend, purpose="split"):
+def k_only(
+    comm: Comm,
+    q: Array,
+    k: Array,
+    v: Array,
+    q_tokens: np.ndarray,
+    k_tokens: np.ndarray,
+    counts: list[int],
+    attend: Callable,
+    purpose: str = "split",
+) -> Array:
     """Keys cut, a softmax on every rank, the weights side by side: NOT equal to one rank.
 
     It stands here to show that it fails. Each rank's weights add up to 1, so a row of them side by
     side adds up to the number of ranks that see a key, P as a rule, instead of 1. Dividing by that
     would not help: ranks whose keys matter little would weigh as much as the others. The product of
     the weights side by side with V is the sum of the ranks' products with their own rows of V.
+
+    Teaching form: the engine corrects by the log-sum-exp instead, as ring and tree do.
 
     Parameters
     ----------
@@ -111,11 +162,15 @@ def k_only(comm, q, k, v, q_tokens, k_tokens, counts, attend, purpose="split"):
     """
     _check(comm, counts, len(k), "keys")
     own = _own_rows(comm, counts, len(v))
+
+    # Normalise over the own keys alone, which is the fault, and sum.
     o_sum, _ = attend(q, k, v[own], q_tokens, k_tokens)
     return collectives.Allreduce(comm, o_sum, purpose=purpose)
 
 
-def gathered_keys(comm, k, v, k_tokens, counts, purpose="split"):
+def gathered_keys(
+    comm: Comm, k: Array, v: Array, k_tokens: np.ndarray, counts: list[int], purpose: str = "split"
+) -> tuple[Array, Array, np.ndarray]:
     """Keys and values of all ranks on every rank, so that only the queries stay cut.
 
     Parameters
@@ -135,6 +190,8 @@ def gathered_keys(comm, k, v, k_tokens, counts, purpose="split"):
         If `counts` does not fit the ranks, or this rank's keys.
     """
     _check(comm, counts, len(k), "keys")
+
+    # Gather keys, values, and the tokens they belong to.
     tokens = k_tokens.astype("int32")
     return tuple(collectives.Allgather(comm, x, counts, purpose=purpose) for x in (k, v, tokens))
 

@@ -14,13 +14,32 @@ The row bias belongs to the complete sum and is added once, after it. A rank may
 all; it then adds zeros.
 """
 
-from hpcinfer import collectives
-from hpcinfer.ops.inplace import add_into
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from hpcinfer.array import Array
 from hpcinfer.ops.linear import linear_pair
+from hpcinfer.parallel import matmul
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Comm
 
 
-def half_layer(comm, x, column, between, row, column_bias=None, row_bias=None, purpose="tensor"):
+def half_layer(
+    comm: Comm,
+    x: Array,
+    column: Array,
+    between: Callable,
+    row: Array,
+    column_bias: Array | None = None,
+    row_bias: Array | None = None,
+    purpose: str = "tensor",
+) -> Array:
     """Column product, `between`, row product, Allreduce.
+
+    Teaching form: the engine hands the products of its layers to `complete` instead.
 
     Parameters
     ----------
@@ -33,12 +52,17 @@ def half_layer(comm, x, column, between, row, column_bias=None, row_bias=None, p
     -------
     (T, D) float32, equal on every rank
     """
-    return complete(
-        comm, x, lambda x: partial_sum(x, column, between, row, column_bias), row_bias, purpose
-    )
+
+    # Before the collective stands one rank's mathematics.
+    def products(x):
+        return linear_pair(x, column, between, row, column_bias)
+
+    return complete(comm, x, products, row_bias, purpose)
 
 
-def complete(comm, x, products, bias=None, purpose="tensor"):
+def complete(
+    comm: Comm, x: Array, products: Callable, bias: Array | None = None, purpose: str = "tensor"
+) -> Array:
     """Partial sums of any products, completed by one Allreduce.
 
     Parameters
@@ -51,10 +75,4 @@ def complete(comm, x, products, bias=None, purpose="tensor"):
     -------
     (T, D) float32, equal on every rank
     """
-    y = collectives.Allreduce(comm, products(x), purpose=purpose)
-    return y if bias is None else add_into(y, bias)
-
-
-def partial_sum(x, column, between, row, column_bias=None):
-    """This rank's share of a half layer before the reduction: (T, D){sum}."""
-    return linear_pair(x, column, between, row, column_bias)
+    return matmul.inner(comm, products(x), bias, purpose)

@@ -15,19 +15,26 @@ records (o, lse) that MPI may not split. Python computes that operation, which b
 few queries of decoding.
 """
 
+from __future__ import annotations
+
 from functools import cache
+from typing import TYPE_CHECKING
 
 from mpi4py import MPI
 
 from hpcinfer import array, collectives
+from hpcinfer.array import Array
 from hpcinfer.ops.attention import merge, numerators, quotient
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Comm
 
 # Bytes of o up to which one Allreduce is faster than two, although its operation is Python: about
 # what 4 hosts at 500 µs and 1 Gbit/s showed.
 SINGLE_BYTES = 1 << 16
 
 
-def tree(comm, o, lse, purpose="tree"):
+def tree(comm: Comm, o: Array, lse: Array, purpose: str = "tree") -> tuple[Array, Array]:
     """Merge partial attention over the ranks by two Allreduces.
 
     Parameters
@@ -45,14 +52,16 @@ def tree(comm, o, lse, purpose="tree"):
     return quotient(total, m)
 
 
-def tree_single(comm, o, lse, purpose="tree single"):
+def tree_single(
+    comm: Comm, o: Array, lse: Array, purpose: str = "tree single"
+) -> tuple[Array, Array]:
     """Merge partial attention over the ranks by one Allreduce; as `tree`."""
     records = _packed(o, lse)
     collectives.AllreduceRecords(comm, records, _merge_op(), purpose)
     return records[..., :-1], records[..., -1]
 
 
-def tree_by_size(comm, o, lse, purpose="tree"):
+def tree_by_size(comm: Comm, o: Array, lse: Array, purpose: str = "tree") -> tuple[Array, Array]:
     """Merge by one Allreduce where few bytes leave time to latency, else by two; as `tree`."""
     merge_all_ranks = tree_single if o.nbytes <= SINGLE_BYTES else tree
     return merge_all_ranks(comm, o, lse, purpose)

@@ -11,10 +11,30 @@ work whatever the mask. The heads bound the ranks: beyond G a key/value head goe
 has query heads of its group, and beyond H ranks stay idle.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 from hpcinfer import array, collectives
+from hpcinfer.array import Array
+from hpcinfer.partition import Heads
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Comm
 
 
-def ulysses(comm, q, k, v, counts_q, counts_k, heads, attend, purpose="ulysses"):
+def ulysses(
+    comm: Comm,
+    q: Array,
+    k: Array,
+    v: Array,
+    counts_q: list[int],
+    counts_k: list[int],
+    heads: list[Heads],
+    attend: Callable,
+    purpose: str = "ulysses",
+) -> Array:
     """Attention of all tokens, each rank with its own heads.
 
     Parameters
@@ -38,6 +58,8 @@ def ulysses(comm, q, k, v, counts_q, counts_k, heads, attend, purpose="ulysses")
     query, kv = [h.query for h in heads], [h.kv for h in heads]
     _check(comm, k, counts_k, kv, "keys")
     _check_whole(query, q.shape[1])
+
+    # Swap tokens for heads, attend, and swap back.
     q_heads = to_heads(comm, q, counts_q, query, purpose)
     both = array.namespace(k).concatenate([k, v], axis=-1)
     kv_heads = to_heads(comm, both, counts_k, kv, purpose)
@@ -46,7 +68,9 @@ def ulysses(comm, q, k, v, counts_q, counts_k, heads, attend, purpose="ulysses")
     return to_tokens(comm, o, counts_q, query, purpose)
 
 
-def to_heads(comm, x, counts, ranges, purpose="ulysses"):
+def to_heads(
+    comm: Comm, x: Array, counts: list[int], ranges: list[tuple[int, int]], purpose: str = "ulysses"
+) -> Array:
     """Some tokens of all heads -> all tokens of some heads.
 
     Parameters
@@ -72,7 +96,9 @@ def to_heads(comm, x, counts, ranges, purpose="ulysses"):
     return received.reshape(sum(counts), own_heads, K)
 
 
-def to_tokens(comm, x, counts, ranges, purpose="ulysses"):
+def to_tokens(
+    comm: Comm, x: Array, counts: list[int], ranges: list[tuple[int, int]], purpose: str = "ulysses"
+) -> Array:
     """All tokens of some heads -> some tokens of all heads: the inverse of `to_heads`.
 
     Parameters

@@ -7,10 +7,10 @@
              the ranks 1 ReduceScatter: (P-1)/P · 4 T D bytes
              log_softmax_of: 2 Allreduce: 2 (P-1)/P · 24 R bytes
              choose: 1 Allgather: (P-1) · 16 R bytes; greedy and unfiltered rows need no more.
-             For F filtered rows 1 Allgather of C = min(64, V/P) candidates: (P-1) · 8 F C bytes,
-             and for those with top-p and no top-k 1 Allreduce: 2 (P-1)/P · 8 F bytes.
-             For L rows that report n log-probabilities 1 Allgather: (P-1) · 8 L (1 + max(1, n))
-             bytes, and 1 Allreduce: 2 (P-1)/P · 8 L bytes
+             For f filtered rows 1 Allgather of c = min(64, V/P) candidates: (P-1) · 8 f c bytes,
+             and for those with top-p and no top-k 1 Allreduce: 2 (P-1)/P · 8 f bytes.
+             For l rows that report n log-probabilities 1 Allgather: (P-1) · 8 l (1 + max(1, n))
+             bytes, and 1 Allreduce: 2 (P-1)/P · 8 l bytes
     source   Shoeybi et al. 2019, section 3 (arXiv:1909.08053); Maddison et al. 2014, Gumbel-max
              (arXiv:1411.0030)
 
@@ -18,18 +18,27 @@ The embedding of a token is looked up by the rank that owns its id and is zero e
 the sum is the whole. A softmax over a cut axis needs the maximum and the sum of exponentials only.
 The largest logit is the largest of the ranks' largest, and so is the largest noisy logit: as every
 rank knows the noise of its own ids, that is a draw from the whole softmax. Min-p, top-k and top-p
-keep a prefix of the sorted vocabulary: each rank offers its C largest, and what lies above the
+keep a prefix of the sorted vocabulary: each rank offers its c largest, and what lies above the
 largest of the ranks' smallest offers is the true prefix. Rows whose filter reaches below it are
-tried again with C grown eightfold, up to the whole vocabulary (ledger purpose "choose whole").
+tried again with c grown eightfold, up to the whole vocabulary (ledger purpose "choose whole").
 """
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 from mpi4py import MPI
 
 from hpcinfer import array, collectives, partition
+from hpcinfer.array import Array
 from hpcinfer.ops import sample
 from hpcinfer.ops.embed import embed as own_rows
 from hpcinfer.ops.softmax import softmax_parts
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Comm
 
 CANDIDATES = 64  # offers of a rank in the first round
 GROWTH = 8
@@ -38,7 +47,9 @@ GATHER_ITEMS = 1 << 20  # candidates in one Allgather: bounds the memory of rows
 _BEST = np.dtype([("score", np.float64), ("token_id", np.int64)])
 
 
-def embed(comm, token_ids, weight, start, counts=None):
+def embed(
+    comm: Comm, token_ids: Array, weight: Array, start: int, counts: list[int] | None = None
+) -> Array:
     """Rows of a vocabulary-cut embedding.
 
     Parameters
@@ -59,13 +70,15 @@ def embed(comm, token_ids, weight, start, counts=None):
     """
     token_ids = np.asarray(array.host(token_ids))
     _refuse_negative(token_ids)
+
+    # Look up the own ids, zero for others', and sum over the ranks.
     x_sum = own_rows(weight, token_ids, start)
     if counts is not None:
         return collectives.ReduceScatter(comm, x_sum, counts, purpose="embed")
     return collectives.Allreduce(comm, x_sum, purpose="embed")
 
 
-def log_softmax_of(comm, logits, start, targets):
+def log_softmax_of(comm: Comm, logits: Array, start: int, targets: Array) -> np.ndarray:
     """Log-probabilities of given tokens.
 
     Parameters
@@ -105,7 +118,14 @@ def log_softmax_of(comm, logits, start, targets):
     return (target - top - np.log(exp_sum)).astype(np.float32)
 
 
-def choose(comm, logits, start, V, rows, between=None):
+def choose(
+    comm: Comm,
+    logits: Array,
+    start: int,
+    V: int,
+    rows: sample.SamplingBatch,
+    between: Callable | None = None,
+) -> sample.Chosen:
     """Next tokens of R sequences: to the last bit those of `sample.choose` on the gathered logits.
 
     Parameters

@@ -15,11 +15,19 @@ one rank owns them and broadcasts them. The next layer's gather is in flight whi
 computes, into the buffer that the layer before has left.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hpcinfer import array, collectives, partition
+from hpcinfer.array import Array
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Comm
 
 SMALL_BYTES = 1 << 16  # parameters below it are broadcast
 _ALIGN = 64  # every parameter begins at a multiple of this many bytes
@@ -49,17 +57,19 @@ class Unit:
     owner: int
 
     @property
-    def kept_bytes(self):
+    def kept_bytes(self) -> int:
         """Bytes that this rank keeps."""
         return self.part.nbytes + (0 if self.small is None else self.small.nbytes)
 
     @property
-    def whole_bytes(self):
+    def whole_bytes(self) -> int:
         """Bytes of all parameters."""
         return sum(self.counts) + self.small_bytes
 
 
-def cut(comm, parameters, small_bytes=SMALL_BYTES, owner=0):
+def cut(
+    comm: Comm, parameters: dict[object, Array], small_bytes: float = SMALL_BYTES, owner: int = 0
+) -> Unit:
     """What one rank keeps of some parameters. Sends nothing.
 
     Parameters
@@ -114,7 +124,15 @@ class Gathered:
         again and again; `settle` then ends the last round
     """
 
-    def __init__(self, comm, units, xp=np, ahead=True, purpose="zero", around=False):
+    def __init__(
+        self,
+        comm: Comm,
+        units: list[Unit],
+        xp: ModuleType = np,
+        ahead: bool = True,
+        purpose: str = "zero",
+        around: bool = False,
+    ):
         self.comm, self.units, self.purpose = comm, units, purpose
         self._ahead, self._around = ahead, around
         size = max((unit.whole_bytes for unit in units), default=0)
@@ -122,11 +140,11 @@ class Gathered:
         self._started, self._whole, self._buffer_of = {}, None, {}
 
     @property
-    def peak_bytes(self):
+    def peak_bytes(self) -> int:
         """Bytes of parameters that this rank ever holds: its parts and the buffers."""
         return sum(unit.kept_bytes for unit in self.units) + sum(b.nbytes for b in self._buffers)
 
-    def get(self, i):
+    def get(self, i: int) -> dict:
         """Parameters of unit i, whole: dict name -> array, good until the next `get`.
 
         Every rank must ask in the same order. The order of the units is the fast one; any other is
@@ -147,13 +165,13 @@ class Gathered:
             self._start(after)
         return self._views(i)
 
-    def test(self):
+    def test(self) -> None:
         """Let MPI move on what is in flight."""
         for transfers in self._started.values():
             for transfer in transfers:
                 transfer.test()
 
-    def settle(self):
+    def settle(self) -> None:
         """Wait for what is in flight and not wanted any more."""
         while self._started:
             for transfer in self._started.popitem()[1]:

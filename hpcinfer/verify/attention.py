@@ -19,6 +19,7 @@ LENGTHS = (83, 1, 37, 6)
 LONGEST = max(LENGTHS)
 H, G, K = 6, 3, 8
 WINDOW = 3  # so short that the ring ends early also where a rank has one token of a sequence
+DEALT = partition.block_cyclic  # the cut of the engine, which deals pages
 CHUNK = 2  # new tokens of each sequence at most, where queries are fewer than keys
 TOKEN_BYTES, WORD = 8, 4  # sequence and position in int32; a number in float32
 KEY_BYTES = 2 * G * K * WORD + TOKEN_BYTES
@@ -202,12 +203,15 @@ def decode_ring(comm, rng, put, cut):
 
 
 ROWS = [
-    Case("split Q only", "Q", split_q),
-    Case("split V only", "V", split_v),
-    Case("split K only", "K", split_k, equal=False),
+    Case("split Q only", "Q", split_q, engine=False),
+    Case("split V only", "V", split_v, engine=False),
+    Case("split K only", "K", split_k, equal=False, engine=False),
     Case("split, keys gathered", "Q, K, V", split_gathered),
-    *(Case("ring", cut.replace("_", "-"), partial(ring_keys, cut=cut)) for cut in partition.CUTS),
-    Case("ring, window", "contiguous", partial(ring_window, cut="contiguous")),
+    *(
+        Case("ring", name.replace("_", "-"), partial(ring_keys, cut=name), engine=cut is DEALT)
+        for name, cut in partition.CUTS.items()
+    ),
+    Case("ring, window", "contiguous", partial(ring_window, cut="contiguous"), engine=False),
     Case("ring, queries pass", "block-cyclic", partial(ring_queries, cut="block_cyclic")),
     Case("ulysses", "block-cyclic, heads", partial(ulysses_heads, cut="block_cyclic")),
     Case("decode, gather", "block-cyclic", partial(decode_gather, cut="block_cyclic")),

@@ -103,15 +103,15 @@ def disagg_sides(comm, rng, put, n_experts):
     """Half the ranks attend, in two micro-batches; the others have the experts."""
     x, up, down = _mixture(rng, put, n_experts)
     choices = [_choices(rng, n_experts) for _ in range(N)]
-    M = -(-comm.size // 2)
-    attends = comm.rank < M
-    shares = partition.experts(n_experts, F, comm.size - M)
-    start, stop = partition.block(T, M)[comm.rank] if attends else (0, 0)
+    n_attention = -(-comm.size // 2)
+    attends = comm.rank < n_attention
+    shares = partition.experts(n_experts, F, comm.size - n_attention)
+    start, stop = partition.block(T, n_attention)[comm.rank] if attends else (0, 0)
     micro = [slice(start, start + (stop - start) // 3), slice(start + (stop - start) // 3, stop)]
 
     # The two sides meet over an intercommunicator.
     side = comm.Split(int(attends), comm.rank)
-    inter = side.Create_intercomm(0, comm, M if attends else 0)
+    inter = side.Create_intercomm(0, comm, n_attention if attends else 0)
     if attends:
         y = disagg.attention_side(
             inter,

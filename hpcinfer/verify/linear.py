@@ -8,7 +8,7 @@ from hpcinfer import array, collectives, partition
 from hpcinfer.ops import sample
 from hpcinfer.ops.activation import gelu
 from hpcinfer.ops.attention import ragged_attention
-from hpcinfer.ops.linear import linear
+from hpcinfer.ops.linear import linear, linear_pair
 from hpcinfer.parallel import matmul, sequence, tensor, vocabulary
 from hpcinfer.verify import oracle
 from hpcinfer.verify.row import Case, Trial
@@ -49,14 +49,14 @@ def matmul_gathered(comm, rng, put):
 def matmul_inner(comm, rng, put):
     a, b, bias = normal(rng, put, (T, IN), (OUT, IN), OUT)
     mine = own(comm, IN)
-    c = matmul.inner(comm, a[:, mine], b[:, mine], bias)
+    c = matmul.inner(comm, linear(a[:, mine], b[:, mine]), bias)
     return Trial((c,), (oracle.linear(a, b, bias),), 2 * 4 * T * OUT * (comm.size - 1))
 
 
 def matmul_inner_cut(comm, rng, put):
     a, b, bias = normal(rng, put, (T, IN), (OUT, IN), OUT)
     mine, rows = own(comm, IN), own(comm, T)
-    c = matmul.inner_cut(comm, a[:, mine], b[:, mine], counts(comm, T), bias)
+    c = matmul.inner_cut(comm, linear(a[:, mine], b[:, mine]), counts(comm, T), bias)
     return Trial((c,), (oracle.linear(a, b, bias)[rows],), 4 * T * OUT * (comm.size - 1))
 
 
@@ -64,7 +64,8 @@ def tensor_ffn(comm, rng, put):
     """GELU stands between the products: it may meet whole columns, never a partial sum."""
     x, up, up_bias, down, down_bias = normal(rng, put, (T, D), (F, D), F, (D, F), D)
     mine = own(comm, F)
-    y = tensor.half_layer(comm, x, up[mine], gelu, down[:, mine], up_bias[mine], down_bias)
+    of_rank = products(up[mine], gelu, down[:, mine], up_bias[mine])
+    y = tensor.complete(comm, x, of_rank, down_bias)
     whole = oracle.linear(gelu(oracle.linear(x, up, up_bias)), down, down_bias)
     return Trial((y,), (whole,), 2 * 4 * T * D * (comm.size - 1))
 
@@ -72,7 +73,7 @@ def tensor_ffn(comm, rng, put):
 def tensor_attention(comm, rng, put):
     """Every rank has the columns of its query heads and of the KV heads that they read."""
     x, weights, whole = attention_half(comm, rng, put)
-    y = tensor.half_layer(comm, x, *weights)
+    y = tensor.complete(comm, x, products(*weights))
     return Trial((y,), (whole,), 2 * 4 * T * D * (comm.size - 1))
 
 
@@ -89,9 +90,8 @@ def sequence_ffn(comm, rng, put):
     """Columns are whole when GELU meets them, and so are the tokens."""
     x, up, up_bias, down, down_bias = normal(rng, put, (T, D), (F, D), F, (D, F), D)
     tokens, mine = own(comm, T), own(comm, F)
-    y = sequence.half_layer(
-        comm, x[tokens], counts(comm, T), up[mine], gelu, down[:, mine], up_bias[mine], down_bias
-    )
+    of_rank = products(up[mine], gelu, down[:, mine], up_bias[mine])
+    y = sequence.complete(comm, x[tokens], counts(comm, T), of_rank, down_bias)
     whole = oracle.linear(gelu(oracle.linear(x, up, up_bias)), down, down_bias)
     return Trial((y,), (whole[tokens],), 2 * 4 * T * D * (comm.size - 1))
 
@@ -100,8 +100,13 @@ def sequence_attention(comm, rng, put):
     """Tokens are cut outside attention, heads inside it."""
     x, weights, whole = attention_half(comm, rng, put)
     tokens = own(comm, T)
-    y = sequence.half_layer(comm, x[tokens], counts(comm, T), *weights)
+    y = sequence.complete(comm, x[tokens], counts(comm, T), products(*weights))
     return Trial((y,), (whole[tokens],), 2 * 4 * T * D * (comm.size - 1))
+
+
+def products(column, between, row, column_bias=None):
+    """This rank's products of a half layer: function (T, D) -> (T, D){sum}."""
+    return lambda x: linear_pair(x, column, between, row, column_bias)
 
 
 def attention_half(comm, rng, put):
@@ -159,12 +164,12 @@ def vocabulary_greedy(comm, rng, put):
 
 ROWS = [
     Case("matmul columns", "B outer", matmul_columns),
-    Case("matmul gathered", "A rows, B outer", matmul_gathered),
+    Case("matmul gathered", "A rows, B outer", matmul_gathered, engine=False),
     Case("matmul inner", "A, B inner", matmul_inner),
     Case("matmul inner_cut", "A, B inner, C rows", matmul_inner_cut),
     Case("tensor FFN", "columns, rows", tensor_ffn),
     Case("tensor attention", "heads", tensor_attention),
-    Case("tensor, sum in GELU", "inner, rows", tensor_sum_through_gelu, equal=False),
+    Case("tensor, sum in GELU", "inner, rows", tensor_sum_through_gelu, equal=False, engine=False),
     Case("sequence FFN", "tokens; columns, rows", sequence_ffn),
     Case("sequence attention", "tokens; heads", sequence_attention),
     Case("vocabulary embed", "ids", vocabulary_embed),

@@ -28,6 +28,7 @@ class Case:
         `put` brings a host array to the memory of the rank's device
     equal : whether the strategy equals one rank; if not, it must differ on more ranks than one
     least_ranks : ranks below which there is no such cut, and the row is not tried
+    engine : False for a teaching form: the engine has another one, or another cut
     """
 
     strategy: str
@@ -35,6 +36,7 @@ class Case:
     function: Callable
     equal: bool = True
     least_ranks: int = 1
+    engine: bool = True
 
     @property
     def name(self):
@@ -109,6 +111,7 @@ class Outcome:
             "cut": self.row.cut,
             "ranks": self.ranks,
             "least_ranks": self.row.least_ranks,
+            "engine": self.row.engine,
             "must_be_equal": self.row.equal or self.ranks == 1,
             "equal": self.equal,
             "difference": self.difference if math.isfinite(self.difference) else None,
@@ -121,13 +124,14 @@ class Outcome:
 
     def cells(self):
         """The outcome as a line of the table."""
+        strategy = self.row.strategy + ("" if self.row.engine else " *")
         if self.error or not self.tried:
             verdict = "FAILED" if self.error else f"needs {self.row.least_ranks} ranks"
-            return [self.row.strategy, self.row.cut, *5 * ["-"], verdict]
+            return [strategy, self.row.cut, *5 * ["-"], verdict]
         expected = "ok" if self.row.equal or self.ranks == 1 else "ok, must differ"
         verbs = ", ".join(f"{verb} x {calls}" for verb, calls in self.collectives.items())
         return [
-            self.row.strategy,
+            strategy,
             self.row.cut,
             "yes" if self.equal else "no",
             f"{self.difference:.1e}",

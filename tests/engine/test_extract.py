@@ -189,6 +189,13 @@ def test_points_belong_together(folder, case):
             assert np.array_equal(np.sort(best), np.sort(found[f"experts/{n}"]))
 
 
+def test_values_are_those_that_attention_reads(comm, folder):
+    """Where a model clips them, the clipped ones."""
+    bound = read_architecture(models.CASES["olmoe"]).clip_qkv
+    [found] = load(comm, "olmoe", folder).extract([models.tokens("olmoe", 40)], what="v")
+    assert all(np.abs(v).max() == np.float32(bound) for v in found["v"].values())
+
+
 # --- Layouts -------------------------------------------------------------------------------------
 
 

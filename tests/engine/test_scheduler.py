@@ -180,4 +180,4 @@ def test_lengths_of_texts_travel_with_their_tokens():
         run.scheduler.add(s)
     step = run.build([(s, 0, n) for s, n in run.scheduler.next_step()], 0)
     assert step.length_classes.tolist() == [6] * 6 + [4, 4, 4, 4, 5]
-    assert step.rows.tolist() == [5, 10]
+    assert step.wanted.tolist() == [5, 10]

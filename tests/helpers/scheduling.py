@@ -93,7 +93,7 @@ class Run:
         assert first.lengths.tolist() == [start + n for _, start, n in plan]
         assert all(s.computed == start + n for s, start, n in plan)
         wanted = [plan[b][0].wants_all_hidden or at + 1 == plan[b][0].target for b, at in tokens]
-        assert first.rows.tolist() == [t for t, want in enumerate(wanted) if want]
+        assert first.wanted.tolist() == [t for t, want in enumerate(wanted) if want]
 
         # Every part computes its tokens; every token's key is stored once
         cp = self.options["cp"]

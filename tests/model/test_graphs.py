@@ -20,7 +20,7 @@ from hpcinfer.engine.expert_load import ExpertLoad
 from hpcinfer.grid import Grid
 from hpcinfer.heartbeat import here
 from hpcinfer.layout import parse_layout
-from hpcinfer.model import graphs
+from hpcinfer.model import frames, graphs
 from hpcinfer.ops import inplace, norm
 from hpcinfer.ops.cpu.runtime import launch
 from hpcinfer.ops.cpu.runtime.graph import Capture, Memory
@@ -199,7 +199,7 @@ def answers(engine, case, monkeypatch, steps=None, **bounds):
     if steps is not None:
         monkeypatch.setitem(graphs._STEPS, "cpu", steps)
     for name, value in bounds.items():
-        monkeypatch.setattr(graphs, name, value)
+        monkeypatch.setattr(frames, name, value)
     engine._forget(engine.scheduler.pages.n)  # no prompt is in the cache
     engine.model.expert_load.clear()
     engine.ledger.clear()
@@ -228,7 +228,7 @@ def test_replayed_steps_answer_alike(comm, shared_path, monkeypatch, one_thread,
     assert bool(engine.model.graphs._known) != idle
 
     # A frame without room to spare is given up at every page.
-    engine.model.graphs.begin()
+    engine.model.allocate_cache(engine.scheduler.pages.n)
     assert answers(engine, case, monkeypatch, _MORE_PAGES=0) == few
     engine.model.graphs.refusals[None] = "a test"
     assert answers(engine, case, monkeypatch) == few

@@ -264,10 +264,10 @@ def test_a_rank_keeps_its_share_of_the_tokens(comm, shared_path, monkeypatch, ca
     engine = load(comm, shared_path, case, f"tp={SIZE},sp=on")
     layer, kept = forward_room.layer, []
 
-    def watched(model, n, x, y, step, cut, rotation):
+    def watched(p, n, x, y):
         arriving = len(x)
-        x, y = layer(model, n, x, y, step, cut, rotation)
-        kept.append((step.n_tokens, arriving, len(x), len(y)))
+        x, y = layer(p, n, x, y)
+        kept.append((p.step.n_tokens, arriving, len(x), len(y)))
         return x, y
 
     monkeypatch.setattr(forward_room, "layer", watched)

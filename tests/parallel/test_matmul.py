@@ -74,8 +74,8 @@ def test_inner(comm, T, width, O):  # noqa: E741
     """Both cut along the inner axis: one Allreduce; the bias is added once, not P times."""
     a, b, bias, product, with_bias = operands(T, width, O)
     (a_own, _), (b_own, _) = cut(comm, a, 1), cut(comm, b, 1)
-    close(matmul.inner(comm, a_own, b_own), product)
-    close(matmul.inner(comm, a_own, b_own, bias), with_bias)
+    close(matmul.inner(comm, linear(a_own, b_own)), product)
+    close(matmul.inner(comm, linear(a_own, b_own), bias), with_bias)
     assert ledger.calls() == ledger.calls("Allreduce", purpose="matmul") == 2
     assert ledger.sent_bytes() == approx(2 * 2 * 4 * T * O * (comm.size - 1) / comm.size)
 
@@ -86,8 +86,8 @@ def test_inner_cut(comm, T, width, O):  # noqa: E741
     a, b, bias, product, with_bias = operands(T, width, O)
     (a_own, _), (b_own, _) = cut(comm, a, 1), cut(comm, b, 1)
     own, counts = cut(comm, product, 0)
-    close(matmul.inner_cut(comm, a_own, b_own, counts), own)
-    close(matmul.inner_cut(comm, a_own, b_own, counts, bias), cut(comm, with_bias, 0)[0])
+    close(matmul.inner_cut(comm, linear(a_own, b_own), counts), own)
+    close(matmul.inner_cut(comm, linear(a_own, b_own), counts, bias), cut(comm, with_bias, 0)[0])
     assert ledger.calls() == ledger.calls("ReduceScatter", purpose="matmul") == 2
     assert ledger.sent_bytes() == 2 * (product.nbytes - own.nbytes)
     formula = 4 * T * O * (comm.size - 1) / comm.size
@@ -102,14 +102,15 @@ def test_rows_may_be_cut_in_any_way(comm):
     a, b, bias, _, with_bias = operands(sum(counts), 6, 5)
     close(matmul.gathered(comm, a[rows], b, counts, bias), with_bias)
     part = slice(*partition.block(6, comm.size)[comm.rank])
-    close(matmul.inner_cut(comm, a[:, part], b[:, part], counts, bias), with_bias[rows])
+    close(matmul.inner_cut(comm, linear(a[:, part], b[:, part]), counts, bias), with_bias[rows])
 
 
 def test_a_chain_of_two_products_needs_one_collective(comm):
     """A · B · C with B cut by columns and C by rows."""
     a, b, c = normal((9, 8), 1), normal((13, 8), 2), normal((6, 13), 3)
     middle = matmul.columns(comm, a, cut(comm, b, 0)[0])
-    close(matmul.inner(comm, middle, cut(comm, c, 1)[0], purpose="chain"), a @ b.T @ c.T)
+    c_sum = linear(middle, cut(comm, c, 1)[0])
+    close(matmul.inner(comm, c_sum, purpose="chain"), a @ b.T @ c.T)
     assert ledger.calls() == ledger.calls("Allreduce", purpose="chain") == 1
 
 
@@ -117,7 +118,7 @@ def test_half_precision_weights_are_summed_in_float32(comm):
     """The result does not depend on the number of ranks but for float32's rounding."""
     a = np.ones((2, 1000), np.float32)
     b = np.full((3, 1000), 1 + 2**-7, BF16)
-    c = matmul.inner(comm, cut(comm, a, 1)[0], cut(comm, b, 1)[0])
+    c = matmul.inner(comm, linear(cut(comm, a, 1)[0], cut(comm, b, 1)[0]))
     np.testing.assert_array_equal(c, 1000 * (1 + 2**-7))
 
 
@@ -128,5 +129,5 @@ def test_refuses_on_every_rank(comm):
         with pytest.raises(ValueError, match="Allgather: got 2 items"):
             matmul.gathered(comm, a, b, counts)
         with pytest.raises(ValueError, match="ReduceScatter: got 2 items"):
-            matmul.inner_cut(comm, a, b, counts)
+            matmul.inner_cut(comm, linear(a, b), counts)
     assert ledger.calls() == 0

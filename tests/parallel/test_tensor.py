@@ -9,7 +9,7 @@ from hpcinfer import collectives, partition
 from hpcinfer.ledger import ledger
 from hpcinfer.ops import activation
 from hpcinfer.ops.attention import attention
-from hpcinfer.ops.linear import linear
+from hpcinfer.ops.linear import linear, linear_pair
 from hpcinfer.parallel import tensor
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -126,9 +126,7 @@ def test_partial_sums_of_two_halves_share_one_reduction(comm):
     halves = [(normal((F, D), s), normal((D, F), s + 1)) for s in (2, 4)]
     whole = sum(linear(activation.gelu(linear(x, up)), down) for up, down in halves)
     mine = own(comm, F)
-    y_sum = sum(
-        tensor.partial_sum(x, up[mine], activation.gelu, down[:, mine]) for up, down in halves
-    )
+    y_sum = sum(linear_pair(x, up[mine], activation.gelu, down[:, mine]) for up, down in halves)
     close(collectives.Allreduce(comm, y_sum), whole)
 
 

@@ -48,6 +48,13 @@ def test_rows_have_names_of_their_own():
     assert cuts == set(partition.CUTS)
 
 
+def test_teaching_forms_are_marked(comm):
+    rows = [r for r in verify.ROWS if r.strategy in ("ring", "split Q only")]
+    marked = {o.row.cut: o.cells()[0] for o in verify.run(comm, rows)}
+    assert marked.pop("block-cyclic") == "ring"
+    assert set(marked.values()) == {"ring *", "split Q only *"}
+
+
 def test_a_row_that_needs_more_ranks_neither_fails_nor_passes(comm):
     def never(c, rng, put):
         raise AssertionError("tried")
@@ -187,6 +194,8 @@ def test_the_command(mpirun, tmp_path):
     assert [r["strategy"] for r in rows] == [r.strategy for r in verify.ROWS]
     assert all(r["passed"] and r["ranks"] == 2 for r in rows)
     assert all(r["counted_bytes"] == r["formula_bytes"] for r in rows)
+    assert "\n* a teaching form" in done.stdout
+    assert [r["engine"] for r in rows] == [r.engine for r in verify.ROWS]
     apart = [r for r in rows if not r["must_be_equal"]]
     assert [r["strategy"] for r in apart] == APART
     assert all(r["difference"] > 0.01 for r in apart)

@@ -18,8 +18,8 @@ from hpcinfer import array, partition
 from hpcinfer.engine.activations.selection import Selection
 from hpcinfer.engine.activations.sink import Sink
 from hpcinfer.io.parts import ColumnShare, Field
-from hpcinfer.model.step import Step
-from hpcinfer.model.token_owners import holders, in_parts
+from hpcinfer.model.step import Step, part_order
+from hpcinfer.model.token_owners import At, holders
 from hpcinfer.parallel.ulysses import to_heads
 
 if TYPE_CHECKING:
@@ -104,20 +104,20 @@ class Tap:
         """True if a point is wanted in any layer."""
         return point in self._points
 
-    def take(self, point: str, n: int, x: np.ndarray, step: Step, rows: str) -> None:
-        """Take what the model shows; see `Model.show`."""
+    def take(self, point: str, n: int, x: np.ndarray, step: Step, at: At) -> None:
+        """Take what the model shows; see `Pass.show`."""
         if not step.n_tokens:
             return
         if point == "final":
-            self._take(f"residual/{n}", x, step, rows)
+            self._take(f"residual/{n}", x, step, at)
             self._take_logits(x, step)
         elif point == "router":
-            self._take(f"router/{n}", x[0], step, rows)
-            self._take(f"experts/{n}", x[1], step, rows)
+            self._take(f"router/{n}", x[0], step, at)
+            self._take(f"experts/{n}", x[1], step, at)
         else:
-            self._take(f"{point}/{n}", x, step, rows)
+            self._take(f"{point}/{n}", x, step, at)
 
-    def _take(self, name: str, x: np.ndarray, step: Step, rows: str) -> None:
+    def _take(self, name: str, x: np.ndarray, step: Step, at: At) -> None:
         """Take the activations of some tokens: (T/P, columns, ...)."""
         spread = self._spreads.get(name)
         if spread is None:
@@ -126,7 +126,7 @@ class Tap:
             x = _rounded(x, spread.share.field)
         if x.ndim > 1 + len(spread.share.field.shape):  # a key that all heads share
             x = x[:, 0]
-        own = self._own_columns(x[:, spread.held], spread, step, rows)
+        own = self._own_columns(x[:, spread.held], spread, step, at)
         self._put(name, self._pooled(name, own, step))
 
     def _take_logits(self, hidden: np.ndarray, step: Step) -> None:
@@ -141,14 +141,14 @@ class Tap:
         for start in range(0, len(hidden), block):
             self._put("logits", self._model.logits(hidden[start : start + block]))
 
-    def _own_columns(self, x: np.ndarray, spread: Spread, step: Step, rows: str) -> np.ndarray:
+    def _own_columns(self, x: np.ndarray, spread: Spread, step: Step, at: At) -> np.ndarray:
         """The own columns of all wanted tokens, texts in the order in which they came.
 
         (T/P, columns at hand, ...) -> (wanted, own columns, ...)
         """
         # Where every rank has all tokens, each takes its columns.
         grid, xp, wanted = self._model.grid, array.namespace(x), self._wanted(step)
-        comm, held, owner = holders(step, rows, grid)
+        comm, held, owner = holders(step, at, grid)
         if comm is None:
             ranges = spread.over_all or spread.over_cp
             rank = grid.tp_cp.rank if spread.over_all else grid.cp.rank
@@ -166,7 +166,7 @@ class Tap:
         # Put what has come in the order of the texts.
         received = to_heads(comm, sent, counts, ranges, purpose="extract")
         received = received if x.ndim == 3 else received[..., 0]
-        return received[xp.asarray(in_parts(owner)[np.searchsorted(tokens, wanted)])]
+        return received[xp.asarray(part_order(owner)[np.searchsorted(tokens, wanted)])]
 
     def _wanted(self, step: Step) -> np.ndarray:
         """Tokens of a step that are wanted, texts in the order in which they came: (n,) int64."""

@@ -1,8 +1,10 @@
 """One file per family of models; each says how to read its config and how it differs from llama."""
 
+from __future__ import annotations
+
 from importlib import import_module
 
-from hpcinfer.model.architecture import Config
+from hpcinfer.model.architecture import Architecture, Config
 
 FAMILIES = (
     "deepseek_v2",
@@ -20,7 +22,7 @@ FAMILIES = (
 )
 
 
-def read_architecture(config):
+def read_architecture(config: Config) -> Architecture:
     """Architecture that a config.json describes.
 
     Parameters

@@ -1,6 +1,8 @@
 """deepseek_v2 (DeepSeek-AI 2024, arXiv:2405.04434): latent attention, and experts in groups."""
 
-from hpcinfer.model.architecture import Latent
+from __future__ import annotations
+
+from hpcinfer.model.architecture import Architecture, Config, Latent
 from hpcinfer.model.families import llama
 from hpcinfer.ops.rope import yarn_magnitude
 
@@ -20,7 +22,7 @@ NAMES = llama.NAMES | {
 }
 
 
-def architecture(config):
+def architecture(config: Config) -> Architecture:
     """Architecture of a deepseek_v2."""
     method = config.word("topk_method", default="greedy")
     if method not in ("greedy", "group_limited_greedy"):

@@ -1,9 +1,12 @@
 """deepseek_v3 (DeepSeek-AI 2024, arXiv:2412.19437): v2 with sigmoid scores and their correction."""
 
+from __future__ import annotations
+
+from hpcinfer.model.architecture import Architecture, Config
 from hpcinfer.model.families.deepseek_v2 import latent, refuse_other
 
 
-def architecture(config):
+def architecture(config: Config) -> Architecture:
     """Architecture of a deepseek_v3; layers that predict further tokens are not read."""
     refuse_other(config, "scoring_func", "sigmoid")
     refuse_other(config, "topk_method", "noaux_tc")
@@ -19,6 +22,8 @@ def architecture(config):
         group_score="top2",
         corrected=True,
     )
+
+    # Say what differs from deepseek_v2.
     return latent(
         config,
         E,

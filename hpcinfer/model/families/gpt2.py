@@ -1,6 +1,8 @@
 """gpt2 (Radford 2019): LayerNorm, learned positions, no gate, fused q, k, v stored (in, out)."""
 
-from hpcinfer.model.architecture import Architecture, head_width
+from __future__ import annotations
+
+from hpcinfer.model.architecture import Architecture, Config, head_width
 
 NAMES = {
     "embed": "transformer.wte.weight",
@@ -23,7 +25,7 @@ NAMES = {
 }
 
 
-def architecture(config):
+def architecture(config: Config) -> Architecture:
     """Architecture of a gpt2."""
     D = config.size("n_embd", "hidden_size", default=768)
     H = config.size("n_head", "num_attention_heads", default=12)
@@ -32,6 +34,8 @@ def architecture(config):
     positions = config.size("n_positions", "max_position_embeddings", default=1024)
     scale = K**-0.5 if config.flag("scale_attn_weights", True) else 1.0
     by_layer = config.flag("scale_attn_by_inverse_layer_idx", False)
+
+    # Name every size and choice; queries are scaled by the layer's number if it says so.
     return Architecture(
         family="gpt2",
         D=D,

@@ -1,6 +1,8 @@
 """gpt_neox (Black 2022, arXiv:2204.06745): parallel residual, partial rotary, qkv per head."""
 
-from hpcinfer.model.architecture import Architecture, context_of, head_width
+from __future__ import annotations
+
+from hpcinfer.model.architecture import Architecture, Config, context_of, head_width
 
 NAMES = {
     "embed": "gpt_neox.embed_in.weight",
@@ -22,7 +24,7 @@ NAMES = {
 }
 
 
-def architecture(config):
+def architecture(config: Config) -> Architecture:
     """Architecture of a gpt_neox."""
     D = config.size("hidden_size", default=6144)
     H = config.size("num_attention_heads", default=64)

@@ -1,6 +1,6 @@
 """llama (Touvron 2023, arXiv:2302.13971; Grattafiori 2024, arXiv:2407.21783), the common form."""
 
-from hpcinfer.model.architecture import Architecture, context_of
+from hpcinfer.model.architecture import Architecture, Config, context_of
 
 NAMES = {
     "embed": "model.embed_tokens.weight",
@@ -31,7 +31,7 @@ NAMES = {
 }
 
 
-def architecture(config, **differences):
+def architecture(config: Config, **differences) -> Architecture:
     """Architecture of a llama, with what another family states otherwise in `differences`."""
     D, H, N = (
         config.size("hidden_size"),
@@ -42,11 +42,15 @@ def architecture(config, **differences):
     positions = differences.pop("positions", None) or config.size(
         "max_position_embeddings", default=2048
     )
+
+    # Rotate the whole head, or as the family says.
     theta, rope = differences.pop("theta", None), differences.get("rope")
     if rope is None:
         rope = config.rope(K, theta)
     if rope.dim != K and "rope" not in differences:
         raise ValueError(f"config: got {rope.dim} rotated columns, need the whole head of {K}")
+
+    # Name every size and choice; what a family states otherwise goes before.
     bias = config.flag("attention_bias", False)
     values = {
         "family": config.family,

@@ -1,9 +1,12 @@
 """mistral (Jiang 2023, arXiv:2310.06825): llama with a sliding window in every layer, no biases."""
 
+from __future__ import annotations
+
+from hpcinfer.model.architecture import Architecture, Config
 from hpcinfer.model.families import llama
 
 
-def architecture(config):
+def architecture(config: Config) -> Architecture:
     """Architecture of a mistral; a config without sliding_window means 4096, null means none."""
     N = config.layers("num_hidden_layers")
     window = config.values.get("sliding_window", 4096)

@@ -1,5 +1,8 @@
 """mixtral (Jiang 2024, arXiv:2401.04088): mistral with a mixture of experts in every layer."""
 
+from __future__ import annotations
+
+from hpcinfer.model.architecture import Architecture, Config
 from hpcinfer.model.families import llama
 
 NAMES = llama.NAMES | {
@@ -10,11 +13,13 @@ NAMES = llama.NAMES | {
 }
 
 
-def architecture(config):
+def architecture(config: Config) -> Architecture:
     """Architecture of a mixtral; a config without sliding_window has none."""
     N = config.layers("num_hidden_layers")
     E = config.size("num_local_experts", "num_experts", default=8)
     window = config.get("sliding_window")
+
+    # Say what differs from a llama.
     return llama.architecture(
         config,
         G=config.size("num_key_value_heads", default=8),

@@ -1,9 +1,12 @@
 """olmoe (Muennighoff 2024, arXiv:2409.02060): experts, and qk norms over all heads."""
 
+from __future__ import annotations
+
+from hpcinfer.model.architecture import Architecture, Config
 from hpcinfer.model.families import llama
 
 
-def architecture(config):
+def architecture(config: Config) -> Architecture:
     """Architecture of an olmoe."""
     D, H, N = (
         config.size("hidden_size", default=2048),
@@ -17,6 +20,8 @@ def architecture(config):
             "that share the width"
         )
     clip = config.get("clip_qkv")
+
+    # Say what differs from a llama.
     return llama.architecture(
         config,
         positions=config.size("max_position_embeddings", default=4096),

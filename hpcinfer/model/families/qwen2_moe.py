@@ -1,7 +1,10 @@
 """qwen2_moe (Yang 2024, arXiv:2407.10671): qwen2 with experts, some of them for every token."""
 
+from __future__ import annotations
+
 import reprlib
 
+from hpcinfer.model.architecture import Architecture, Config
 from hpcinfer.model.families import llama, qwen2
 
 NAMES = llama.NAMES | {
@@ -12,7 +15,7 @@ NAMES = llama.NAMES | {
 }
 
 
-def architecture(config):
+def architecture(config: Config) -> Architecture:
     """Architecture of a qwen2_moe; without `layer_types` every other early layer has the window."""
     N = config.layers("num_hidden_layers")
     upto = config.count("max_window_layers", default=28)

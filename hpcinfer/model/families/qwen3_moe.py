@@ -1,10 +1,13 @@
 """qwen3_moe (Yang 2025, arXiv:2505.09388): qwen3 with a mixture of experts."""
 
+from __future__ import annotations
+
+from hpcinfer.model.architecture import Architecture, Config
 from hpcinfer.model.families import qwen2
 from hpcinfer.model.families.qwen2_moe import experts
 
 
-def architecture(config):
+def architecture(config: Config) -> Architecture:
     """Architecture of a qwen3_moe; a window that is in use is in every layer."""
     N = config.layers("num_hidden_layers")
     bias = config.flag("attention_bias", False)

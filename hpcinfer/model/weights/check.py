@@ -1,11 +1,14 @@
 """A checkpoint's tensors beside the table of weights: missing, unknown, of another shape."""
 
+from __future__ import annotations
+
 import re
 
 import numpy as np
 
 from hpcinfer import array
 from hpcinfer.io.checkpoint import SCALES
+from hpcinfer.model.architecture import Architecture
 from hpcinfer.model.weights.table import QUANTISED, by_target, find, table
 from hpcinfer.ops import quantize
 
@@ -16,7 +19,7 @@ _IGNORED = re.compile(
 )
 
 
-def check(arch, tensors):
+def check(arch: Architecture, tensors: dict) -> dict[str, str]:
     """Compare the table with what a checkpoint holds, before anything is allocated.
 
     Parameters
@@ -35,17 +38,9 @@ def check(arch, tensors):
     """
     _check_experts(arch, tensors)
     rows = table(arch)
-    names = {row.name: find(row.name, tensors) for row in rows}
-    missing = [row.name for row in rows if names[row.name] is None]
-    if missing == [arch.names["embed"]] and find(arch.names["head"], tensors):
-        names[arch.names["embed"]] = find(arch.names["head"], tensors)
-        missing = []
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ValueError(
-            f"weights: got no tensor {missing[0]}{more}, which the config's {arch.family} of "
-            f"{arch.N} layers needs; check that the checkpoint is complete"
-        )
+    names = _found(arch, rows, tensors)
+
+    # Hold each tensor, and those of one parameter together, to what the table says.
     for row in rows:
         _check_tensor(row, tensors[names[row.name]])
     head = tensors.get(find(arch.names["head"], tensors))
@@ -56,7 +51,27 @@ def check(arch, tensors):
         )
     for of_parameter in by_target(rows):
         _check_alike([(names[row.name], tensors[names[row.name]]) for row in of_parameter])
-    known = {*names.values(), find(arch.names["head"], tensors)}
+    _refuse_unknown(arch, tensors, {*names.values(), find(arch.names["head"], tensors)})
+    return names
+
+
+def _found(arch, rows, tensors):
+    """dict from a table's name to the checkpoint's, which has each; a tied head may be the only."""
+    names = {row.name: find(row.name, tensors) for row in rows}
+    missing = [row.name for row in rows if names[row.name] is None]
+    if missing == [arch.names["embed"]] and find(arch.names["head"], tensors):
+        return names | {arch.names["embed"]: find(arch.names["head"], tensors)}
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(
+            f"weights: got no tensor {missing[0]}{more}, which the config's {arch.family} of "
+            f"{arch.N} layers needs; check that the checkpoint is complete"
+        )
+    return names
+
+
+def _refuse_unknown(arch, tensors, known):
+    """Refuse tensors that are neither known nor scales of such, nor left unread on purpose."""
     scales = {name + SCALES for name in known if name in tensors and coding_of(tensors[name])}
     unknown = sorted(
         name
@@ -68,11 +83,11 @@ def check(arch, tensors):
             f"weights: got {len(unknown)} tensors that {arch.family} does not have, such as "
             f"{unknown[0]}; check model_type in config.json"
         )
-    return names
 
 
 def _check_tensor(row, info):
     """Refuse a tensor of another shape or type than a row of the table says."""
+    # Hold its shape to the config's, then its type to those that are known, or its coding.
     shape, coding = tuple(info.shape), coding_of(info)
     if coding is not None:
         shape = (shape[0], coding.columns)[:: -1 if row.transposed else 1]

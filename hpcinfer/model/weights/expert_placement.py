@@ -3,23 +3,25 @@
 from functools import cache
 
 from hpcinfer import partition
+from hpcinfer.grid import Grid
+from hpcinfer.model.architecture import Architecture
 
 
-def expert_shares(arch, grid):
-    """Experts and columns of every rank of `grid.experts`: list of partition.Share."""
+def expert_shares(arch: Architecture, grid: Grid) -> list[partition.ExpertShare]:
+    """Experts and columns of every rank of `grid.experts`: list of ExpertShare."""
     ep, tp = grid.shares
     return _experts(arch.E, arch.moe_F, ep, tp)
 
 
-def ffn_shares(arch, grid, n):
-    """What every rank of the FFN side has of layer n's FFN: list of partition.Share.
+def ffn_shares(arch: Architecture, grid: Grid, n: int) -> list[partition.ExpertShare]:
+    """What every FFN rank has of layer n's FFN: list of ExpertShare.
 
     A dense FFN is one expert.
     """
-    ep, N = grid.layout.ep, grid.layout.afd[1]
+    ep, ffn_ranks = grid.layout.ep, grid.layout.afd[1]
     if arch.sparse[n]:
-        return _experts(arch.E, arch.moe_F, ep, N // ep)
-    return _experts(1, arch.F, N, 1)
+        return _experts(arch.E, arch.moe_F, ep, ffn_ranks // ep)
+    return _experts(1, arch.F, ffn_ranks, 1)
 
 
 @cache

@@ -1,13 +1,20 @@
 """The loading of a shard: each rank reads the part of every tensor that it needs."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain, groupby
+from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from hpcinfer import array, node
+from hpcinfer.array import Device
 from hpcinfer.heartbeat import here
 from hpcinfer.io.checkpoint import SCALES
+from hpcinfer.model.architecture import Architecture
 from hpcinfer.model.weights.check import check, coding_of
 from hpcinfer.model.weights.parameters import Layer, Weights, tied_rows
 from hpcinfer.model.weights.table import by_target, find, in_parts, table, vocabulary_row
@@ -17,7 +24,16 @@ from hpcinfer.ops.quantize import LANES, QuantFormat, Quantized, form_of, from_a
 _FULL = ("router", "shared_gate")
 
 
-def load(arch, checkpoint, ranges, dtype, device, cp=1, keep=None, pieces=None):
+def load(
+    arch: Architecture,
+    checkpoint: Any,
+    ranges: dict[str, tuple],
+    dtype: DTypeLike,
+    device: Device,
+    cp: int = 1,
+    keep: Callable | None = None,
+    keep_layer: Callable | None = None,
+) -> Weights:
     """Read this rank's shard, and nothing else, from a checkpoint.
 
     Matrices take `dtype`, or stay quantised if they are in the checkpoint; vectors (norms, biases)
@@ -28,29 +44,32 @@ def load(arch, checkpoint, ranges, dtype, device, cp=1, keep=None, pieces=None):
     ranges : dict cut -> (start, stop), as `owned` returns it; its parts of cp follow from the rest
     cp : ranks of cp
     keep : function of a TensorSpec, True if this rank has it; None for all
-    pieces : ZeroWeights, which then keeps a part of the parameters and fetches them when they are
-        used; None to keep them whole
+    keep_layer : function (n, Layer) -> what is kept of a layer, called when it has been read; None
+        to keep all
 
     Returns
     -------
-    Weights, or `pieces`
+    Weights, whose layers are what `keep_layer` returned
     """
     names, ranges = check(arch, checkpoint.tensors), in_parts(ranges, cp)
     weights = Weights(layers=[Layer() for _ in range(arch.N)])
     rows = [row for row in table(arch, cp) if keep is None or keep(row)]
+
+    # Read layer by layer, parameter by parameter, and keep what is asked for.
     for layer, of_layer in groupby(rows, key=lambda row: row.layer):
         here.layer, target = layer, weights if layer is None else weights.layers[layer]
         for of_parameter in by_target(of_layer):
             read = _read if of_parameter[0].expert is None else _read_experts
             parameter = read(of_parameter, names, checkpoint, ranges, dtype)
             setattr(target, of_parameter[0].key, _put(device, parameter))
-        if layer is not None and pieces is not None:
-            pieces.keep_layer(layer, target)
-            weights.layers[layer] = None
+        if layer is not None and keep_layer is not None:
+            weights.layers[layer] = keep_layer(layer, target)
+
+    # Take the head from the embedding where the config ties them.
     head = vocabulary_row(arch, "head")
     if arch.tied and (keep is None or keep(head)) and weights.embed is not None:
         _tie_head(arch, checkpoint, ranges, weights, dtype, device)
-    return weights if pieces is None else pieces.keep_rest(weights)
+    return weights
 
 
 def _read(rows, names, checkpoint, ranges, dtype):

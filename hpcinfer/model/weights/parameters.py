@@ -1,19 +1,25 @@
-"""The table of weights (name, global shape, which axis is cut by whom) and the loading of a shard.
+"""This rank's parameters, as the layers use them.
 
-A row of the table says where a parameter stands in the checkpoint and which items of one axis
-belong to a rank. Parameters are kept (out, in); rows with the same key are laid one after the other
-along `out`, so that queries, keys and values, or gate and up, are one product.
+Parameters are kept (out, in); those that meet the same input are laid one after the other along
+`out`, so that queries, keys and values, or gate and up, are one product.
 """
+
+from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from itertools import chain
+from typing import Protocol
 
 import numpy as np
+
+from hpcinfer.array import Array
 
 
 @dataclass
 class Layer:
-    """This rank's parameters of one layer; absent ones are None. C is (H + 2 G) K, U is F or 2 F.
+    """This rank's parameters of one layer; absent ones are None.
+
+    C is (H + 2 G) K in attention; in an FFN it is F, or 2 F with a gate.
 
     Those of QUANTISED are all arrays or all Quantized, the others are arrays.
 
@@ -23,7 +29,7 @@ class Layer:
     qkv, qkv_bias : (C/P, D), (C/P,): queries, then keys, then values of the rank's heads
     q_norm, k_norm : (K,) float32, or (H K/P,), (G K/P,) where all heads are normed together
     o, o_bias : (D, H K/P), (D,)
-    up, up_bias : (U/P, D), (U/P,): for every part of cp its gate, if there is one, then its up
+    up, up_bias : (C/P, D), (C/P,): for every part of cp its gate, if there is one, then its up
     down, down_bias : (D, F/P), (D,)
     latents, latents_bias : of latent attention, the products that give the latents of queries, if
         they have one, then of keys and values, then the rotated key; q_norm and kv_norm
@@ -31,9 +37,9 @@ class Layer:
     q, kv : (own columns of queries, latent or D), (own columns of plain keys and values, latent),
         head by head
     router, router_bias : (E, D), (E,) float32
-    experts_up : (own experts, U/P, D), own columns of each in the order of `up`
+    experts_up : (own experts, C/P, D), own columns of each in the order of `up`
     experts_down : (own experts, D, F/P)
-    shared_up, shared_down : (U/P, D), (D, F/P), of all shared experts as one FFN
+    shared_up, shared_down : (C/P, D), (D, F/P), of all shared experts as one FFN
     shared_gate : (1, D) float32
     """
 
@@ -65,9 +71,40 @@ class Layer:
     shared_gate: np.ndarray | None = None
 
 
+class Parameters(Protocol):
+    """What a model asks of its parameters; `Weights` and `ZeroWeights` have it.
+
+    Attributes
+    ----------
+    final_norm, final_norm_bias : (D,) float32, or None
+    nbytes : bytes of parameters that this rank ever holds at a time
+    """
+
+    final_norm: np.ndarray | None
+    final_norm_bias: np.ndarray | None
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def layer(self, n: int) -> Layer:
+        """Parameters of layer n, good until the next layer is asked for."""
+
+    def embedding(self) -> tuple:
+        """(embed, positions), good as long as the caller keeps them."""
+
+    def output(self) -> Array:
+        """The head, good until a layer or the embedding is asked for."""
+
+    def test(self) -> None:
+        """Let MPI move on what is in flight; by default nothing is."""
+
+    def settle(self) -> None:
+        """Wait for what is in flight, at the end of a run; by default nothing is."""
+
+
 @dataclass
-class Weights:
-    """This rank's parameters.
+class Weights(Parameters):
+    """This rank's parameters, all of them at hand.
 
     Attributes
     ----------
@@ -76,7 +113,7 @@ class Weights:
     final_norm, final_norm_bias : (D,) float32
     head : (V/P, D), rows of the ids whose logits it computes
     tied_rows : slice of the embedding that the head is; None if it is not
-    layers : list of Layer
+    layers : list of Layer, or of what stands for one (`load`)
     """
 
     embed: np.ndarray | None = None
@@ -87,20 +124,20 @@ class Weights:
     tied_rows: slice | None = None
     layers: list = field(default_factory=list)
 
-    def layer(self, n):
+    def layer(self, n: int) -> Layer:
         """Parameters of layer n."""
         return self.layers[n]
 
-    def embedding(self):
+    def embedding(self) -> tuple:
         """(embed, positions)."""
         return self.embed, self.positions
 
-    def output(self):
+    def output(self) -> Array:
         """The head."""
         return self.head
 
     @property
-    def nbytes(self):
+    def nbytes(self) -> int:
         """Bytes of all parameters; a head that is a part of the embedding counts once."""
         outside = [self.embed, self.positions, self.final_norm, self.final_norm_bias]
         if self.tied_rows is None:
@@ -108,22 +145,15 @@ class Weights:
         layers = (vars(layer).values() for layer in self.layers)
         return sum(x.nbytes for x in chain(outside, *layers) if x is not None)
 
-    def release(self):
-        """Forget what the step before has fetched: nothing, as all is here."""
 
-    def test(self):
-        """Move on what is in flight: nothing."""
-
-    def settle(self):
-        """Wait for what is in flight: nothing."""
-
-
-def tied_rows(ranges):
+def tied_rows(ranges: dict[str, tuple]) -> slice:
     """Slice of a rank's rows of the embedding whose logits it computes, where the head is tied."""
     return slice(*(bound - ranges["embed"][0] for bound in ranges["head"]))
 
 
-def slice_columns(layer, qkv, o, ffn, moe, shared):
+def slice_columns(
+    layer: Layer, qkv: slice, o: slice, ffn: tuple, moe: tuple, shared: tuple
+) -> Layer:
     """A layer with only some of its columns: views of its parameters.
 
     Parameters
@@ -135,6 +165,7 @@ def slice_columns(layer, qkv, o, ffn, moe, shared):
     def part(parameter, *index):
         return None if parameter is None else parameter[(..., *index)]
 
+    # Cut columns along `out`, rows along `in`, biases of columns with them.
     whole = slice(None)
     return replace(
         layer,

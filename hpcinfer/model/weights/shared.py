@@ -6,13 +6,22 @@ spread over them) each keeps for itself. Nothing is left behind when the ranks e
 end.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hpcinfer import node
-from hpcinfer.model.weights.parameters import Layer
+from hpcinfer.grid import Grid
+from hpcinfer.model.weights.parameters import Layer, Weights
 from hpcinfer.ops.quantize import QuantFormat, form_of, from_arrays, to_arrays
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Comm
+
 
 _ALIGN = 64
 _OUTSIDE = ("embed", "positions", "final_norm", "final_norm_bias")
@@ -36,7 +45,7 @@ class ParameterAddress:
     arrays: tuple
 
 
-def private_keys(grid):
+def private_keys(grid: Grid) -> frozenset:
     """Keys of the parameters that ranks of one node do not have alike."""
     own, over_cp = frozenset(), grid.cp.size > 1
     if over_cp:
@@ -46,7 +55,7 @@ def private_keys(grid):
     return own
 
 
-def share_weights(weights, comm, own, tied_rows):
+def share_weights(weights: Weights, comm: Comm, own: frozenset, tied_rows: slice | None) -> bool:
     """Let all ranks of a communicator have the parameters that its first rank has read.
 
     Parameters
@@ -62,11 +71,14 @@ def share_weights(weights, comm, own, tied_rows):
     process cannot be mapped (a container of its own, for example), or where the file holds a head
     beside the embedding that was to be tied: it must then read the weights itself
     """
+    # Put what the first rank has in common memory.
     memory = places = handle = None
     if comm.rank == 0 and (tied_rows is None or weights.tied_rows is not None):
         places, size = _places(weights, own)
         memory, handle = node.common_memory(size)
         _take(weights, places, memory, fill=True)
+
+    # Map it on the others; a tied head follows its embedding.
     places, handle = comm.bcast((places, handle))
     if comm.rank > 0 and handle is not None:
         memory = node.map_common(handle)
@@ -75,6 +87,8 @@ def share_weights(weights, comm, own, tied_rows):
             weights.tied_rows = tied_rows
     if tied_rows is not None and memory is not None:
         weights.head = weights.embed if weights.embed is None else weights.embed[tied_rows]
+
+    # Let go of the handle when all have mapped the memory.
     comm.Barrier()
     if comm.rank == 0 and handle is not None:
         node.close_common(handle)
@@ -94,7 +108,7 @@ def _places(weights, own):
     return places, size
 
 
-def parameters(weights):
+def parameters(weights: Weights) -> Iterator[tuple]:
     """(layer, key, array) of every parameter; a head that is part of the embedding is none."""
     outside = _OUTSIDE if weights.tied_rows is not None else (*_OUTSIDE, "head")
     yield from ((None, key, x) for key in outside if (x := getattr(weights, key)) is not None)

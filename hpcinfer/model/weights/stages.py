@@ -3,14 +3,21 @@
 The embedding stands on the first stage, the head on the last: they count as weight there.
 """
 
+from __future__ import annotations
+
 import numpy as np
+from numpy.typing import DTypeLike
 
 from hpcinfer import partition
 from hpcinfer.io.checkpoint import SCALES
+from hpcinfer.layout import Layout
+from hpcinfer.model.architecture import Architecture
 from hpcinfer.model.weights.table import find, table
 
 
-def layers_of_stage(arch, layout, dtype, tensors=None):
+def layers_of_stage(
+    arch: Architecture, layout: Layout, dtype: DTypeLike, tensors: dict = None
+) -> list[range]:
     """Layers of every stage.
 
     Parameters

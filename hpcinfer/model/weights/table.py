@@ -1,8 +1,11 @@
 """The table of weights: name, global shape, which axis is cut by whom."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 from hpcinfer import partition
+from hpcinfer.model.architecture import Architecture
 
 # Cuts of which the parts of cp are cut once more, and parameters that are float32 like vectors.
 FFN_CUTS = ("ffn", "moe", "shared")
@@ -55,7 +58,7 @@ class TensorSpec:
     transposed: bool = False
     expert: int | None = None
 
-    def pieces(self, ranges):
+    def pieces(self, ranges: dict[str, tuple]) -> list[tuple[int, int]]:
         """(start, stop) ranges of the cut axis that a rank owning items `ranges[cut]` reads."""
         if self.cut is None:
             return [(0, self.shape[0])] if self.shape else []
@@ -66,7 +69,7 @@ class TensorSpec:
         starts = (self.offset + j * self.stride for j in range(first, last))
         return [(start, start + self.unit) for start in starts]
 
-    def local_shape(self, ranges):
+    def local_shape(self, ranges: dict[str, tuple]) -> tuple:
         """Shape (out, in) of the part that a rank owns."""
         shape = list(self.shape)
         if self.cut is not None:
@@ -75,7 +78,7 @@ class TensorSpec:
         return tuple(reversed(shape)) if self.transposed else tuple(shape)
 
 
-def table(arch, cp=1):
+def table(arch: Architecture, cp: int = 1) -> list[TensorSpec]:
     """Every tensor that a model of this architecture has, in the order of computation.
 
     Parameters
@@ -86,6 +89,7 @@ def table(arch, cp=1):
     -------
     list of TensorSpec
     """
+    # Go from the embedding through the layers to the head.
     rows = [vocabulary_row(arch, "embed")]
     if arch.learned_positions:
         rows.append(
@@ -99,7 +103,7 @@ def table(arch, cp=1):
     return rows
 
 
-def owned(arch, P, rank, cp=1, part=0):
+def owned(arch: Architecture, P: int, rank: int, cp: int = 1, part: int = 0) -> dict[str, tuple]:
     """Items of every cut axis that a rank owns.
 
     The vocabulary's logits are divided among all ranks of tp and cp, the embedding's rows among
@@ -115,6 +119,7 @@ def owned(arch, P, rank, cp=1, part=0):
     -------
     dict cut -> (start, stop)
     """
+    # Divide heads, columns and vocabulary by rank, then columns by part of cp.
     heads = partition.heads(arch.H, arch.G, P)[rank]
     logits = partition.block(arch.V, P * cp)[rank * cp : (rank + 1) * cp]
     ranges = {
@@ -130,7 +135,7 @@ def owned(arch, P, rank, cp=1, part=0):
     return in_parts(ranges, cp)
 
 
-def in_parts(ranges, cp):
+def in_parts(ranges: dict[str, tuple], cp: int) -> dict[str, tuple]:
     """The ranges, with the part of every rank of cp ("ffn 0", "ffn 1", ...) of the columns in them.
 
     Parameters
@@ -145,7 +150,7 @@ def in_parts(ranges, cp):
     return {**ranges, **parts}
 
 
-def vocabulary_row(arch, key):
+def vocabulary_row(arch: Architecture, key: str) -> TensorSpec:
     return TensorSpec(key, None, arch.names[key], (arch.V, arch.D), key)
 
 
@@ -272,7 +277,7 @@ def by_target(rows):
     return groups.values()
 
 
-def find(name, tensors):
+def find(name: str, tensors: dict) -> str | None:
     """A tensor's name in the checkpoint: with the family's prefix, or saved without it."""
     if name in tensors:
         return name

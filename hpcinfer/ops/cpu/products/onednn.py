@@ -66,9 +66,9 @@ def product(a, b, y):
 
     Parameters
     ----------
-    a : (M, K) of 16 bits or float32, any strides with one of them 1
-    b : (K, N) of the same type, likewise
-    y : (M, N) float32, or of the 16-bit type to be rounded to it; rows contiguous
+    a : (T, I) of 16 bits or float32, any strides with one of them 1
+    b : (I, O) of the same type, likewise
+    y : (T, O) float32, or of the 16-bit type to be rounded to it; rows contiguous
 
     Returns
     -------
