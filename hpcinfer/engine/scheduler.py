@@ -50,11 +50,12 @@ class Scheduler:
 
     Attributes
     ----------
-    room : tokens that the next step may have, within the limits; None for as many as these allow
+    token_budget : tokens that the next step may have, within the limits; None for as many as they
+        allow
     """
 
     def __init__(self, pages, limits, rope=None):
-        self.pages, self.limits, self.room = pages, limits, None
+        self.pages, self.limits, self.token_budget = pages, limits, None
         self.rope = rope if rope is not None and rope.depends_on_length else None
         self.waiting, self.running = deque(), []
         self.preemptions = self.reused_tokens = self.tokens_under_way = self._added = 0
@@ -80,13 +81,13 @@ class Scheduler:
         list of (Sequence, n), empty when nothing waits or runs
         """
         plan, preempted = [], False
-        most, room = self._share()
+        most, budget = self._share()
 
         # Go on with what runs; the youngest gives way where pages run out.
         position = 0
-        while position < len(self.running) and room and len(plan) < most:
+        while position < len(self.running) and budget and len(plan) < most:
             sequence = self.running[position]
-            n = min(room, sequence.target - sequence.computed)
+            n = min(budget, sequence.target - sequence.computed)
             if n == 0:  # its next token is under way
                 position += 1
                 continue
@@ -97,11 +98,13 @@ class Scheduler:
                 preempted = True
                 continue
             self._plan(plan, sequence, n)
-            room -= n
+            budget -= n
             position += 1
 
         # Admit what waits, while there are pages for its whole text.
-        while self.waiting and room and not preempted and len(self.running) < self.limits.sequences:
+        while (
+            self.waiting and budget and not preempted and len(self.running) < self.limits.sequences
+        ):
             sequence = self.waiting[0]
             if len(plan) >= most:
                 break
@@ -114,9 +117,9 @@ class Scheduler:
             self.pages.acquire(sequence.pages)
             sequence.computed = len(sequence.pages) * PAGE
             self.reused_tokens += sequence.computed
-            n = min(room, sequence.target - sequence.computed)
+            n = min(budget, sequence.target - sequence.computed)
             self._plan(plan, sequence, n)
-            room -= n
+            budget -= n
         return self._in_order(plan)
 
     @property
@@ -126,15 +129,15 @@ class Scheduler:
 
     def _share(self):
         """Sequences and tokens of the next step at most."""
-        limits, room = self.limits, self.limits.tokens
-        if self.room is not None:
-            room = min(room, self.room)
+        limits, budget = self.limits, self.limits.tokens
+        if self.token_budget is not None:
+            budget = min(budget, self.token_budget)
         if limits.parts == limits.chunks == 1:
-            return limits.sequences, room
+            return limits.sequences, budget
         most = -(-min(self.held, limits.sequences) // limits.parts)
         pending = sum(s.target - s.computed for s in (*self.running, *self.waiting))
         share = -(-(pending + self.tokens_under_way) // limits.chunks)
-        return most, min(room, max(_LEAST_TOKENS, share))
+        return most, min(budget, max(_LEAST_TOKENS, share))
 
     @staticmethod
     def _in_order(plan):

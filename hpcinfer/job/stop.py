@@ -139,7 +139,7 @@ class Stop:
             self._hear(grid)
         words = np.array([self.stopping, self.pace.tokens], np.int64)
         collectives.Bcast(grid.replica, words, purpose="stop")
-        self.stopping, scheduler.room = bool(words[0]), int(words[1])
+        self.stopping, scheduler.token_budget = bool(words[0]), int(words[1])
         return self.stopping
 
     def rescue(self):

@@ -22,7 +22,7 @@ class BlockTable:
     first : (B,) int, pool of each sequence's first page; the next page is in the next pool
     pool, pools : this rank's pool, and the number of pools
     lengths : (B,) int, tokens of each sequence in the cache when this step's are in it
-    room : (pages of all sequences, of the longest) that tables are to have room for, or None
+    capacity : (pages of all sequences, of the longest) that tables are to have room for, or None
     """
 
     places: np.ndarray
@@ -30,7 +30,7 @@ class BlockTable:
     pool: int
     pools: int
     lengths: np.ndarray
-    room: tuple | None = None
+    capacity: tuple | None = None
 
     def __post_init__(self):
         self._pages, self._tables = {}, {}

@@ -64,11 +64,11 @@ class LentBlockTable:
     Attributes
     ----------
     now : BlockTable
-    room : as in BlockTable
+    capacity : as in BlockTable
     """
 
-    def __init__(self, block_table: BlockTable, room: tuple[int, int]):
-        self.now, self.room = block_table, room
+    def __init__(self, block_table: BlockTable, capacity: tuple[int, int]):
+        self.now, self.capacity = block_table, capacity
 
     def __getattr__(self, name):
         return getattr(self.now, name)
@@ -151,12 +151,12 @@ class DeviceFrame(Frame):
         super().__init__(p, x)
         self.tokens, self.token_ids = map(np.empty_like, (p.step.tokens, p.step.token_ids))
         pages = _pages(p.step)
-        room = 2 * int(pages.sum()) + _MORE_PAGES, 2 * int(pages.max()) + _MORE_PAGES
-        self.block_table = LentBlockTable(p.step.block_table, room)
+        capacity = 2 * int(pages.sum()) + _MORE_PAGES, 2 * int(pages.max()) + _MORE_PAGES
+        self.block_table = LentBlockTable(p.step.block_table, capacity)
 
     def serves(self, p: Pass) -> bool:
         """True if it counts there, and the pages that the step's sequences have fit in here."""
-        pages, (of_all, of_one) = _pages(p.step), self.block_table.room
+        pages, (of_all, of_one) = _pages(p.step), self.block_table.capacity
         fits = pages.sum() <= of_all and pages.max() <= of_one
         return p.model.expert_load is self.load and fits
 

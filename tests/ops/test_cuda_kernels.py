@@ -800,10 +800,10 @@ def test_room_for_later_steps(put, rng, monkeypatch):
 
     monkeypatch.setattr(fast("decode"), "on_device", on_device)
     k, v, block_table = in_pages(rng, [40, 70], 1, 64, "bfloat16")
-    block_table.room, tokens = (40, 30), tokens_at((0, 39, 1), (1, 69, 1))
+    block_table.capacity, tokens = (40, 30), tokens_at((0, 39, 1), (1, 69, 1))
     attend(put, normal(rng, 2, 4, 64), tokens, k, v, block_table, groups, None)
     k, v, later = in_pages(rng, [700, 3], 1, 64, "bfloat16")
-    vars(block_table).update(vars(later), room=block_table.room)
+    vars(block_table).update(vars(later), room=block_table.capacity)
     tokens[:, 1] = 699, 2
     for table, build in tables:
         table[...] = put(build())

@@ -241,7 +241,7 @@ def _build(q_tokens, block_table, groups, window, k_pages):
 
     # As many splits as keep the device busy, of so many pages that each is worth its merge.
     n_queries = sum(rows.stop - rows.start for _, rows in few)
-    n_pages, longest = block_table.room or _pages_of(few, q_tokens, block_table, window)
+    n_pages, longest = block_table.capacity or _pages_of(few, q_tokens, block_table, window)
     splits = min(-(-longest // _FEWEST_PAGES), _BUSY_BLOCKS // (n_queries * len(entries)))
     splits = min(splits, _MOST_SPLITS)
 

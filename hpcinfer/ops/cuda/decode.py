@@ -137,8 +137,8 @@ def _build(q_tokens, block_table, groups, window, K, like):
 
     # Room for all that may come; a grid has no more than so much.
     n_pages = (
-        block_table.room[0]
-        if block_table.room
+        block_table.capacity[0]
+        if block_table.capacity
         else _count_pages(q_tokens, block_table, window, most)
     )
     blocks, in_all = -(-rows // shape.rows), int((-(-few * heads // shape.rows)).sum())

@@ -40,7 +40,7 @@ class Memory:
     """
 
     def __init__(self):
-        self.ranges, self._rooms, self._free = [], [], defaultdict(list)
+        self.ranges, self._buffers, self._free = [], [], defaultdict(list)
 
     def empty(self, shape, dtype):
         """Uninitialised array that begins a line of the cache."""
@@ -48,28 +48,28 @@ class Memory:
         size = 1 << max(12, (nbytes - 1).bit_length())
         free = self._free[size]
         if not free:
-            room = np.empty(size + 64, np.uint8)
-            start = -_address_of(room) % 64
-            self._rooms.append(room)
-            self.ranges.append(bounds(room))
-            free.append(room[start : start + size])
+            buffer = np.empty(size + 64, np.uint8)
+            start = -_address_of(buffer) % 64
+            self._buffers.append(buffer)
+            self.ranges.append(bounds(buffer))
+            free.append(buffer[start : start + size])
         return np.asarray(_Loan(free.pop(), free))[:nbytes].view(dtype).reshape(shape)
 
     def poison(self):
         """Fill everything with what no result is made of."""
-        for room in self._rooms:
-            room[:] = 0xFF  # NaN in float32, bfloat16 and float16
+        for buffer in self._buffers:
+            buffer[:] = 0xFF  # NaN in float32, bfloat16 and float16
 
 
 class _Loan:
     """Memory that goes back to where it is from when no array is a view of it any more."""
 
-    def __init__(self, room, home):
-        self._room, self._home = room, home
-        self.__array_interface__ = room.__array_interface__
+    def __init__(self, buffer, home):
+        self._buffer, self._home = buffer, home
+        self.__array_interface__ = buffer.__array_interface__
 
     def __del__(self):
-        self._home.append(self._room)
+        self._home.append(self._buffer)
 
 
 @dataclass
