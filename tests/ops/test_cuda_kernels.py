@@ -803,7 +803,7 @@ def test_room_for_later_steps(put, rng, monkeypatch):
     block_table.capacity, tokens = (40, 30), tokens_at((0, 39, 1), (1, 69, 1))
     attend(put, normal(rng, 2, 4, 64), tokens, k, v, block_table, groups, None)
     k, v, later = in_pages(rng, [700, 3], 1, 64, "bfloat16")
-    vars(block_table).update(vars(later), room=block_table.capacity)
+    vars(block_table).update(vars(later), capacity=block_table.capacity)
     tokens[:, 1] = 699, 2
     for table, build in tables:
         table[...] = put(build())
