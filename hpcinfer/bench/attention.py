@@ -15,8 +15,23 @@ import numpy as np
 from hpcinfer import node, partition
 from hpcinfer.bench import limits, measure
 from hpcinfer.bench.shape import attend_nothing, tokens_of
-from hpcinfer.io.rows import text_table
+from hpcinfer.bench.table import OF_LIMIT, BenchColumn, percent, text_of
 from hpcinfer.parallel.ring import ring
+
+COLUMNS = (
+    BenchColumn("strategy", "strategy"),
+    BenchColumn("cut", lambda row: (row["cut"] or "-").replace("_", "-")),
+    BenchColumn("ranks", "ranks"),
+    BenchColumn("seconds", "time_s", ".3f"),
+    BenchColumn("speed-up", "speedup", ".2f"),
+    BenchColumn("balance", "balance", ".2f"),
+    BenchColumn("exchange ms", "exchange_s", ".2f", 1e3),
+    BenchColumn("waited ms", "waited_s", ".2f", 1e3),
+    BenchColumn("tested ms", "tested_s", ".2f", 1e3),
+    percent("overlapped %", "overlapped_share"),
+    percent("hidden %", "hidden_share"),
+    OF_LIMIT,
+)
 
 
 def run(comm, device, shape, tokens, cuts, repeat):
@@ -73,11 +88,7 @@ def table(rows):
         f"limit: float32 matrix products, {first['limit_flop_per_s'] / 1e9:.0f} GFLOP/s by one "
         f"rank, {last['limit_flop_per_s'] / 1e9:.0f} by {last['ranks']}\n"
     )
-    headings = [
-        "strategy", "cut", "ranks", "seconds", "speed-up", "balance", "exchange ms", "waited ms",
-        "tested ms", "overlapped %", "hidden %", "of limit %",
-    ]  # fmt: skip
-    return head + text_table(headings, [_cells(row) for row in rows])
+    return text_of(head, COLUMNS, rows)
 
 
 def _problems(comm, device, shape, tokens, cuts):
@@ -141,21 +152,3 @@ def _row(shape, device, tokens, strategy, ranks, time_s, flop_per_s):
         "overlapped_share": None,
         "hidden_share": None,
     }
-
-
-def _cells(row):
-    """A row as a line of the table."""
-    shares = [row["overlapped_share"], row["hidden_share"]]
-    return [
-        row["strategy"],
-        (row["cut"] or "-").replace("_", "-"),
-        str(row["ranks"]),
-        f"{row['time_s']:.3f}",
-        f"{row['speedup']:.2f}",
-        f"{row['balance']:.2f}",
-        f"{1e3 * row['exchange_s']:.2f}",
-        f"{1e3 * row['waited_s']:.2f}",
-        f"{1e3 * row['tested_s']:.2f}",
-        *map(measure.percent, shares),
-        f"{100 * row['share_of_limit']:.0f}",
-    ]

@@ -13,7 +13,16 @@ from mpi4py import MPI
 
 from hpcinfer import collectives, node, partition
 from hpcinfer.bench import limits, measure
-from hpcinfer.io.rows import text_table
+from hpcinfer.bench.table import OF_LIMIT, BenchColumn, text_of
+
+COLUMNS = (
+    BenchColumn("collective", "collective"),
+    BenchColumn("bytes", "bytes"),
+    BenchColumn("us", "time_s", ".1f", 1e6),
+    BenchColumn("bytes sent", "sent_bytes"),
+    BenchColumn("GB/s", "byte_per_s", ".2f", 1e-9),
+    OF_LIMIT,
+)
 
 
 def run(comm, device, sizes, repeat):
@@ -66,8 +75,7 @@ def table(rows):
         f"limit: copying, {first['limit_byte_per_s'] / 1e9:.1f} GB/s, all ranks together"
         f"{'; window: an Allreduce through shared memory' if shared else ''}\n"
     )
-    headings = ["collective", "bytes", "us", "bytes sent", "GB/s", "of limit %"]
-    return head + text_table(headings, [_cells(row) for row in rows])
+    return text_of(head, COLUMNS, rows)
 
 
 class _Window:
@@ -159,15 +167,3 @@ def _row(comm, device, name, size, time_s, sent_bytes, copy_rate):
         "limit_byte_per_s": copy_rate,
         "share_of_limit": sent_bytes / time_s / copy_rate,
     }
-
-
-def _cells(row):
-    """A row as a line of the table."""
-    return [
-        row["collective"],
-        str(row["bytes"]),
-        f"{1e6 * row['time_s']:.1f}",
-        str(row["sent_bytes"]),
-        f"{row['byte_per_s'] / 1e9:.2f}",
-        measure.percent(row["share_of_limit"]),
-    ]

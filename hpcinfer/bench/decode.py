@@ -8,10 +8,20 @@ longer by the limits measured in the same run. All cases take turns in every rep
 import sys
 from statistics import median
 
-from hpcinfer.bench import measure, work
+from hpcinfer.bench import work
 from hpcinfer.bench.drive import Bench
+from hpcinfer.bench.table import OF_LIMIT, BenchColumn, text_of
 from hpcinfer.errors import agreed
-from hpcinfer.io.rows import text_table
+
+COLUMNS = (
+    BenchColumn("sequences", "batch"),
+    BenchColumn("context", "context"),
+    BenchColumn("ms a step", "time_s", ".2f", 1e3),
+    BenchColumn("tokens/s", "tokens_per_s", ".1f"),
+    BenchColumn("limit tokens/s", "limit_tokens_per_s", ".1f"),
+    BenchColumn("bound by", "bound"),
+    OF_LIMIT,
+)
 
 
 def run(comm, setting, batches, contexts, new, repeat):
@@ -144,20 +154,4 @@ def model_words(row):
 
 def table(rows):
     """The rows as text."""
-    headings = [
-        "sequences", "context", "ms a step", "tokens/s", "limit tokens/s", "bound by", "of limit %",
-    ]  # fmt: skip
-    return head(rows) + text_table(headings, [_cells(row) for row in rows])
-
-
-def _cells(row):
-    """A row as a line of the table."""
-    return [
-        str(row["batch"]),
-        str(row["context"]),
-        f"{1e3 * row['time_s']:.2f}",
-        f"{row['tokens_per_s']:.1f}",
-        f"{row['limit_tokens_per_s']:.1f}",
-        row["bound"],
-        measure.percent(row["share_of_limit"]),
-    ]
+    return text_of(head(rows), COLUMNS, rows)

@@ -12,13 +12,27 @@ import numpy as np
 from hpcinfer import node, partition
 from hpcinfer.bench import limits, measure
 from hpcinfer.bench.shape import attend_nothing, tokens_of
-from hpcinfer.io.rows import text_table
+from hpcinfer.bench.table import OF_LIMIT, BenchColumn, text_of
 from hpcinfer.parallel.gather import gather
 from hpcinfer.parallel.ring import ring
 from hpcinfer.parallel.tree import tree, tree_single
 
 _COLD_BYTES = 1 << 30  # of cache in all copies, over all ranks
 _MERGES = {"gather": gather, "tree": tree, "tree_single": tree_single}
+
+
+COLUMNS = (
+    BenchColumn("cached", "cached"),
+    BenchColumn("queries", "batch"),
+    BenchColumn("strategy", "strategy"),
+    BenchColumn("ranks", "ranks"),
+    BenchColumn("step us", "time_s", ".0f", 1e6),
+    BenchColumn("speed-up", "speedup", ".2f"),
+    BenchColumn("exchange us", "exchange_s", ".0f", 1e6),
+    BenchColumn("bytes a step", "sent_bytes"),
+    BenchColumn("calls of a rank", "calls"),
+    OF_LIMIT,
+)
 
 
 def run(comm, device, shape, cached, queries, repeat):
@@ -50,11 +64,7 @@ def table(rows):
         f"limit: reading the cache, {first['limit_byte_per_s'] / 1e9:.1f} GB/s by one rank, "
         f"{last['limit_byte_per_s'] / 1e9:.1f} by {last['ranks']}\n"
     )
-    headings = [
-        "cached", "queries", "strategy", "ranks", "step us", "speed-up", "exchange us",
-        "bytes a step", "calls of a rank", "of limit %",
-    ]  # fmt: skip
-    return head + text_table(headings, [_cells(row) for row in rows])
+    return text_of(head, COLUMNS, rows)
 
 
 class _CutCache:
@@ -156,19 +166,3 @@ def _row(cache, strategy, ranks, time_s, byte_per_s):
         "sent_bytes": 0,
         "calls": "none",
     }
-
-
-def _cells(row):
-    """A row as a line of the table."""
-    return [
-        str(row["cached"]),
-        str(row["batch"]),
-        row["strategy"],
-        str(row["ranks"]),
-        f"{1e6 * row['time_s']:.0f}",
-        f"{row['speedup']:.2f}",
-        f"{1e6 * row['exchange_s']:.0f}",
-        str(row["sent_bytes"]),
-        row["calls"],
-        f"{100 * row['share_of_limit']:.0f}",
-    ]

@@ -16,12 +16,25 @@ import numpy as np
 from hpcinfer import array, partition
 from hpcinfer.bench import measure
 from hpcinfer.bench.shape import sleep
-from hpcinfer.io.rows import text_table
+from hpcinfer.bench.table import OF_LIMIT, BenchColumn, percent, text_of
 from hpcinfer.ops.activation import relu
 from hpcinfer.ops.experts import experts_ffn
 from hpcinfer.parallel import disagg
 
 SLEEP_S = 0.02  # work of a side that sleeps, on all its tokens
+
+
+COLUMNS = (
+    BenchColumn("strategy", "strategy"),
+    BenchColumn("micro-batches", "batch"),
+    BenchColumn("ms", "time_s", ".2f", 1e3),
+    BenchColumn("speed-up", "speedup", ".2f"),
+    percent("attention idle %", "attention_idle_share"),
+    percent("FFN idle %", "ffn_idle_share"),
+    percent("if equal %", "equal_idle_share"),
+    BenchColumn("bytes sent", "sent_bytes"),
+    OF_LIMIT,
+)
 
 
 def run(comm, device, shape, ffn, tokens, layers, split, micro, context, work, repeat):
@@ -68,11 +81,7 @@ def table(rows):
         f"limit: the longer of the two works by itself, attention "
         f"{1e3 * first['attention_s']:.2f} ms, FFN {1e3 * first['ffn_s']:.2f} ms\n"
     )
-    headings = [
-        "strategy", "micro-batches", "ms", "speed-up", "attention idle %", "FFN idle %",
-        "if equal %", "bytes sent", "of limit %",
-    ]  # fmt: skip
-    return head + text_table(headings, [_cells(row) for row in rows])
+    return text_of(head, COLUMNS, rows)
 
 
 class _Sides:
@@ -200,18 +209,3 @@ def _row(comm, sides, works, layers, m, repeat):
         equal_idle_share=1 / 2 if m == 1 else 1 / (m * layers + 1),
         sent_bytes=sent_bytes // layers,
     )
-
-
-def _cells(row):
-    """A row as a line of the table."""
-    return [
-        row["strategy"],
-        str(row["batch"]),
-        f"{1e3 * row['time_s']:.2f}",
-        f"{row['speedup']:.2f}",
-        measure.percent(row["attention_idle_share"]),
-        measure.percent(row["ffn_idle_share"]),
-        measure.percent(row["equal_idle_share"]),
-        str(row["sent_bytes"]),
-        measure.percent(row["share_of_limit"]),
-    ]

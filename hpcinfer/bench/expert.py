@@ -11,10 +11,21 @@ import numpy as np
 
 from hpcinfer import partition
 from hpcinfer.bench import limits, measure
-from hpcinfer.io.rows import text_table
+from hpcinfer.bench.table import OF_LIMIT, BenchColumn, percent, text_of
 from hpcinfer.ops.activation import relu
 from hpcinfer.ops.experts import experts_ffn
 from hpcinfer.parallel.expert import experts
+
+COLUMNS = (
+    BenchColumn("routing", "strategy"),
+    BenchColumn("tokens max/mean", "tokens_balance", ".2f"),
+    BenchColumn("choices max/mean", "choices_balance", ".2f"),
+    BenchColumn("bytes sent", "sent_bytes"),
+    BenchColumn("exchange ms", "exchange_s", ".2f", 1e3),
+    percent("of copying %", "exchange_share_of_limit"),
+    BenchColumn("whole ms", "time_s", ".2f", 1e3),
+    OF_LIMIT,
+)
 
 
 def run(comm, device, ffn, tokens, n_experts, top, skews, repeat):
@@ -96,11 +107,7 @@ def table(rows):
         f"float32 matrix products, {first['limit_flop_per_s'] / 1e9:.0f} GFLOP/s; all ranks "
         "together\n"
     )
-    headings = [
-        "routing", "tokens max/mean", "choices max/mean", "bytes sent", "exchange ms",
-        "of copying %", "whole ms", "of limit %",
-    ]  # fmt: skip
-    return head + text_table(headings, [_cells(row) for row in rows])
+    return text_of(head, COLUMNS, rows)
 
 
 def _balance(comm, ids, shares):
@@ -110,17 +117,3 @@ def _balance(comm, ids, shares):
     totals = np.sum(comm.allgather((arriving, chosen)), axis=0)
     tokens, choices = (totals.max(axis=1) / totals.mean(axis=1)).tolist()
     return {"tokens_balance": tokens, "choices_balance": choices}
-
-
-def _cells(row):
-    """A row as a line of the table."""
-    return [
-        row["strategy"],
-        f"{row['tokens_balance']:.2f}",
-        f"{row['choices_balance']:.2f}",
-        str(row["sent_bytes"]),
-        f"{1e3 * row['exchange_s']:.2f}",
-        measure.percent(row["exchange_share_of_limit"]),
-        f"{1e3 * row['time_s']:.2f}",
-        measure.percent(row["share_of_limit"]),
-    ]

@@ -14,10 +14,18 @@ import numpy as np
 
 from hpcinfer import array, partition
 from hpcinfer.bench import measure
+from hpcinfer.bench.table import BenchColumn, percent, text_of
 from hpcinfer.grid import agree_all
 from hpcinfer.io.atomic import writing
 from hpcinfer.io.parts import ColumnShare, Field, PartFiles, clear_parts, parts_folder
-from hpcinfer.io.rows import text_table
+
+COLUMNS = (
+    BenchColumn("writes", "writes"),
+    BenchColumn("bytes", "bytes"),
+    BenchColumn("s", "time_s", ".3f"),
+    BenchColumn("MB/s", "byte_per_s", ".0f", 1e-6),
+    percent("of plain %", "share_of_limit"),
+)
 
 
 def run(comm, device, folder, width, layers, tokens, steps, dtype, repeat):
@@ -98,17 +106,7 @@ def table(rows):
         f"columns in {first['dtype']}, by {first['ranks']} ranks "
         f"from device {first['device']}, brought to the disk\n"
     )
-    cells = [
-        [
-            row["writes"],
-            str(row["bytes"]),
-            f"{row['time_s']:.3f}",
-            f"{row['byte_per_s'] / 1e6:.0f}",
-            f"{100 * row['share_of_limit']:.0f}",
-        ]
-        for row in rows
-    ]
-    return head + text_table(["writes", "bytes", "s", "MB/s", "of plain %"], cells)
+    return text_of(head, COLUMNS, rows)
 
 
 def _plain(path, block, n):

@@ -13,12 +13,21 @@ from statistics import median
 from hpcinfer import partition
 from hpcinfer.bench import decode, measure
 from hpcinfer.bench.drive import Bench
+from hpcinfer.bench.table import BenchColumn, percent, text_of
 from hpcinfer.grid import agree_all
 from hpcinfer.io.checkpoint import BLOCK_BYTES
 from hpcinfer.io.models import open_checkpoint
-from hpcinfer.io.rows import text_table
 
 _PROMPT = 16  # tokens before the first one that is generated
+
+
+COLUMNS = (
+    BenchColumn("reads", "reads"),
+    BenchColumn("bytes", "bytes"),
+    BenchColumn("s", "time_s", ".3f"),
+    BenchColumn("GB/s", "byte_per_s", ".2f", 1e-9),
+    percent("of plain %", "share_of_limit"),
+)
 
 
 def run(comm, setting, repeat, cold=False):
@@ -76,17 +85,7 @@ def table(rows):
         f"token {first['first_token_s']:.2f} s; weights of a rank "
         f"{first['weight_bytes'] / 1e6:.1f} MB, peak of all {first['peak_bytes'] / 1e6:.1f} MB\n"
     )
-    cells = [
-        [
-            row["reads"],
-            str(row["bytes"]),
-            f"{row['time_s']:.3f}",
-            f"{row['byte_per_s'] / 1e9:.2f}",
-            measure.percent(row["share_of_limit"]),
-        ]
-        for row in rows
-    ]
-    return head + text_table(["reads", "bytes", "s", "GB/s", "of plain %"], cells)
+    return text_of(head, COLUMNS, rows)
 
 
 def _files(path):

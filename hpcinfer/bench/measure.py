@@ -131,11 +131,6 @@ def saved(spent_s, alone_s):
     return max(0.0, 1 - spent_s / alone_s) if alone_s else None
 
 
-def percent(share):
-    """A share as a cell of a table."""
-    return "-" if share is None else f"{100 * share:.0f}"
-
-
 def machine(row):
     """What a row was measured on, in words for the head of a table."""
     return f"device {row['device']}, threads per rank {row['threads'] or 'not set'}"

@@ -13,10 +13,21 @@ import numpy as np
 from hpcinfer import array
 from hpcinfer.bench import limits, measure
 from hpcinfer.bench.shape import sleep
-from hpcinfer.io.rows import text_table
+from hpcinfer.bench.table import OF_LIMIT, BenchColumn, percent, text_of
 from hpcinfer.parallel.pipeline import Pipeline, bubble_share
 
 SLEEP_S = 0.02  # work of a stage that sleeps, on one micro-batch
+
+
+COLUMNS = (
+    BenchColumn("strategy", "strategy"),
+    BenchColumn("micro-batches", "batch"),
+    BenchColumn("ms", "time_s", ".2f", 1e3),
+    BenchColumn("speed-up", "speedup", ".2f"),
+    percent("idle %", "idle_share", ".1f"),
+    percent("by formula %", "bubble_share", ".1f"),
+    OF_LIMIT,
+)
 
 
 def run(comm, device, ffn, tokens, layers, micro, work, repeat):
@@ -83,10 +94,7 @@ def table(rows):
         f"{measure.machine(first)}; a stage takes {1e3 * first['stage_s']:.2f} ms\n"
         f"limit: {limit}, all ranks together\n"
     )
-    headings = [
-        "strategy", "micro-batches", "ms", "speed-up", "idle %", "by formula %", "of limit %",
-    ]  # fmt: skip
-    return head + text_table(headings, [_cells(row) for row in rows])
+    return text_of(head, COLUMNS, rows)
 
 
 def _through(comm, stage, x, m):
@@ -101,16 +109,3 @@ def _through(comm, stage, x, m):
         for _ in range(m):
             pipeline.receive_result()
     pipeline.wait()
-
-
-def _cells(row):
-    """A row as a line of the table."""
-    return [
-        row["strategy"],
-        str(row["batch"]),
-        f"{1e3 * row['time_s']:.2f}",
-        f"{row['speedup']:.2f}",
-        f"{100 * row['idle_share']:.1f}",
-        f"{100 * row['bubble_share']:.1f}",
-        measure.percent(row["share_of_limit"]),
-    ]

@@ -7,9 +7,18 @@ take turns in every repetition.
 
 from statistics import median
 
-from hpcinfer.bench import decode, measure, work
+from hpcinfer.bench import decode, work
 from hpcinfer.bench.drive import Bench
-from hpcinfer.io.rows import text_table
+from hpcinfer.bench.table import OF_LIMIT, BenchColumn, text_of
+
+COLUMNS = (
+    BenchColumn("prompts", "batch"),
+    BenchColumn("tokens", "context"),
+    BenchColumn("seconds", "time_s", ".3f"),
+    BenchColumn("tokens/s", "tokens_per_s", ".1f"),
+    BenchColumn("limit tokens/s", "limit_tokens_per_s", ".1f"),
+    OF_LIMIT,
+)
 
 
 def run(comm, setting, batches, contexts, repeat):
@@ -41,19 +50,7 @@ def run(comm, setting, batches, contexts, repeat):
 
 def table(rows):
     """The rows as text."""
-    headings = ["prompts", "tokens", "seconds", "tokens/s", "limit tokens/s", "of limit %"]
-    cells = [
-        [
-            str(row["batch"]),
-            str(row["context"]),
-            f"{row['time_s']:.3f}",
-            f"{row['tokens_per_s']:.1f}",
-            f"{row['limit_tokens_per_s']:.1f}",
-            measure.percent(row["share_of_limit"]),
-        ]
-        for row in rows
-    ]
-    return decode.head(rows, "the matrix products of all tokens") + text_table(headings, cells)
+    return text_of(decode.head(rows, "the matrix products of all tokens"), COLUMNS, rows)
 
 
 def _row(bench, limits, facts, case, spent):

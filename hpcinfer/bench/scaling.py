@@ -12,11 +12,25 @@ from dataclasses import replace
 
 from mpi4py import MPI
 
-from hpcinfer.bench import decode, measure
+from hpcinfer.bench import decode
+from hpcinfer.bench.table import OF_LIMIT, BenchColumn, percent, text_of
 from hpcinfer.errors import agreed, is_agreed
-from hpcinfer.io.rows import text_table
 
 _POLL_S = 0.005
+
+
+COLUMNS = (
+    BenchColumn("scaling", "scaling"),
+    BenchColumn("axis", "axis"),
+    BenchColumn("ranks", "ranks"),
+    BenchColumn("sequences", "batch"),
+    BenchColumn("ms a step", "time_s", ".2f", 1e3),
+    BenchColumn("tokens/s", "tokens_per_s", ".1f"),
+    BenchColumn("speed-up", "speedup", ".2f"),
+    percent("efficiency %", "efficiency"),
+    BenchColumn("limit's speed-up", "limit_speedup", ".2f"),
+    OF_LIMIT,
+)
 
 
 def run(comm, setting, ranks, batch, context, new, repeat, weak="dp"):
@@ -67,11 +81,7 @@ def table(rows):
         "strong: the same sequences on all ranks; weak: as many more as ranks; limit: reading "
         "every weight and the cache once, or the products of a step\n"
     )
-    headings = [
-        "scaling", "axis", "ranks", "sequences", "ms a step", "tokens/s", "speed-up",
-        "efficiency %", "limit's speed-up", "of limit %",
-    ]  # fmt: skip
-    return head + text_table(headings, [_cells(row) for row in rows])
+    return text_of(head, COLUMNS, rows)
 
 
 def _on(comm, P, function):
@@ -93,19 +103,3 @@ def _on(comm, P, function):
     if error is not None:
         raise agreed(error)
     return row
-
-
-def _cells(row):
-    """A row as a line of the table."""
-    return [
-        row["scaling"],
-        row["axis"],
-        str(row["ranks"]),
-        str(row["batch"]),
-        f"{1e3 * row['time_s']:.2f}",
-        f"{row['tokens_per_s']:.1f}",
-        f"{row['speedup']:.2f}",
-        f"{100 * row['efficiency']:.0f}",
-        f"{row['limit_speedup']:.2f}",
-        measure.percent(row["share_of_limit"]),
-    ]

@@ -14,9 +14,22 @@ import numpy as np
 
 from hpcinfer import array, partition
 from hpcinfer.bench import limits, measure
-from hpcinfer.io.rows import text_table
+from hpcinfer.bench.table import OF_LIMIT, BenchColumn, text_of
 from hpcinfer.ops.norm import rms_norm
 from hpcinfer.parallel import sequence, tensor
+
+COLUMNS = (
+    BenchColumn("strategy", "strategy"),
+    BenchColumn("ranks", "ranks"),
+    BenchColumn("held MB a rank", "held_bytes", ".2f", 1e-6),
+    BenchColumn("peak MB a rank", "peak_bytes", ".2f", 1e-6),
+    BenchColumn("bytes sent", "sent_bytes"),
+    BenchColumn("ms", "time_s", ".2f", 1e3),
+    BenchColumn("speed-up", "speedup", ".2f"),
+    BenchColumn("between ms", "between_s", ".2f", 1e3),
+    BenchColumn("exchange ms", "exchange_s", ".2f", 1e3),
+    OF_LIMIT,
+)
 
 
 def run(comm, device, ffn, tokens, layers, repeat):
@@ -76,11 +89,7 @@ def table(rows):
         f"limit: float32 matrix products, {first['limit_flop_per_s'] / 1e9:.0f} GFLOP/s by one "
         f"rank, {last['limit_flop_per_s'] / 1e9:.0f} by {last['ranks']}\n"
     )
-    headings = [
-        "strategy", "ranks", "held MB a rank", "peak MB a rank", "bytes sent", "ms", "speed-up",
-        "between ms", "exchange ms", "of limit %",
-    ]  # fmt: skip
-    return head + text_table(headings, [_cells(row) for row in rows])
+    return text_of(head, COLUMNS, rows)
 
 
 class _One:
@@ -163,19 +172,3 @@ class _SequenceParallel(_TensorParallel):
 
     def half(self, x, products):
         return sequence.complete(self.comm, x, self.counts, products)
-
-
-def _cells(row):
-    """A row as a line of the table."""
-    return [
-        row["strategy"],
-        str(row["ranks"]),
-        f"{row['held_bytes'] / 1e6:.2f}",
-        f"{row['peak_bytes'] / 1e6:.2f}",
-        str(row["sent_bytes"]),
-        f"{1e3 * row['time_s']:.2f}",
-        f"{row['speedup']:.2f}",
-        f"{1e3 * row['between_s']:.2f}",
-        f"{1e3 * row['exchange_s']:.2f}",
-        measure.percent(row["share_of_limit"]),
-    ]

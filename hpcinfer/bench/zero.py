@@ -12,7 +12,7 @@ import numpy as np
 
 from hpcinfer import array, partition
 from hpcinfer.bench import limits, measure
-from hpcinfer.io.rows import text_table
+from hpcinfer.bench.table import OF_LIMIT, BenchColumn, percent, text_of
 from hpcinfer.parallel import zero
 
 _TURNS = 8  # parts of a layer's computation, between which MPI may move messages on
@@ -23,6 +23,24 @@ _WAYS = {
     "broadcast": (np.inf, False),
     "broadcast, ahead": (np.inf, True),
 }
+
+
+COLUMNS = (
+    BenchColumn("parameters", "strategy"),
+    BenchColumn("ms", "time_s", ".2f", 1e3),
+    BenchColumn("speed-up", "speedup", ".2f"),
+    BenchColumn("gather ms", "exchange_s", ".2f", 1e3),
+    percent("of copying %", "exchange_share_of_limit"),
+    BenchColumn("waited ms", "waited_s", ".2f", 1e3),
+    BenchColumn("tested ms", "tested_s", ".2f", 1e3),
+    percent("overlapped %", "overlapped_share"),
+    percent("hidden %", "hidden_share"),
+    BenchColumn("bytes sent", "sent_bytes"),
+    BenchColumn("peak MB", "peak_bytes", ".1f", 1e-6),
+    BenchColumn("by formula MB", "formula_bytes", ".1f", 1e-6),
+    BenchColumn("whole MB", "whole_bytes", ".1f", 1e-6),
+    OF_LIMIT,
+)
 
 
 def run(comm, device, ffn, tokens, layers, repeat):
@@ -96,12 +114,7 @@ def table(rows):
         f"limit: float32 matrix products, {first['limit_flop_per_s'] / 1e9:.0f} GFLOP/s; gathering "
         f"beside copying, {first['limit_byte_per_s'] / 1e9:.1f} GB/s; all ranks together\n"
     )
-    headings = [
-        "parameters", "ms", "speed-up", "gather ms", "of copying %", "waited ms", "tested ms",
-        "overlapped %", "hidden %", "bytes sent", "peak MB", "by formula MB", "whole MB",
-        "of limit %",
-    ]  # fmt: skip
-    return head + text_table(headings, [_cells(row) for row in rows])
+    return text_of(head, COLUMNS, rows)
 
 
 class _Kept:
@@ -178,21 +191,3 @@ def _products(ffn, x, weights, between):
 def _share(sent_bytes, alone_s, byte_per_s):
     """Share of the copy limit that gathering by itself reaches; None where nothing is sent."""
     return sent_bytes / byte_per_s / alone_s if sent_bytes else None
-
-
-def _cells(row):
-    """A row as a line of the table."""
-    return [
-        row["strategy"],
-        f"{1e3 * row['time_s']:.2f}",
-        f"{row['speedup']:.2f}",
-        f"{1e3 * row['exchange_s']:.2f}",
-        measure.percent(row["exchange_share_of_limit"]),
-        f"{1e3 * row['waited_s']:.2f}",
-        f"{1e3 * row['tested_s']:.2f}",
-        measure.percent(row["overlapped_share"]),
-        measure.percent(row["hidden_share"]),
-        str(row["sent_bytes"]),
-        *(f"{row[name] / 1e6:.1f}" for name in ("peak_bytes", "formula_bytes", "whole_bytes")),
-        measure.percent(row["share_of_limit"]),
-    ]
