@@ -10,8 +10,6 @@ import operator
 import reprlib
 from typing import Any, TypeVar
 
-import numpy as np
-
 DONE, FAILED, USAGE, REQUEUE = 0, 1, 2, 75
 
 _Error = TypeVar("_Error", bound=BaseException)
@@ -66,7 +64,7 @@ def one_line(error: BaseException) -> str:
 
 def integer(value: Any) -> int | None:
     """Value as a plain int, or None if its type is no whole number (bool and float are none)."""
-    if isinstance(value, bool | np.bool_):
+    if type(value).__name__.rstrip("_") == "bool":  # Python's, or NumPy's
         return None
     try:
         return operator.index(value)

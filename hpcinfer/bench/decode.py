@@ -13,6 +13,9 @@ from hpcinfer.bench.drive import Bench
 from hpcinfer.bench.table import OF_LIMIT, BenchColumn, text_of
 from hpcinfer.errors import agreed
 
+# Numbers of sequences and of tokens that a sweep goes through.
+_SWEEP = [1 << n for n in range(9)], [1 << n for n in (10, 12, 14, 16, 17)]
+
 COLUMNS = (
     BenchColumn("sequences", "batch"),
     BenchColumn("context", "context"),
@@ -24,23 +27,25 @@ COLUMNS = (
 )
 
 
-def run(comm, setting, batches, contexts, new, repeat):
+def run(comm, setting, batch, context, new, repeat, sweep=False):
     """Measure decoding.
 
     Parameters
     ----------
     setting : drive.Setting
-    batches, contexts : numbers of sequences, and of tokens that each has before; every combination
+    batch, context : numbers of sequences, and of tokens that each has before; every combination
         is a case, as far as its cache fits
     new : steps of a repetition
     repeat : repetitions; the median of all steps counts
+    sweep : True for 1 to 256 sequences at contexts of 1k to 128k tokens instead
 
     Returns
     -------
     list of rows, the same on every rank
     """
-    bench = Bench(comm, setting, max(batches), max(contexts) + new + 2)
-    cases = fitting(bench, [(B, C) for C in contexts for B in batches], new + 1)
+    batch, context = _SWEEP if sweep else (batch, context)
+    bench = Bench(comm, setting, max(batch), max(context) + new + 2)
+    cases = fitting(bench, [(B, C) for C in context for B in batch], new + 1)
     turns_s, touched = measured(bench, cases, new, repeat)
     facts = bench.facts()
     limits = bench.limits()

@@ -15,8 +15,9 @@ import numpy as np
 
 from hpcinfer import array, partition
 from hpcinfer.bench import measure
-from hpcinfer.bench.shape import sleep
+from hpcinfer.bench.shape import AttentionShape, sleep
 from hpcinfer.bench.table import OF_LIMIT, BenchColumn, percent, text_of
+from hpcinfer.errors import UsageError
 from hpcinfer.ops.activation import relu
 from hpcinfer.ops.experts import experts_ffn
 from hpcinfer.parallel import disagg
@@ -37,17 +38,17 @@ COLUMNS = (
 )
 
 
-def run(comm, device, shape, ffn, tokens, layers, split, micro, context, work, repeat):
+def run(comm, device, heads, ffn, tokens, layers, split, micro, context, work, repeat):
     """Measure numbers of micro-batches.
 
     Parameters
     ----------
     device : array.Device of this rank
-    shape : shape.AttentionShape of the attention, H · K being the model's width
+    heads : of the attention, each with its part of the model's width
     ffn : shape.Ffn
     tokens : of one step, over all attention ranks
     layers : how many
-    split : (M, N) ranks of each side
+    split : (A, F) ranks of each side, None for half of the ranks each
     micro : list of numbers of micro-batches
     context : cached tokens, None for as many as make attention take the time of the FFN
     work : "compute" or "sleep"
@@ -57,7 +58,19 @@ def run(comm, device, shape, ffn, tokens, layers, split, micro, context, work, r
     -------
     list of rows, the same on every rank
     """
-    M, N = split
+    split = split or (-(-comm.size // 2), comm.size // 2)
+    if ffn.D % heads:
+        raise UsageError(
+            f"bench: got --width {ffn.D} --heads {heads}, need a multiple of the heads"
+        )
+    if min(split) < 1 or sum(split) != comm.size:
+        raise UsageError(
+            f"bench: got {split[0]}:{split[1]} attention and FFN ranks of {comm.size}, need all "
+            "ranks on one side or the other, and 1 or more on each"
+        )
+
+    # Let the two sides meet over an intercommunicator.
+    M, shape = split[0], AttentionShape(heads, heads, ffn.D // heads, "float32")
     attends = comm.rank < M
     side = comm.Split(int(attends), comm.rank)
     inter = side.Create_intercomm(0, comm, M if attends else 0)

@@ -23,9 +23,12 @@ from hpcinfer.engine.loop import run as run_loop
 from hpcinfer.engine.loop import sequences_of
 from hpcinfer.engine.scheduler import Scheduler
 from hpcinfer.engine.stats import RunStats
-from hpcinfer.errors import agreed
+from hpcinfer.errors import UsageError, agreed
 from hpcinfer.grid import agree_all
 from hpcinfer.requests.request import BadRequest
+
+# Bits of a weight by the name of its quantisation on the command line.
+QUANTIZED_BITS = {"int8": 8, "int4": 4}
 
 _BLOCK = 1 << 20  # numbers of the cache that are written at a time
 
@@ -50,6 +53,32 @@ class Setting:
     kernels: str = "auto"
     bits: int | None = None
     group: int = 32
+
+    @classmethod
+    def of(cls, options):
+        """Of the options of a bench that loads a model.
+
+        Raises
+        ------
+        UsageError
+            If weights cannot be quantised as the options say.
+        """
+        # Not every bench has all of them.
+        given = {name: getattr(options, name, None) for name in ("layout", "quantize", "group")}
+        bits, group = QUANTIZED_BITS.get(given["quantize"]), given["group"]
+        if group and not bits:
+            raise UsageError(
+                f"bench: got --group {group} alone, need --quantize int8 or int4 with it"
+            )
+        if bits and has_weights(options.model):
+            raise UsageError(
+                f"bench: got --quantize for {options.model}, which has weights, need a bare "
+                "config.json; or give a model made by hpcinfer convert --quantize"
+            )
+        return cls(
+            options.model, given["layout"], options.dtype, options.device, options.step_tokens,
+            options.kernels, bits, group or 32,
+        )  # fmt: skip
 
     @property
     def name(self):

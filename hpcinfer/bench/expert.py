@@ -12,9 +12,10 @@ import numpy as np
 from hpcinfer import partition
 from hpcinfer.bench import limits, measure
 from hpcinfer.bench.table import OF_LIMIT, BenchColumn, percent, text_of
+from hpcinfer.errors import UsageError
 from hpcinfer.ops.activation import relu
 from hpcinfer.ops.experts import experts_ffn
-from hpcinfer.parallel.expert import experts
+from hpcinfer.parallel import expert
 
 COLUMNS = (
     BenchColumn("routing", "strategy"),
@@ -28,7 +29,7 @@ COLUMNS = (
 )
 
 
-def run(comm, device, ffn, tokens, n_experts, top, skews, repeat):
+def run(comm, device, ffn, tokens, experts, top, zipf, repeat):
     """Measure routings.
 
     Parameters
@@ -36,19 +37,21 @@ def run(comm, device, ffn, tokens, n_experts, top, skews, repeat):
     device : array.Device of this rank
     ffn : shape.Ffn, of one expert
     tokens : of every rank
-    n_experts : over all ranks
+    experts : over all ranks
     top : experts that a token chooses
-    skews : list of exponents s, 0 for even routing
+    zipf : list of exponents s, 0 for even routing
     repeat : repetitions, of which the median counts
 
     Returns
     -------
     list of rows, the same on every rank
     """
+    if top > experts:
+        raise UsageError(f"bench: got --top {top} of --experts {experts}, need experts enough")
     _, flop_rate = limits.matrix_rates(comm, device)
     _, copy_rate = limits.copy_rates(comm, device)
     clock = partial(measure.together_s, comm)
-    shares = partition.experts(n_experts, ffn.F, comm.size)
+    shares = partition.experts(experts, ffn.F, comm.size)
     own = shares[comm.rank]
     weights = [ffn.weights(own.columns) for _ in range(*own.experts)]
     up, down = (device.put(np.stack(w)) for w in zip(*weights, strict=True))
@@ -57,12 +60,12 @@ def run(comm, device, ffn, tokens, n_experts, top, skews, repeat):
     def compute(x, ids, weights):
         return experts_ffn(x, ids, weights, up, down, own.experts[0], relu)
 
-    facts = ffn.facts(device) | {"model": f"{n_experts} experts, {ffn}, top {top}"}
-    for skew in skews:
-        ids = choices(comm.rank, tokens, n_experts, top, skew)
+    facts = ffn.facts(device) | {"model": f"{experts} experts, {ffn}, top {top}"}
+    for skew in zipf:
+        ids = choices(comm.rank, tokens, experts, top, skew)
         weights, on_device = device.xp.full(ids.shape, 1 / top, np.float32), device.put(ids)
         half, exchange = (
-            partial(experts, comm, x, on_device, weights, shares, function)
+            partial(expert.experts, comm, x, on_device, weights, shares, function)
             for function in (compute, lambda x, ids, weights: x)
         )
         time_s = measure.call_s(clock, half, repeat)

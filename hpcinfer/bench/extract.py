@@ -28,7 +28,7 @@ COLUMNS = (
 )
 
 
-def run(comm, device, folder, width, layers, tokens, steps, dtype, repeat):
+def run(comm, device, folder, width, layers, tokens, steps, store, repeat):
     """Measure both.
 
     Parameters
@@ -38,7 +38,7 @@ def run(comm, device, folder, width, layers, tokens, steps, dtype, repeat):
     width : columns of a dataset, cut over the ranks
     layers : datasets
     tokens, steps : rows of a step, and how many steps
-    dtype : element type on disk, by name
+    store : element type on disk, by name
     repeat : repetitions, of which the median counts
 
     Returns
@@ -48,7 +48,7 @@ def run(comm, device, folder, width, layers, tokens, steps, dtype, repeat):
     path = os.path.join(folder, f"bench-{comm.bcast(os.getpid())}.h5")
     own = partition.block(width, comm.size)[comm.rank]
     fields = [
-        Field(f"residual/{n}", (width,), array.parse_dtype(dtype), ("features",), "")
+        Field(f"residual/{n}", (width,), array.parse_dtype(store), ("features",), "")
         for n in range(layers)
     ]
     rng = np.random.default_rng(comm.rank)
@@ -83,7 +83,7 @@ def run(comm, device, folder, width, layers, tokens, steps, dtype, repeat):
         {
             "bench": "extract",
             "writes": name,
-            "dtype": dtype,
+            "dtype": store,
             "device": device.name,
             "width": width,
             "layers": layers,

@@ -13,7 +13,9 @@ from statistics import median
 from hpcinfer import partition
 from hpcinfer.bench import decode, measure
 from hpcinfer.bench.drive import Bench
+from hpcinfer.bench.random_checkpoint import has_weights
 from hpcinfer.bench.table import BenchColumn, percent, text_of
+from hpcinfer.errors import UsageError
 from hpcinfer.grid import agree_all
 from hpcinfer.io.checkpoint import BLOCK_BYTES
 from hpcinfer.io.models import open_checkpoint
@@ -43,6 +45,8 @@ def run(comm, setting, repeat, cold=False):
     -------
     list of rows, the same on every rank
     """
+    if not has_weights(setting.model):
+        raise UsageError(f"bench: got {setting.model} without weights, need a model to load")
     files, open_s = agree_all(comm, lambda: _files(setting.model))
     first_token_s, facts = _first_token(comm, setting, cold, files)
     spent = {"plain": [], "load": []}

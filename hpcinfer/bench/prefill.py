@@ -21,13 +21,13 @@ COLUMNS = (
 )
 
 
-def run(comm, setting, batches, contexts, repeat):
+def run(comm, setting, batch, context, repeat):
     """Measure prefill.
 
     Parameters
     ----------
     setting : drive.Setting
-    batches, contexts : numbers of prompts, and of tokens of each; every combination is a case, as
+    batch, context : numbers of prompts, and of tokens of each; every combination is a case, as
         far as its cache fits
     repeat : repetitions, of which the median counts, after one that does not count
 
@@ -35,8 +35,8 @@ def run(comm, setting, batches, contexts, repeat):
     -------
     list of rows, the same on every rank
     """
-    bench = Bench(comm, setting, max(batches), max(contexts) + 2)
-    cases = decode.fitting(bench, [(B, C) for C in contexts for B in batches], 1)
+    bench = Bench(comm, setting, max(batch), max(context) + 2)
+    cases = decode.fitting(bench, [(B, C) for C in context for B in batch], 1)
     spent = {case: [] for case in cases}
     for n in range(repeat + 1):
         for case in cases:

@@ -14,7 +14,7 @@ from mpi4py import MPI
 
 from hpcinfer.bench import decode
 from hpcinfer.bench.table import OF_LIMIT, BenchColumn, percent, text_of
-from hpcinfer.errors import agreed, is_agreed
+from hpcinfer.errors import UsageError, agreed, is_agreed
 
 _POLL_S = 0.005
 
@@ -39,7 +39,7 @@ def run(comm, setting, ranks, batch, context, new, repeat, weak="dp"):
     Parameters
     ----------
     setting : drive.Setting; its layout is not used
-    ranks : numbers of ranks, ascending
+    ranks : numbers of ranks, None for 1 to all
     batch : sequences, of all ranks in strong scaling and of each rank in weak scaling
     context, new, repeat : as for decode
     weak : "dp" or "tp", the axis of weak scaling
@@ -48,6 +48,11 @@ def run(comm, setting, ranks, batch, context, new, repeat, weak="dp"):
     -------
     list of rows, the same on every rank
     """
+    ranks = sorted(set(ranks or range(1, comm.size + 1)))
+    if ranks[-1] > comm.size:
+        raise UsageError(f"bench: got --ranks {ranks[-1]}, need at most {comm.size} as launched")
+
+    # Measure each number of ranks, those of weak scaling with more sequences.
     rows = []
     for kind, axis in (("strong", "tp"), ("weak", weak)):
         first = None

@@ -7,6 +7,7 @@ from functools import cache
 import numpy as np
 
 from hpcinfer import array, partition
+from hpcinfer.errors import UsageError
 from hpcinfer.ops.activation import relu
 from hpcinfer.ops.attention import ragged_attention
 from hpcinfer.ops.linear import linear
@@ -28,6 +29,22 @@ class AttentionShape:
     G: int
     K: int
     dtype: str
+
+    @classmethod
+    def of(cls, options):
+        """Of the options heads, kv_heads, width (of a head) and dtype.
+
+        Raises
+        ------
+        UsageError
+            If the heads cannot share keys evenly.
+        """
+        H, G = options.heads, options.kv_heads
+        if H % G:
+            raise UsageError(
+                f"bench: got --heads {H} --kv-heads {G}, need a multiple of the KV heads"
+            )
+        return cls(H, G, options.width, options.dtype)
 
     def __str__(self):
         return f"{self.H} heads, {self.G} KV, width {self.K}"
@@ -70,6 +87,11 @@ class Ffn:
 
     D: int
     F: int
+
+    @classmethod
+    def of(cls, options):
+        """Of the options width and ffn."""
+        return cls(options.width, options.ffn)
 
     def __str__(self):
         return f"width {self.D}, FFN {self.F}"

@@ -208,8 +208,8 @@ def test_disagg_rows(comm, work, context):
     if comm.size < 2:
         pytest.skip("two sides need two ranks")
     T, D, M = 7, 8, comm.size - 1
-    shape, ffn, split = AttentionShape(2, 2, 4, "float32"), Ffn(D, 20), (M, 1)
-    rows = disagg.run(comm, CPU, shape, ffn, T, 2, split, [1, 2, 3], context, work, 2)
+    ffn, split = Ffn(D, 20), (M, 1)
+    rows = disagg.run(comm, CPU, 2, ffn, T, 2, split, [1, 2, 3], context, work, 2)
     assert alike(rows, comm, "disagg")
     assert [row["batch"] for row in rows] == [1, 2, 3]
     assert [row["equal_idle_share"] for row in rows] == [1 / 2, 1 / 5, 1 / 7]
