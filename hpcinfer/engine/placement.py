@@ -80,6 +80,9 @@ def take_sums(grid, device):
         collectives.use_reducer(comm, None)
     if device.name == "cpu":
         open_node_sums(comms, grid.node, *_node_sum_kernels())
+        return [(comm, collectives.reducer_of(comm)) for comm in comms]
+
+    # Sum by NCCL where any rank asks for it.
     with waiting("allreduce", grid.comm, "nccl"):
         wanted = grid.comm.allreduce(array.nccl_is_wanted())
     if wanted:
