@@ -7,11 +7,8 @@ from hpcinfer.ops.cpu.attention_decode import LOWEST
 from hpcinfer.ops.cpu.products import onednn
 from hpcinfer.ops.cpu.runtime import launch
 from hpcinfer.ops.cpu.runtime.compile import compiled
-from hpcinfer.ops.cpu.simd.attention import (
-    largest_of,
-    weights_of,
-)
 from hpcinfer.ops.cpu.simd.rounding import narrowed
+from hpcinfer.ops.cpu.simd.softmax import largest_of, weights_of
 from hpcinfer.ops.cpu.simd.vectors import exp
 
 # Rows and keys of a block of many queries, most keys of a smaller one.

@@ -7,14 +7,9 @@ from hpcinfer.ops.cpu.attention_decode import LOWEST, aligned
 from hpcinfer.ops.cpu.products import onednn
 from hpcinfer.ops.cpu.runtime import features, launch
 from hpcinfer.ops.cpu.runtime.compile import compiled
-from hpcinfer.ops.cpu.simd.attention import (
-    largest_of,
-    pack_keys,
-    pack_values,
-    paired_product,
-    weights_of,
-)
+from hpcinfer.ops.cpu.simd.pairs import pack_keys, pack_values, paired_product
 from hpcinfer.ops.cpu.simd.rounding import bfloat16_bits
+from hpcinfer.ops.cpu.simd.softmax import largest_of, weights_of
 from hpcinfer.ops.cpu.simd.vectors import exp
 
 # Rows (queries times heads of a group) and keys of a block; rows and keys of a tile of products.

@@ -16,8 +16,8 @@ from hpcinfer.ops.cpu import activation, inplace
 from hpcinfer.ops.cpu.products import gemm, onednn, quantized
 from hpcinfer.ops.cpu.runtime import features, launch
 from hpcinfer.ops.cpu.runtime.compile import compiled
+from hpcinfer.ops.cpu.simd.gemv import tiles
 from hpcinfer.ops.cpu.simd.rounding import bits, narrowed, prepared
-from hpcinfer.ops.cpu.simd.vectors import tiles
 from hpcinfer.ops.quantize import Quantized
 
 # Rows of x up to which the code here is faster than `many_rows`, and than the library.

@@ -11,8 +11,8 @@ from hpcinfer import array
 from hpcinfer.ops.cpu import activation
 from hpcinfer.ops.cpu.runtime import features
 from hpcinfer.ops.cpu.runtime.compile import compiled
-from hpcinfer.ops.cpu.simd.attention import pack_keys
 from hpcinfer.ops.cpu.simd.gemm import ROWS, TILE, VECTORS, add_rows, gated_rows, turned
+from hpcinfer.ops.cpu.simd.pairs import pack_keys
 
 # Rows of a block of x at most and at least, and numbers in it beyond the least: half a megabyte.
 _MOST, _LEAST, _NUMBERS = 256, 2 * TILE, 1 << 18
