@@ -11,7 +11,7 @@ from collections import namedtuple
 import numpy as np
 from numba.extending import overload
 
-from hpcinfer.ops.cpu.runtime.compile import compiled
+from hpcinfer.ops.cpu.runtime.compile import compiled, inlined
 from hpcinfer.ops.cpu.simd.decode import deal_lanes, fetch, page_scores, weigh
 from hpcinfer.ops.cpu.simd.rounding import prepared
 from hpcinfer.ops.cpu.simd.softmax import soften
@@ -80,7 +80,7 @@ def single_queries(
         _finish(groups, part, state, out, o[t], lse[t])
 
 
-@compiled
+@inlined
 def _deal(k, groups):
     """Lanes that are dealt to the heads of a group, up to 8; and turns that these take."""
     G, K, most, lanes = k.shape[1], k.shape[3], 0, 1
@@ -91,7 +91,7 @@ def _deal(k, groups):
     return lanes, (most + lanes - 1) // lanes
 
 
-@compiled
+@inlined
 def _load(q, k, groups, part, queries, state, out):
     """Deal a query's heads (H, K) to the lanes, a row for each turn; let its sums begin."""
     lanes, before = part.lanes, groups[part.first]
@@ -108,7 +108,7 @@ def _load(q, k, groups, part, queries, state, out):
     state[:, :16] = LOWEST
 
 
-@compiled
+@inlined
 def _pages_that_fit(k, numbers, part, i):
     """One behind the last page from i on that the query sees, if there is room for its scores."""
     first, page = i, k.shape[2]
@@ -119,7 +119,7 @@ def _pages_that_fit(k, numbers, part, i):
     return i
 
 
-@compiled
+@inlined
 def _score(k, keys, values, places, numbers, part, i, i_stop, queries, scores):
     """Scores of pages i..i_stop, a row for each turn; -inf of keys that the query does not see."""
     page, lanes, turns = k.shape[2], part.lanes, part.turns
@@ -143,7 +143,7 @@ def _score(k, keys, values, places, numbers, part, i, i_stop, queries, scores):
                     scores[:, (done + j) * lanes : (done + j + 1) * lanes] = -np.inf
 
 
-@compiled
+@inlined
 def _soften(k, part, n_keys, scale, scores, state, out):
     """Weights relative to the largest score so far; what was summed is corrected to it."""
     lanes, scores_at, state_at = part.lanes, scores.ctypes.data, state.ctypes.data
@@ -155,7 +155,7 @@ def _soften(k, part, n_keys, scale, scores, state, out):
                 out[run * lanes + c, d] *= state[run, 32 + c]
 
 
-@compiled
+@inlined
 def _weigh(v, keys, values, places, numbers, part, i, i_stop, scores, out):
     """Add the weighted values of pages i..i_stop to `out`, a row for each lane of a turn."""
     page, lanes, turns = v.shape[2], part.lanes, part.turns
@@ -173,7 +173,7 @@ def _weigh(v, keys, values, places, numbers, part, i, i_stop, scores, out):
             )  # fmt: skip
 
 
-@compiled
+@inlined
 def _finish(groups, part, state, out, o, lse):
     """Divide the sums by those of the weights: o (H, width), lse (H,) of one query."""
     lanes, turns = part.lanes, part.turns
@@ -213,7 +213,7 @@ def _ahead(keys, values, places, part, g, at, i, i_stop):
     return _page(keys, places[min(at, len(places) - 1)], g if at < part.end else g - part.first)
 
 
-@compiled
+@inlined
 def _page(pages, place, g):
     """Address of the keys or values of group g in a page."""
     return pages.at + place * pages.next_page + g * pages.next_group

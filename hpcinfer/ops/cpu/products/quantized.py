@@ -68,7 +68,7 @@ def _by_float32(x, weight, bias):
     form, y = weight.form, launch.empty((len(x), len(weight)), np.float32)
     xs = array.widen(array.narrow(place(x, form), form.dtype))
     launch.over_rows(
-        _few_rows, len(weight), xs, _words(weight), weight.scales.view(np.uint16),
+        _single_rows, len(weight), xs, _words(weight), weight.scales.view(np.uint16),
         form.blocks, _shift(form), y, _NONE if bias is None else bias, work_bytes=weight.nbytes,
     )  # fmt: skip
     return y
@@ -156,7 +156,7 @@ def _times_some(x, words, scales, row, step, pairs, blocks, shift, y, y_next):
 
 
 @compiled
-def _few_rows(start, stop, x, words, scales, blocks, shift, y, bias):
+def _single_rows(start, stop, x, words, scales, blocks, shift, y, bias):
     """Codes of a row widened in registers; x float32."""
     T, x_next, y_next = len(x), x.strides[0], y.strides[0]
     for row in range(start, stop):

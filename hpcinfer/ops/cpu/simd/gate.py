@@ -54,6 +54,7 @@ def gate(twices):
             function, _, _, row, n, out = arguments
             up = builder.add(row, builder.mul(n, I64(x_bytes)))
 
+            # Read a vector of g and of up, and write what the one lets through of the other.
             def turn(twice, i, mask):
                 g = item_at(load_x, builder, row, i, x_bytes, mask)
                 value = gated(builder, twice, g, item_at(load_x, builder, up, i, x_bytes, mask))

@@ -82,6 +82,8 @@ def add_rows(rows):
         def generate(context, builder, signature, arguments):
             vectors, w, w_stride, ahead, n_pairs, x, y, first = arguments
             of_rows = addresses(builder, w, w_stride, rows)
+
+            # Sum in registers, and add what y holds unless this is the first part.
             for count in cases(builder, vectors, range(1, VECTORS + 1)):
                 sums = _sums(builder, of_rows, ahead, x, n_pairs, count)
                 for r, u in itertools.product(range(rows), range(count)):

@@ -256,6 +256,7 @@ def arranged(typing, like, x, n, offset, blocks, per_word, out):
         x, n, offset, blocks, per_word, out = arguments[1:]
         with cgutils.for_range_slice(builder, I64(0), blocks, I64(BLOCKS), I64) as (block, _):
             with cgutils.for_range_slice(builder, I64(0), per_word, I64(1), I64) as (i, _):
+                # Load 32 inputs of each of four blocks, and let their quarters change places.
                 held = []
                 for q in range(BLOCKS):
                     place = builder.mul(builder.add(block, I64(q)), per_word)
@@ -263,6 +264,8 @@ def arranged(typing, like, x, n, offset, blocks, per_word, out):
                     first = builder.sub(first, offset)
                     at = builder.add(x, builder.mul(first, I64(item_bytes)))
                     held.append(load_at(builder, at, first, n))
+
+                # Store them one behind the other.
                 place = builder.add(builder.mul(block, per_word), builder.mul(i, I64(BLOCKS)))
                 at = builder.add(out, builder.mul(place, I64(_BLOCK_BYTES)))
                 for k, vector in enumerate(_transposed(builder, held)):
@@ -373,6 +376,8 @@ def widen_codes(typing, like, words, scales, blocks, shift, y):
         with cgutils.for_range_slice(builder, I64(0), blocks, I64(1), I64) as (b, _):
             at = builder.add(words, builder.mul(b, I64(_BLOCK_BYTES)))
             held = load(builder, at, I16, 32)
+
+            # Multiply the codes of each place by their scale.
             for i in range(16 // bits):
                 number = builder.add(builder.mul(b, I64(16 // bits)), I64(i))
                 of_scale = builder.mul(builder.lshr(number, shift), I64(4))

@@ -100,6 +100,7 @@ def largest_of(typing, row, n):
                 values = builder.select(mask, values, _LOWEST)
             builder.store(larger(builder, values, builder.load(largest)), largest)
 
+        # Compare vector by vector, then the vectors, then the lanes.
         _over_row(builder, row, n, held, turn)
         largest = functools.reduce(functools.partial(larger, builder), map(builder.load, held))
         return call(builder, f"llvm.vector.reduce.fmax.v{LANES}f32", FLOAT, largest)

@@ -353,14 +353,19 @@ def exponential(builder, x):
         value = float(np.float32(value))
         return ir.Constant(x.type, [value] * lanes if lanes else value)
 
+    # Split x.
     n = called("rint", builder.fmul(called("minnum", x, number(88)), number(1 / math.log(2))))
     r = called("fma", n, number(-0.693359375), called("minnum", x, number(88)))
     r = called("fma", n, number(2.12194440e-4), r)
+
+    # Sum the series, and multiply it by 2^n.
     series = number(1 / math.factorial(7))
     for power in range(6, -1, -1):
         series = called("fma", series, r, number(1 / math.factorial(power)))
     shift = ir.Constant(whole, [23] * lanes if lanes else 23)
     exponent = builder.shl(builder.fptosi(called("maxnum", n, number(-127)), whole), shift)
     value = builder.bitcast(builder.add(builder.bitcast(series, whole), exponent), x.type)
+
+    # What is too small is 0, what is no number stays none.
     value = builder.select(builder.fcmp_ordered("<", x, number(-87)), number(0), value)
     return builder.select(builder.fcmp_unordered("uno", x, x), x, value)
