@@ -53,7 +53,7 @@ def notice():
 
     if any(folder().rglob("*.nbi")):
         return None
-    return f"compile   fast forms for this processor, some 20 seconds once; kept in {folder()}"
+    return f"compile   kernels for this processor, some 20 seconds once; kept in {folder()}"
 
 
 def missing():
