@@ -1,9 +1,9 @@
-"""Which form of a function runs: the plain one, or the fast one of the same name in cpu/ or cuda/.
+"""Which function runs: the plain one, or the one of the same name in cpu/ or cuda/, with kernels.
 
-The plain form is array code that NumPy and CuPy both run, and the oracle. `ops/cpu/` and
-`ops/cuda/` hold files of the same names with fast forms of some of its functions. They have the
-same arguments and results, within rounding, and return NotImplemented for what they do not serve:
-the plain form then does.
+The plain function is array code that NumPy and CuPy both run, and the oracle. `ops/cpu/` and
+`ops/cuda/` hold files of the same names, in which some of its functions have kernels. They take the
+same arguments, give the same results, within rounding, and return NotImplemented for what they do
+not serve: the plain function then does.
 """
 
 import functools
@@ -13,28 +13,28 @@ from hpcinfer import array
 
 CHOICES = ("auto", "plain")
 
-_forms = []  # of every function, its fast form for each type of array, as far as they are found
+_found = []  # of every function, the one that runs for each type of array, as far as it is known
 _choice = "auto"
 
 
 def dispatch(plain):
-    """A function with fast forms elsewhere; chosen by the namespace of its first argument.
+    """A function that others with kernels stand in for, by the namespace of its first argument.
 
     Returns
     -------
     function with the attribute `plain`
     """
-    forms = {}
-    _forms.append(forms)
+    found = {}
+    _found.append(found)
     place = plain.__module__.rpartition(".")[2]
 
     @functools.wraps(plain)
     def call(x, *args, **options):
-        form = forms.get(type(x))
-        if form is None:
+        function = found.get(type(x))
+        if function is None:
             name = array.namespace(x).__name__
-            form = forms[type(x)] = _find(name, place, plain)
-        result = form(x, *args, **options)
+            function = found[type(x)] = _find(name, place, plain)
+        result = function(x, *args, **options)
         return plain(x, *args, **options) if result is NotImplemented else result
 
     call.plain = plain
@@ -42,7 +42,7 @@ def dispatch(plain):
 
 
 def use(choice):
-    """Let the fast forms run ("auto"), or the plain ones alone ("plain"), from now on.
+    """Let kernels run ("auto"), or the plain functions alone ("plain"), from now on.
 
     Raises
     ------
@@ -55,8 +55,8 @@ def use(choice):
     if choice == _choice:
         return
     _choice = choice
-    for forms in _forms:
-        forms.clear()
+    for found in _found:
+        found.clear()
 
 
 def choice():
@@ -65,24 +65,24 @@ def choice():
 
 
 def backend(name):
-    """The package of fast forms for a namespace ("numpy" or "cupy"); None where it cannot run."""
+    """The package of kernels for a namespace ("numpy" or "cupy"); None where it cannot run."""
     package = importlib.import_module(f"hpcinfer.ops.{'cpu' if name == 'numpy' else 'cuda'}")
     return package if package.missing() is None else None
 
 
 def chosen(name):
-    """As `backend`; None too where the plain forms are to run."""
+    """As `backend`; None too where the plain functions are to run."""
     return backend(name) if _choice == "auto" else None
 
 
 def notice():
-    """A line for the user where fast forms must be compiled first, which takes a while; or None."""
+    """A line for the user where kernels must be compiled first, which takes a while; or None."""
     package = chosen("numpy")
     return None if package is None else package.notice()
 
 
 def _find(name, place, plain):
-    """The fast form of a plain function; the plain one if there is none, or it cannot run."""
+    """The function with kernels for a plain one; that itself if there is none, or it cannot run."""
     package = chosen(name)
     if package is None or place not in package.FILES:
         return plain

@@ -46,7 +46,7 @@ def linear_pair(x, first, between, second, bias=None):
     ----------
     x : (T, I) float32, or rounded already
     first, second : (C, I), (O, M), as the weight of `linear`
-    between : function (T, C) -> (T, M); fast forms know `activation.Gate`
+    between : function (T, C) -> (T, M); kernels know `activation.Gate`
     bias : (C,) float32, or None
 
     Returns

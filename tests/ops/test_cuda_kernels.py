@@ -108,7 +108,7 @@ def nvrtc():
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("file", [*cuda.FILES, *cuda.PARTS])
+@pytest.mark.parametrize("file", [*cuda.FILES, *cuda.FURTHER_FILES])
 def test_compiles(file, architecture):
     """Every source compiles without a word, and has the kernels that the Python side names."""
     compiler = nvrtc()
@@ -128,7 +128,7 @@ def test_compiles(file, architecture):
 def test_no_kernel_lacks_a_name():
     """Every file of fast forms has its source, and every function a plain form of its name."""
     folder = Path(cuda.__file__).parent
-    places = {**{place: place for place in cuda.FILES}, **cuda.PARTS}
+    places = {**{place: place for place in cuda.FILES}, **cuda.FURTHER_FILES}
     assert {path.stem for path in folder.glob("*.cu")} == set(places)
     for place, plain_place in places.items():
         module, oracle = fast(place), importlib.import_module(f"hpcinfer.ops.{plain_place}")

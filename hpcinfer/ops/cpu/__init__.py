@@ -1,4 +1,10 @@
-"""Fast forms for processors: Numba for what no library has, oneDNN for 16-bit matrix products."""
+"""Kernels for processors: Numba for what no library has, oneDNN for 16-bit matrix products.
+
+FILES       the names of `ops/`: functions that check what they are given, and kernels of theirs
+products/   matrix products: gemm, oneDNN, quantised weights
+simd/       vector code, which becomes part of the kernels
+runtime/    how kernels are compiled, called, captured and replayed; what the processor can do
+"""
 
 import importlib.util
 
@@ -19,11 +25,14 @@ def describe():
     from hpcinfer.ops.cpu.products import onednn
     from hpcinfer.ops.cpu.runtime import features
 
+    # Say what serves few rows of a product, and quantised weights.
     paired = features.has("avx512_bf16")
     lines = [
         ("few rows", "vdpbf16ps" if paired else "widened in registers, no avx512_bf16 here"),
         ("codes", "a table of 16 entries in a register" if paired else "arithmetic in registers"),
     ]
+
+    # Say what serves many, for each type that has more than NumPy's library.
     own = paired and not features.has("amx_bf16")
     served = {array.BFLOAT16.name: "vdpbf16ps, rows in the lanes"} if own else {}
     found = onednn.library()
@@ -44,7 +53,7 @@ def notice():
 
     if any(folder().rglob("*.nbi")):
         return None
-    return f"compile   fast forms for this processor, some 20 seconds once; kept in {folder()}"
+    return f"compile   kernels for this processor, some 20 seconds once; kept in {folder()}"
 
 
 def missing():

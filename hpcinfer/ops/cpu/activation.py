@@ -7,8 +7,9 @@ import numpy as np
 from hpcinfer.ops import activation as plain
 from hpcinfer.ops.cpu.runtime import launch
 from hpcinfer.ops.cpu.runtime.compile import compiled
+from hpcinfer.ops.cpu.simd.gate import gate
 from hpcinfer.ops.cpu.simd.rounding import bits
-from hpcinfer.ops.cpu.simd.vectors import gate
+from hpcinfer.ops.cpu.simd.vectors import constant
 
 
 def gated(gate_up, function, widths, dtype=np.float32):
@@ -38,14 +39,14 @@ def gate_into(number, gate_up, widths, y):
         start += width
 
 
-def _twice_tanh_argument(builder, number, g):
+def _twice_tanh_argument(builder, g):
     """2 sqrt(2/π) (g + 0.044715 g³), as (1 + tanh u) / 2 is 1 / (1 + e^-2u)."""
-    cubic = builder.fadd(builder.fmul(builder.fmul(g, g), number(0.044715)), number(1))
-    return builder.fmul(builder.fmul(g, cubic), number(2 * math.sqrt(2 / math.pi)))
+    cubic = builder.fadd(builder.fmul(builder.fmul(g, g), constant(0.044715)), constant(1))
+    return builder.fmul(builder.fmul(g, cubic), constant(2 * math.sqrt(2 / math.pi)))
 
 
-# By their numbers, what `simd.gate` takes the exponential of.
-TWICES = (lambda builder, number, g: g), _twice_tanh_argument
+# By their numbers, what `gate` takes the exponential of.
+TWICES = (lambda builder, g: g), _twice_tanh_argument
 _GATE = gate(TWICES)
 
 

@@ -1,24 +1,49 @@
-"""Attention of many queries of other types: products by oneDNN, a running softmax between them."""
+"""Attention of many queries by oneDNN's products, with a running softmax between them.
+
+A block of queries meets a block of keys: their scores, the weights that these become, and the
+weighted values are matrices of their own, which the next block uses again (`Space`).
+"""
 
 import numpy as np
 
 from hpcinfer import node
+from hpcinfer.ops import attention as plain
 from hpcinfer.ops.cpu.attention_decode import LOWEST
 from hpcinfer.ops.cpu.products import onednn
 from hpcinfer.ops.cpu.runtime import launch
 from hpcinfer.ops.cpu.runtime.compile import compiled
-from hpcinfer.ops.cpu.simd.attention import (
-    largest_of,
-    weights_of,
-)
 from hpcinfer.ops.cpu.simd.rounding import narrowed
+from hpcinfer.ops.cpu.simd.softmax import largest_of, weights_of
 from hpcinfer.ops.cpu.simd.vectors import exp
 
 # Rows and keys of a block of many queries, most keys of a smaller one.
-BLOCK = 1024, 512, 1024
+_BLOCK = 1024, 512, 1024
+
+_NOTHING = np.zeros((0, 0), bool)
 
 
-def cached_rows(q, dtype):
+def attention(q, k, v, q_pos, k_pos, *, groups, scale, window, softcap, between):
+    """As `ops.attention.attention`, for keys of a type that the library serves."""
+    (S, H, _), width = q.shape, v.shape[-1]
+    o, lse = np.zeros((S, H, width), np.float32), np.full((S, H), -np.inf, np.float32)
+    running = [RunningSoftmax(S, stop - start, width) for start, stop in groups]
+    queries = [_rows(q[:, start:stop], k.dtype) for start, stop in groups]
+
+    # Add a block of keys to the sums of all queries that see any of it.
+    space = Space()
+    for columns, visible in plain.blocks(q_pos, k_pos, window, H / len(groups), _BLOCK):
+        for g, state in enumerate(running):
+            block = k[columns, g], v[columns, g]
+            for rows, hidden in visible:
+                state.add(rows, queries[g], *block, hidden, scale, softcap, space)
+                if between is not None:
+                    between()
+    for (start, stop), state in zip(groups, running, strict=True):
+        o[:, start:stop], lse[:, start:stop] = state.result()
+    return o, lse
+
+
+def _rows(q, dtype):
     """Queries of a group as rows of a matrix: (S, n, K) -> (S n, K) of 16 bits."""
     S, n, K = q.shape
     return narrowed(np.ascontiguousarray(q).reshape(S * n, K), dtype)
@@ -31,6 +56,7 @@ class Space:
         self._held = {}
 
     def get(self, name, rows, columns, dtype):
+        """Memory (rows, columns) under a name, contents undefined."""
         size = rows * columns
         held = self._held.get(name)
         if held is None or held.size < size:
@@ -48,7 +74,15 @@ class RunningSoftmax:
         self._o = np.zeros((S * n, width), np.float32)
 
     def add(self, rows, queries, k, v, hidden, scale, softcap, space):
-        """Add a block of keys for the queries `rows`."""
+        """Add a block of keys for the queries `rows`.
+
+        Parameters
+        ----------
+        rows : slice of the queries
+        queries : (S n, K), all of them as `_rows` makes them
+        k, v : (L, K), (L, width)
+        hidden : as for `_soften`, or None
+        """
         n = self._n
         of_block = slice(rows.start * n, min(rows.stop * n, len(queries)))
         q, L = queries[of_block], len(k)
@@ -77,17 +111,27 @@ class RunningSoftmax:
         return self._o.reshape(-1, self._n, self._o.shape[1]), lse.reshape(-1, self._n)
 
 
-_NOTHING = np.zeros((0, 0), bool)
-
-
 @compiled
 def _soften(start, stop, scores, hidden, n, scale, softcap, m, total, corrections, weights):
+    """Rows of scores become weights, relative to the largest of each row so far.
+
+    Parameters
+    ----------
+    scores : (S n, L) float32
+    hidden : (S, L) truth of "this query does not see this key", (0, 0) if each sees all
+    n : query heads of the group
+    m, total : (S n,) float32, largest score and sum of weights so far; brought up to date
+    corrections : (S n,) float32, what sums of before are to be multiplied by; written
+    weights : (S n, L) bfloat16's bits; written
+    """
     L, factor = scores.shape[1], scale
     if softcap > 0:
         factor = np.float32(1)
         for row in range(start, stop):
             for j in range(L):
                 scores[row, j] = softcap * np.tanh(scores[row, j] * scale / softcap)
+
+    # Hide, find the largest, and weigh, while a row is in the cache.
     for row in range(start, stop):
         if hidden.size:
             for j in range(L):

@@ -1,36 +1,53 @@
-"""Attention of many queries in bfloat16: keys and values packed, scores in blocks."""
+"""Attention of many queries in bfloat16: keys and values packed, scores in blocks.
+
+Keys and values are packed once, for products of pairs. A block of queries then meets a block of
+keys at a time, none behind the last that one of them sees: its scores, weights and sums of values
+stay in the cache of a core.
+"""
 
 import numpy as np
 
 from hpcinfer import array, node
+from hpcinfer.ops import attention as plain
 from hpcinfer.ops.cpu.attention_decode import LOWEST, aligned
 from hpcinfer.ops.cpu.products import onednn
 from hpcinfer.ops.cpu.runtime import features, launch
-from hpcinfer.ops.cpu.runtime.compile import compiled
-from hpcinfer.ops.cpu.simd.attention import (
-    largest_of,
-    pack_keys,
-    pack_values,
-    paired_product,
-    weights_of,
-)
+from hpcinfer.ops.cpu.runtime.compile import compiled, inlined
+from hpcinfer.ops.cpu.simd.pairs import pack_keys, pack_values, paired_product
 from hpcinfer.ops.cpu.simd.rounding import bfloat16_bits
+from hpcinfer.ops.cpu.simd.softmax import largest_of, weights_of
 from hpcinfer.ops.cpu.simd.vectors import exp
 
 # Rows (queries times heads of a group) and keys of a block; rows and keys of a tile of products.
 _ROWS, _BLOCK, _TILE_ROWS, _TILE = 84, 512, 6, 64
 
+_PRODUCT, _ADD_PRODUCT = (paired_product(_TILE_ROWS, 4, add=add) for add in (False, True))
+_ADD_COLUMN = paired_product(_TILE_ROWS, 1, add=True)
 
-_PRODUCT, _ADD_PRODUCT = paired_product(6, 4, add=False), paired_product(6, 4, add=True)
-
-
-_ADD_COLUMN = paired_product(6, 1, add=True)
+_FIRST = np.zeros(1, np.int64)  # place of the only page
 
 
 def packs(dtype):
     """True if keys and values of this type are packed here for products of pairs."""
     tiles = features.has("amx_bf16") and onednn.library() is not None
     return dtype == array.BFLOAT16 and features.has("avx512_bf16") and not tiles
+
+
+def attention(q, k, v, q_pos, k_pos, *, bounds, scale, window, softcap, between):
+    """As `ops.attention.attention`, bfloat16; `bounds` as for `block_queries`."""
+    # Let the keys ascend, with their columns side by side.
+    if (np.diff(k_pos) < 0).any():
+        order = np.argsort(k_pos, kind="stable")
+        k, v, k_pos = k[order], v[order], k_pos[order]
+    k, v = (x if x.strides[-1] == 2 else np.ascontiguousarray(x) for x in (k, v))
+
+    # All keys are one page.
+    o = np.empty((*q.shape[:2], v.shape[-1]), np.float32)
+    lse = np.empty(q.shape[:2], np.float32)
+    first, last = plain.visible(q_pos, k_pos, window)
+    pages = (x.view(np.uint16)[None].swapaxes(1, 2) for x in (k, v))
+    block_queries(q, *pages, _FIRST, len(k), first, last, bounds, scale, softcap, between, o, lse)
+    return o, lse
 
 
 def block_queries(q, k, v, places, L, first, last, bounds, scale, softcap, between, o, lse):
@@ -43,6 +60,8 @@ def block_queries(q, k, v, places, L, first, last, bounds, scale, softcap, betwe
     places : (n,) int64, pages of the sequence
     first, last : (S,) int64, first key that each query sees, one behind the last
     bounds : (G+1,) query heads at which the groups begin and end
+    between : function called after some blocks, or None
+    o, lse : (S, H, width), (S, H) float32
     """
     G, K = k.shape[1], q.shape[2]
     tiles, n_pairs = -(-L // _TILE), -(-K // 32) * 16
@@ -51,6 +70,8 @@ def block_queries(q, k, v, places, L, first, last, bounds, scale, softcap, betwe
     launch.over_rows(
         _pack, G * tiles, k, v, places, L, keys, values, work_bytes=keys.nbytes + values.nbytes
     )
+
+    # Compute blocks of queries; between some of them messages are driven.
     of_block = max(1, _ROWS // int(np.diff(bounds).max()))
     tasks = -(-len(q) // of_block) * G
     step = tasks if between is None else 8
@@ -86,23 +107,21 @@ def _many_queries(
     start, stop, before, of_block, q, keys, values, first, last, bounds, scale, softcap, o, lse
 ):
     """Blocks of queries; each for the first group, then for the next ones."""
-    S, G, K, width = len(q), len(keys), q.shape[2], o.shape[2]
-    most = 0
+    G, most = len(keys), 0
     for g in range(G):
         most = max(most, bounds[g + 1] - bounds[g])
     rows = (of_block * most + _TILE_ROWS - 1) // _TILE_ROWS * _TILE_ROWS
-    queries = np.zeros((rows, K), np.uint16)
-    scores, out, state = aligned(rows, _BLOCK), aligned(rows, width), aligned(4, rows)
-    weights = np.zeros((rows, _BLOCK), np.uint16)
+    queries, weights = np.zeros((rows, q.shape[2]), np.uint16), np.zeros((rows, _BLOCK), np.uint16)
+    scores, out, state = aligned(rows, _BLOCK), aligned(rows, o.shape[2]), aligned(4, rows)
     for task in range(before + start, before + stop):
         block, g = task // G, task % G
-        s, s_stop = block * of_block, min(S, (block + 1) * of_block)
+        s, s_stop = block * of_block, min(len(q), (block + 1) * of_block)
         head, n = bounds[g], bounds[g + 1] - bounds[g]
         n_rows = (s_stop - s) * n
-        for row in range(n_rows):
-            for d in range(K):
-                queries[row, d] = bfloat16_bits(q[s + row // n, head + row % n, d])
+        _round_queries(q, s, head, n, n_rows, queries)
         out[:], state[0], state[1] = np.float32(0), LOWEST, np.float32(0)
+
+        # Meet the keys that any of the block sees, a block of them at a time.
         at, stop_at = first[s:s_stop].min() // _TILE * _TILE, last[s:s_stop].max()
         while at < stop_at:
             L = min(_BLOCK, stop_at - at)
@@ -114,14 +133,28 @@ def _many_queries(
                            state, weights)  # fmt: skip
             _block_values(weights, n_rows, values[g], at, L, state[2], out)
             at += L
-        for row in range(n_rows):
-            total = state[1, row]
-            empty = total == 0
-            divisor = np.float32(1) / (np.float32(1) if empty else total)
-            query, c = s + row // n, head + row % n
-            for d in range(width):
-                o[query, c, d] = out[row, d] * divisor
-            lse[query, c] = -np.inf if empty else state[0, row] + np.log(total)
+        _divide(out, state, s, head, n, n_rows, o, lse)
+
+
+@inlined
+def _round_queries(q, s, head, n, n_rows, queries):
+    """Rows (queries from s on, times n heads from `head` on) of a block, as bfloat16."""
+    for row in range(n_rows):
+        for d in range(q.shape[2]):
+            queries[row, d] = bfloat16_bits(q[s + row // n, head + row % n, d])
+
+
+@inlined
+def _divide(out, state, s, head, n, n_rows, o, lse):
+    """The sums of a block divided by those of the weights, where their rows belong in o and lse."""
+    for row in range(n_rows):
+        total = state[1, row]
+        empty = total == 0
+        divisor = np.float32(1) / (np.float32(1) if empty else total)
+        query, c = s + row // n, head + row % n
+        for d in range(o.shape[2]):
+            o[query, c, d] = out[row, d] * divisor
+        lse[query, c] = -np.inf if empty else state[0, row] + np.log(total)
 
 
 @compiled
@@ -137,6 +170,7 @@ def _block_scores(queries, n_rows, keys, at, L, scores):
 
 @compiled
 def _cap(scores, scale, softcap):
+    """Scores times `scale`, bounded by softcap · tanh(score / softcap)."""
     for row in range(scores.shape[0]):
         for j in range(scores.shape[1]):
             scores[row, j] = softcap * np.tanh(scores[row, j] * scale / softcap)
@@ -148,12 +182,15 @@ def _block_weights(scores, n_rows, n, first, last, at, L, scale, state, weights)
     m, total, corrections, found = state[0], state[1], state[2], state[3]
     at_scores, at_weights = scores.ctypes.data, weights.ctypes.data
     for s in range((n_rows + n - 1) // n):
+        # Find the largest score of each row of a query.
         begin = min(max(first[s] - at, 0), L)
         end = max(min(last[s] - at, L), begin)
         rows = range(s * n, s * n + n)
         for row in rows:
             score = at_scores + row * scores.strides[0] + begin * 4
             corrections[row], m[row] = m[row], max(m[row], largest_of(score, end - begin) * scale)
+
+        # Weigh those that the query sees, relative to it.
         for row in rows:
             score = at_scores + row * scores.strides[0] + begin * 4
             weight = at_weights + row * weights.strides[0] + begin * 2
@@ -162,6 +199,8 @@ def _block_weights(scores, n_rows, n, first, last, at, L, scale, state, weights)
                 weights[row, j] = 0
             for j in range(end, L + L % 2):
                 weights[row, j] = 0
+
+    # Correct the sums of before, and add theirs.
     for row in range(n_rows):
         corrections[row] = exp(corrections[row] - m[row])
         total[row] = total[row] * corrections[row] + found[row]

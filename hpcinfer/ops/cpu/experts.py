@@ -5,7 +5,7 @@ import numpy as np
 from hpcinfer import array, node
 from hpcinfer.ops.activation import Gate
 from hpcinfer.ops.cpu import activation
-from hpcinfer.ops.cpu.linear import times_rows
+from hpcinfer.ops.cpu.linear import gemv_rows
 from hpcinfer.ops.cpu.runtime import launch
 from hpcinfer.ops.cpu.runtime.compile import compiled
 from hpcinfer.ops.cpu.simd.rounding import bits
@@ -55,22 +55,26 @@ def _few_tokens(x, ids, weights, up, down, first, gate, width, y):
     gate_up, hidden = np.empty((T, 2 * width), np.float32), np.empty((T, width), np.float32)
     y[:] = np.float32(0)
     for e in range(len(up)):
+        # Gather the tokens that chose it.
         n = 0
         for t in range(T):
             for j in range(ids.shape[1]):
                 if ids[t, j] == first + e:
                     chosen[n], factors[n], rows[n] = t, weights[t, j], x[t]
                     n += 1
+
+        # Apply it to them, and add what it gives by their weights.
         if n:
-            times_rows(0, 2 * width, rows[:n], up[e], gate_up, _NONE)
+            gemv_rows(0, 2 * width, rows[:n], up[e], gate_up, _NONE)
             activation.gate_rows(0, n, gate_up, hidden, gate)
-            times_rows(0, D, hidden[:n], down[e], found, _NONE)
+            gemv_rows(0, D, hidden[:n], down[e], found, _NONE)
             for i in range(n):
                 for d in range(D):
                     y[chosen[i], d] += factors[i] * found[i, d]
 
 
 def _by_lists(x, ids, weights, up, down, first, function):
+    """One expert after the other, by the functions for any weights and gates."""
     of_expert = {}
     for t, choices in enumerate(ids.tolist()):
         for j, e in enumerate(choices):

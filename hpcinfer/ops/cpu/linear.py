@@ -1,9 +1,10 @@
-"""Products of activations with 16-bit weights: bfloat16 by own code, many rows of others by oneDNN.
+"""Products of activations with weights: gemv for few rows of x, gemm for many of 16 bits.
 
 With few rows time goes into reading the weights. Each is loaded once for up to eight rows of x, and
 the rows of the weight that come next are fetched into the cache meanwhile, so that memory never
-waits. From about ten rows on the products take longer than the reading: `many_rows` then has x in
-the lanes. Where there are matrix units (AMX), the library that knows them is faster.
+waits. From about ten rows on the products take longer than the reading: `products.gemm` then has x
+in the lanes, for bfloat16. Other types, and all where there are matrix units (AMX), are multiplied
+by oneDNN; quantised weights by `products.quantized`.
 """
 
 from functools import cache
@@ -16,11 +17,11 @@ from hpcinfer.ops.cpu import activation, inplace
 from hpcinfer.ops.cpu.products import gemm, onednn, quantized
 from hpcinfer.ops.cpu.runtime import features, launch
 from hpcinfer.ops.cpu.runtime.compile import compiled
+from hpcinfer.ops.cpu.simd.gemv import tiles
 from hpcinfer.ops.cpu.simd.rounding import bits, narrowed, prepared
-from hpcinfer.ops.cpu.simd.vectors import tiles
 from hpcinfer.ops.quantize import Quantized
 
-# Rows of x up to which the code here is faster than `many_rows`, and than the library.
+# Rows of x up to which `gemv` is faster than `products.gemm`, and than the library.
 FEW, _FEW_FOR_LIBRARY = 8, 16
 
 # Rows of x in a tile: as many as leave all sums in registers, of which AVX2 has half as many of
@@ -33,7 +34,7 @@ _BLOCK = 512
 _NONE = np.empty(0, np.float32)
 
 # Bytes of x up to which it stays in the first cache beside what streams through. One row of the
-# weight at a time is then read dispatch; otherwise two rows share what is loaded of x.
+# weight at a time is then read fastest; otherwise two rows share what is loaded of x.
 _SMALL = 24 << 10
 _ONE_ROW = tiles(1, _COLUMNS, unroll=4, lead=4096)
 _TWO_ROWS = tiles(2, _COLUMNS, ahead=2)
@@ -48,12 +49,12 @@ def linear(x, weight, bias=None):
     if not _are_few(x, weight):
         if weight.dtype == np.float32:
             return NotImplemented
-        y = _many_rows(x, weight)
+        y = _gemm(x, weight)
         if y is None:
             return NotImplemented
         return y if bias is None else inplace.add_into(y, bias)
     y = launch.empty((len(x), len(weight)), np.float32)
-    few_rows(x, weight, y, bias)
+    gemv(x, weight, y, bias)
     return y
 
 
@@ -69,20 +70,17 @@ def linear_pair(x, first, between, second, bias=None):
         return NotImplemented
     if _are_few(x, first):
         return NotImplemented  # each product alone takes as long as its reading
-    return _many_rows_pair(x, first, between, second)
+    return _gemm_pair(x, first, between, second)
 
 
-def few_rows(x, weight, y, bias=None):
+def gemv(x, weight, y, bias=None):
     """y = x · weightᵀ + bias, each weight read once for eight rows of x: (T, I), (O, I), (T, O)."""
     if weight.dtype == array.BFLOAT16:
-        w, x = weight.view(np.uint16), bits(x)
-    elif weight.dtype == np.float16:
-        w, x = weight.view(np.int16), array.widen(array.narrow(x, weight.dtype))
+        x = bits(x)
     else:
-        w, x = weight, array.widen(x)
-    launch.over_rows(
-        times_rows, len(w), x, w, y, _NONE if bias is None else bias, work_bytes=weight.nbytes
-    )
+        x = array.widen(array.narrow(x, np.float16) if weight.dtype == np.float16 else x)
+    bias = _NONE if bias is None else bias
+    launch.over_rows(gemv_rows, len(weight), x, bits(weight), y, bias, work_bytes=weight.nbytes)
 
 
 def _serves(x, weight):
@@ -99,7 +97,7 @@ def _are_few(x, weight):
     return len(x) <= (FEW if gemm.serves(weight) else _FEW_FOR_LIBRARY)
 
 
-def _many_rows(x, weight):
+def _gemm(x, weight):
     """The product of many rows, or None where NumPy's library on widened weights is faster."""
     own = gemm.serves(weight)
     if not own and not onednn.serves(weight.dtype):
@@ -113,11 +111,12 @@ def _many_rows(x, weight):
     return y if done else None
 
 
-def _many_rows_pair(x, first, between, second):
+def _gemm_pair(x, first, between, second):
     """As `linear_pair` of many rows; what stands between is rounded as x is."""
     own = gemm.serves(first) and not any(width % 2 for width in between.widths)
     if not own and not onednn.serves(first.dtype):
         return NotImplemented
+    # Let one kernel have both products and the gate, where it knows the weights.
     function = activation.number_of(between.function)
     x, y = _rows(x, first), launch.empty((len(x), len(second)), np.float32)
     if own:
@@ -126,6 +125,8 @@ def _many_rows_pair(x, first, between, second):
             _widths(between.widths), second.view(np.uint16), y, work_bytes=first.nbytes,
         )  # fmt: skip
         return y
+
+    # Else the library multiplies, some rows at a time.
     for rows in _blocks(len(x)):
         gate_up = np.empty((rows.stop - rows.start, len(first)), first.dtype)
         if not onednn.product(x[rows], first.T, gate_up):
@@ -157,7 +158,7 @@ def _blocks(T):
 
 
 @compiled
-def times_rows(start, stop, x, w, y, bias):
+def gemv_rows(start, stop, x, w, y, bias):
     """Columns start..stop of y = x · wᵀ + bias; no bias if it is empty."""
     xs = prepared(x, w)
     if xs.size * xs.itemsize <= _SMALL:

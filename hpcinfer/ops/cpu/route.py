@@ -1,10 +1,9 @@
 """The choice of experts, one token after the other."""
 
-import numba
 import numpy as np
 
 from hpcinfer.ops.cpu.runtime import launch
-from hpcinfer.ops.cpu.runtime.compile import compiled
+from hpcinfer.ops.cpu.runtime.compile import compiled, inlined
 from hpcinfer.ops.cpu.simd.vectors import exp
 
 
@@ -44,7 +43,7 @@ def _count(counts, ids):
                 counts[ids[t, j]] += 1
 
 
-@numba.njit(inline="always")
+@inlined
 def _better(a, b):
     """True if a is larger than b, or is a number where b is none."""
     return a > b or (b != b and a == a)

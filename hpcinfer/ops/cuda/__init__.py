@@ -1,7 +1,12 @@
-"""Fast forms for NVIDIA GPUs: CUDA kernels, and cuBLAS for what is large, both through CuPy.
+"""Kernels for NVIDIA GPUs: CUDA sources, and cuBLAS for what is large, both through CuPy.
 
-Each file has its kernels in a CUDA source of the same name, compiled when first launched; they
-include no header, and call no library.
+    FILES           the names of `ops/`: functions that check what they are given, and launch
+    FURTHER_FILES   more for the functions of one of them, which asks there
+    quantized, attention_shapes, jobs       what several files have in common
+    runtime/        how kernels are compiled, launched, captured and replayed; the libraries
+
+Each of both kinds of files has its kernels in a CUDA source of the same name, compiled when first
+launched; they include no header, and call no library.
 """
 
 import importlib.util
@@ -12,8 +17,8 @@ FILES = (
     "route", "sample", "softmax",
 )  # fmt: skip
 
-# Files with more fast forms of a file's functions, which that file's own calls.
-PARTS = {"decode": "attention", "prefill": "attention", "grouped": "experts"}
+# Files with more kernels for the functions of a file, by which they are called.
+FURTHER_FILES = {"decode": "attention", "prefill": "attention", "grouped": "experts"}
 
 
 def missing():

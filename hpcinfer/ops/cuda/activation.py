@@ -19,6 +19,8 @@ def gated(gate_up, function, widths, dtype=np.float32):
         return NotImplemented
     if not (gate_up.size and gate_up.flags.c_contiguous):
         return NotImplemented
+
+    # Take four columns at a time where all blocks allow it.
     T, n_columns = gate_up.shape
     y = array.namespace(gate_up).empty((T, sum(widths)), dtype)
     fours = n_columns % 8 == 0 and all(n % 4 == 0 for n in widths) and aligned(gate_up)

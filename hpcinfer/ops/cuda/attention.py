@@ -42,41 +42,45 @@ def attention(
         result = prefill.attention(q, k, v, q_pos, k_pos, **options)
         if result is not NotImplemented:
             return result
-    xp, (S, H, K), G = array.namespace(q), q.shape, len(groups)
+    H, G = q.shape[1], len(groups)
     n = H // G if G else 0
-    if not (n and S and len(k)) or [tuple(g) for g in groups] != [
-        (g * n, (g + 1) * n) for g in range(G)
-    ]:
+    if not (n and len(q) and len(k)):
         return NotImplemented
+    if list(map(tuple, groups)) != [(g * n, (g + 1) * n) for g in range(G)]:
+        return NotImplemented
+    return _by_blocks(q, k, v, q_pos, k_pos, n, scale, window, softcap, between, v_columns)
+
+
+def _by_blocks(q, k, v, q_pos, k_pos, n, scale, window, softcap, between, v_columns):
+    """Attention of n query heads to each key/value head, by blocks of queries and keys."""
+    xp, (S, H, K), G = array.namespace(q), q.shape, k.shape[1]
     width = v.shape[-1] if v_columns is None else v_columns
     factor = np.float32(scale if softcap is None else scale / softcap)
     q = xp.ascontiguousarray((q * factor).reshape(S, G, n, K).swapaxes(0, 1))
     m, total = xp.full((G, S, n), _LOWEST, np.float32), xp.zeros((G, S, n), np.float32)
     o = xp.zeros((G, S, n, width), np.float32)
-    q_there, k_there = xp.asarray(q_pos), xp.asarray(k_pos)
 
-    # The masks are made where the scores are.
+    # Add a block of keys to the sums of each block of queries that sees any of it.
     queries, keys = max(1, _ROWS // n), max(_KEYS, _SCORES // (G * _ROWS))
+    there = xp.asarray(q_pos), xp.asarray(k_pos)
     for columns, k_first, k_last in _ranges(k_pos, keys):
         k_block = _by_heads(array.widen(k[columns]))
-        v_block = (
-            k_block[..., :width] if v_columns is not None else _by_heads(array.widen(v[columns]))
-        )
+        v_block = k_block[..., :width]
+        if v_columns is None:
+            v_block = _by_heads(array.widen(v[columns]))
         for rows, q_first, q_last in _ranges(q_pos, queries):
             begin = -1 if window is None else q_first - window
             if k_first > q_last or k_last <= begin:
                 continue
             hidden = None
             if k_last > q_first or (window is not None and k_first <= q_last - window):
-                hidden = k_there[None, columns] > q_there[rows, None]
-                if window is not None:
-                    hidden |= k_there[None, columns] <= q_there[rows, None] - window
+                hidden = _hidden(*there, rows, columns, window)
             state = m[:, rows], total[:, rows], o[:, rows]
             _add(xp, state, q[:, rows], k_block, v_block, hidden, softcap)
             if between is not None:
                 between()
 
-    # One division, and the heads side by side again.
+    # Divide once, and put the heads side by side again.
     empty = total == 0
     divisor = xp.where(empty, np.float32(1), total)
     o /= divisor[..., None]
@@ -85,6 +89,14 @@ def attention(
         xp.ascontiguousarray(o.swapaxes(0, 1)).reshape(S, H, width),
         xp.ascontiguousarray(lse.swapaxes(0, 1)).reshape(S, H),
     )
+
+
+def _hidden(q_pos, k_pos, rows, columns, window):
+    """(s, l) truth of "this query does not see this key", made where the scores are."""
+    hidden = k_pos[None, columns] > q_pos[rows, None]
+    if window is not None:
+        hidden |= k_pos[None, columns] <= q_pos[rows, None] - window
+    return hidden
 
 
 def _add(xp, state, q, k, v, hidden, softcap):
@@ -97,6 +109,7 @@ def _add(xp, state, q, k, v, hidden, softcap):
     k, v : (G, l, K), (G, l, width)
     hidden : (s, l) truth of "this query does not see this key", None if each sees all
     """
+    # Score all heads at a time.
     (m_all, total, o), (G, s, n, K) = state, q.shape
     scores = (q.reshape(G, s * n, K) @ k.swapaxes(1, 2)).reshape(G, s, n, -1)
     if softcap is not None:
@@ -105,6 +118,7 @@ def _add(xp, state, q, k, v, hidden, softcap):
     if hidden is not None:
         xp.copyto(scores, np.float32(-np.inf), where=hidden[None, :, None])
 
+    # Weigh relative to the largest score so far, to which the sums of before are corrected.
     m = xp.maximum(m_all, scores.max(axis=-1))
     correction = xp.exp(m_all - m)
     m_all[...] = m
@@ -140,10 +154,8 @@ def paged_attention(
         q = xp.ascontiguousarray(q)
     if not aligned(q) or q.strides[0] % 16:
         return NotImplemented
-    pages, options = (
-        (k_pages, v_pages, block_table),
-        {"scale": scale, "groups": groups, "window": window},
-    )
+    pages = k_pages, v_pages, block_table
+    options = {"scale": scale, "groups": groups, "window": window}
     result = decode.paged_attention(q, q_tokens, *pages, **options, dtype=dtype)
     if result is not NotImplemented:
         return result
@@ -167,6 +179,7 @@ def paged_attention(
 
 def _served(q, k_pages, v_pages, groups):
     """True if the kernels serve these types and shapes."""
+    # Ask for one type, whole groups of heads, and loads of 16 bytes in pages of a power of two.
     K, page = q.shape[-1], k_pages.shape[2]
     return (
         q.dtype == np.float32
@@ -273,6 +286,7 @@ def _pages_of(runs, q_tokens, block_table, window):
 
 def _values(runs, q_tokens, block_table, window, entries, room):
     """The table: a row for every query of sequences with few, the entries, pages with some room."""
+    # Find the pages of each sequence with few queries, and what each of these sees.
     rows, places, numbers, n_pages = [], [], [], 0
     for b, tokens in runs:
         if tokens.stop - tokens.start > _FEW_QUERIES:
@@ -286,6 +300,8 @@ def _values(runs, q_tokens, block_table, window, entries, room):
         places.append(own_places)
         numbers.append(own_numbers)
         n_pages += len(own_places)
+
+    # Lay all parts end to end.
     left = np.zeros(room - n_pages, np.int32)
     parts = (rows, entries, *places, left, *numbers, left)
     return np.concatenate([np.asarray(part, np.int32).reshape(-1) for part in parts])
@@ -296,6 +312,8 @@ def _decode(q, k_pages, v_pages, table, scale, o, lse):
     xp, (_, H, K), (_, G, page, _) = array.namespace(q), q.shape, k_pages.shape
     lanes = next(n for n in _LANES if 8 * n >= K)
     out, held = NAMES[o.dtype.name], NAMES[k_pages.dtype.name]
+
+    # Splits of a query's pages are merged by the block that ends last.
     o_parts = lse_parts = arrived = None
     if table.splits > 1:
         o_parts = xp.empty((table.n_queries, H, table.splits, K), np.float32)

@@ -40,6 +40,8 @@ def place_heads(qkv, norms, eps, rotation, rows, k_pages, v_pages, slots):
         return NotImplemented
     if qkv.dtype != np.float32 or not qkv.flags.c_contiguous or k_pages.shape != v_pages.shape:
         return NotImplemented
+
+    # Norm, rotate and store in one launch, a warp for each head of a token.
     xp, H = array.namespace(qkv), heads - 2 * G
     cos, sin = copied(qkv, cos, sin)
     y = xp.empty((T, H + G, K), np.float32)

@@ -12,8 +12,8 @@ import numpy as np
 from hpcinfer import array
 from hpcinfer.ops import attention as plain
 from hpcinfer.ops.cuda import prefill
+from hpcinfer.ops.cuda.attention_shapes import PAGE, are_served
 from hpcinfer.ops.cuda.runtime.launch import NAMES, counters, kept, launch, on_device
-from hpcinfer.ops.cuda.tiles import PAGE, are_served
 
 # Multiprocessors of a large device; splits that a block can merge; items that a grid has room for.
 _MULTIPROCESSORS, _MOST_SPLITS, _MOST_ITEMS = 132, 128, (1 << 16) - 1

@@ -17,12 +17,15 @@ def embed(weight, token_ids, start):
         return NotImplemented
     if not weight.flags.c_contiguous or len(weight) >= 2**31:
         return NotImplemented
+
+    # Find the rows on the host: -1 for tokens of other ranks.
     xp, (V_own, D), n = array.namespace(weight), weight.shape, token_ids.size
 
     def build():
         row = token_ids.astype(np.int64) - start
         return np.where((row >= 0) & (row < V_own), row, -1).astype(np.int32)
 
+    # Copy them, eight numbers at a time where they are aligned.
     rows = on_device(weight, (token_ids,), build, late=True)
     x = xp.empty((n, D), np.float32)
     width = 8 if D % 8 == 0 and aligned(weight, x) else 1

@@ -8,7 +8,7 @@ import numpy as np
 
 from hpcinfer import array
 from hpcinfer.ops.activation import Gate
-from hpcinfer.ops.cuda import activation, codes, grouped, quantize
+from hpcinfer.ops.cuda import activation, grouped, quantize, quantized
 from hpcinfer.ops.cuda.runtime.launch import aligned, has_matrix_units, launch
 from hpcinfer.ops.quantize import Quantized
 
@@ -24,7 +24,7 @@ _FEW, _TOKENS, _COLUMNS, _THREADS = 64, 8, 16, 256
 
 
 def experts_ffn(x, ids, weights, up, down, first, function):
-    """As `ops.experts.experts_ffn`, for a gate and experts of 16 bits or codes."""
+    """As `ops.experts.experts_ffn`, for a gate and experts of 16 bits, or quantised."""
     if not (ids.size and len(up) and _is_served(x, ids, weights, up, down, function)):
         return NotImplemented
     xp = array.namespace(x)
@@ -38,14 +38,16 @@ def _few(x, ids, weights, up, down, first, function):
     """As `experts_ffn`, for few choices."""
     (T, D), k, F, xp = x.shape, ids.shape[1], function.widths[0], array.namespace(x)
     h, y = xp.empty((ids.size, F), up.dtype), xp.empty((T, D), np.float32)
-    operands, options = codes.of_experts(up)
+
+    # Compute the gate of every choice, then each token's sum of the second products.
+    operands, options = quantized.of_experts(up)
     launch(
         "experts", f"few_{function.function.__name__}",
         (-(-F // (_COLUMNS // 2)), ids.size), _THREADS,
         *operands, x, ids, h, ids.size, k, first, len(up), D, F,
         options=options,
     )  # fmt: skip
-    operands, options = codes.of_experts(down)
+    operands, options = quantized.of_experts(down)
     launch(
         "experts", "few_sum", (-(-D // _COLUMNS), -(-T // _TOKENS)), _THREADS,
         *operands, h, ids, weights, y, T, k, first, len(up), D, F,
@@ -60,6 +62,8 @@ def _is_served(x, ids, weights, up, down, function):
         return False
     if len(function.widths) != 1 or up.dtype != down.dtype or not array.is_half(up.dtype):
         return False
+
+    # Compare shapes with what the kernels count in 32 bits, and how all lie.
     D, F = x.shape[1], function.widths[0]
     if up.shape[1:] != (2 * F, D) or down.shape != (len(up), D, F):
         return False
@@ -78,5 +82,5 @@ def _lies_well(weight):
     """True if kernels can read matrices, and the tokens that meet them, by 16 bytes."""
     if isinstance(weight, Quantized):
         form = weight.form
-        return not (form.offset % 8 or form.inputs % 8) and codes.are_served(weight)
+        return not (form.offset % 8 or form.inputs % 8) and quantized.are_served(weight)
     return weight.shape[2] % 8 == 0 and weight.flags.c_contiguous and aligned(weight)

@@ -7,7 +7,7 @@ items: how many there are is known to the device alone.
 import numpy as np
 
 from hpcinfer import array
-from hpcinfer.ops.cuda import activation, codes
+from hpcinfer.ops.cuda import activation, quantized
 from hpcinfer.ops.cuda.runtime.launch import NAMES, launch
 from hpcinfer.ops.quantize import Quantized
 
@@ -58,35 +58,44 @@ def _some_tokens(x, ids, weights, y, up, down, first, function, narrow):
         options=options,
     )  # fmt: skip
 
-    # Both products of every choice.
-    if narrow:
-        operands, of_codes = codes.of_experts(up)
-        launch(
-            "experts", f"item_{gate}", (-(-F // 8), most_items), _THREADS,
-            *operands, x, order, items, h, k, D, F,
-            options=of_codes,
-        )  # fmt: skip
-        operands, of_codes = codes.of_experts(down)
-        launch(
-            "experts", "item_product", (-(-D // 16), most_items), _THREADS,
-            *operands, h, order, items, z, D, F,
-            options=of_codes,
-        )  # fmt: skip
-    else:
-        launch(
-            "grouped", f"tile_{gate}", (-(-F // 64), most_items), _THREADS,
-            up, x, order, items, h, k, D, F,
-            options=options,
-        )  # fmt: skip
-        launch(
-            "grouped", "tile_down", (-(-D // 128), most_items), _THREADS,
-            down, h, order, items, z, D, F,
-            options=options,
-        )  # fmt: skip
-
-    # Add up each token's.
+    # Multiply every choice by both matrices, then add up each token's.
+    multiply = _by_items if narrow else _by_tiles
+    multiply(x, order, items, up, down, h, z, k, gate)
     launch(
         "grouped", "combine_choices", (-(-T * (D // 4) // _THREADS),), _THREADS,
         z, ids, weights, y, T, k, first, E, D,
+        options=options,
+    )  # fmt: skip
+
+
+def _by_items(x, order, items, up, down, h, z, k, gate):
+    """Both products of every choice, of few choices or quantised weights: h, then z."""
+    most_items, (F, D) = len(items), (h.shape[1], z.shape[1])
+    operands, options = quantized.of_experts(up)
+    launch(
+        "experts", f"item_{gate}", (-(-F // 8), most_items), _THREADS,
+        *operands, x, order, items, h, k, D, F,
+        options=options,
+    )  # fmt: skip
+    operands, options = quantized.of_experts(down)
+    launch(
+        "experts", "item_product", (-(-D // 16), most_items), _THREADS,
+        *operands, h, order, items, z, D, F,
+        options=options,
+    )  # fmt: skip
+
+
+def _by_tiles(x, order, items, up, down, h, z, k, gate):
+    """Both products of every choice, of many choices: h, then z."""
+    most_items, (F, D) = len(items), (h.shape[1], z.shape[1])
+    options = (f"-DWEIGHT={NAMES[x.dtype.name]}",)
+    launch(
+        "grouped", f"tile_{gate}", (-(-F // 64), most_items), _THREADS,
+        up, x, order, items, h, k, D, F,
+        options=options,
+    )  # fmt: skip
+    launch(
+        "grouped", "tile_down", (-(-D // 128), most_items), _THREADS,
+        down, h, order, items, z, D, F,
         options=options,
     )  # fmt: skip

@@ -4,13 +4,13 @@ import numpy as np
 
 from hpcinfer import array
 from hpcinfer.ops.activation import Gate
-from hpcinfer.ops.cuda import activation, codes
+from hpcinfer.ops.cuda import activation, quantized
 from hpcinfer.ops.cuda.quantize import dequantize
 from hpcinfer.ops.cuda.runtime import blas
 from hpcinfer.ops.cuda.runtime.launch import NAMES, aligned, has_matrix_units, launch
 from hpcinfer.ops.quantize import Quantized, place
 
-# Tokens that a block serves by tiles of matrix units, where weights are codes, and up to which
+# Tokens that a block serves by tiles of matrix units, where weights are quantised, and up to which
 # there are so many blocks: it takes less time to read codes again, which the cache has, than to
 # write and read their numbers.
 _TILES, _TILE, _CODED_TOKENS = (1, 2), 8, 64
@@ -31,7 +31,7 @@ _BLOCK_WARPS, _BUSY_WARPS, _PART, _MOST_WARPS = 8, 2048, 1024, 1 << 18
 # Outputs of a block by tiles, and of as many blocks as a grid has.
 _BLOCK_OUTPUTS, _MOST_OUTPUTS = 16, 65535 * 8
 
-# Numbers of codes that are there at a time, for the product with many tokens, in bytes.
+# Numbers of quantised weights that are there at a time, for the product with many tokens, in bytes.
 _NUMBERS_BYTES = 256 << 20
 
 
@@ -77,12 +77,12 @@ def linear_pair(x, first, between, second, bias=None):
 def _lies_well(weight):
     """True if kernels can read a weight where it is."""
     if isinstance(weight, Quantized):
-        return codes.are_served(weight)
+        return quantized.are_served(weight)
     return weight.flags.c_contiguous
 
 
 def _is_served_by_rows(x, weight, most_tokens):
-    """True if rows of a weight, no codes, can be read by 16 bytes for so many tokens."""
+    """True if rows of a weight, not quantised, can be read by 16 bytes for so many tokens."""
     return (
         not isinstance(weight, Quantized)
         and len(x) <= most_tokens
@@ -93,7 +93,7 @@ def _is_served_by_rows(x, weight, most_tokens):
 
 
 def _is_served_by_tiles(x, weight):
-    """True if matrix units take few tokens and codes as they are."""
+    """True if matrix units take few tokens and quantised weights as they are."""
     return (
         isinstance(weight, Quantized)
         and len(x) <= _CODED_TOKENS
@@ -143,6 +143,8 @@ def _gated(x, weight, gate, dtype, bias):
     by_rows = _is_served_by_rows(x, weight, 1)
     if not (by_rows or _is_served_by_tiles(x, weight)) or not (bias is None or _is_fused(bias)):
         return None
+
+    # Take the gate's blocks of columns one after the other.
     x, start = array.narrow(x, dtype), 0
     y = array.namespace(x).empty((len(x), sum(gate.widths)), dtype)
     of_part = _one_gated if by_rows else _gated_by_tiles
@@ -177,13 +179,13 @@ def _gated_by_tiles(x, weight, function, bias, y, n):
 
 
 def _operands(x, weight):
-    """What a kernel by tiles is given: x, the codes, options."""
-    form, (*rows, offset) = weight.form, codes.operands(weight)
+    """What a kernel by tiles is given: x, the weights, options."""
+    form, (*rows, offset) = weight.form, quantized.operands(weight)
 
     # Eight inputs that a lane reads begin at a multiple of 16 bytes.
     if form.offset % 8 or form.inputs % 8:
         x, offset = place(x, form), 0
-    return x, (*rows, offset), codes.options(form, form.dtype)
+    return x, (*rows, offset), quantized.options(form, form.dtype)
 
 
 def _grid(T, n_out):
@@ -242,7 +244,7 @@ def _by_blocks(x, weight, bias):
 
 
 def _by_numbers(x, weight, y):
-    """y = x · weightᵀ of codes, whose numbers are written for cuBLAS."""
+    """y = x · weightᵀ of quantised weights, whose numbers are written for cuBLAS."""
     form = weight.form
     rows = max(1, _NUMBERS_BYTES // (form.width * form.dtype.itemsize))
     for start in range(0, len(weight), rows):

@@ -11,8 +11,8 @@ import numpy as np
 
 from hpcinfer import array
 from hpcinfer.ops import attention as plain
+from hpcinfer.ops.cuda.attention_shapes import PAGE, are_served, shared_memory
 from hpcinfer.ops.cuda.runtime.launch import NAMES, kept, launch
-from hpcinfer.ops.cuda.tiles import PAGE, are_served, shared_memory
 
 # Blocks that keep a large device busy, fewer than the splits that can be merged; tiles below which
 # a split costs more than it brings.
@@ -75,6 +75,8 @@ def attention(q, k, v, q_pos, k_pos, *, scale, groups, window=None, between=None
     firsts = _first_positions(k_pos) if are_served(q, k, v, groups) else None
     if firsts is None:
         return NotImplemented
+
+    # Take all as one sequence, whose pages lie end to end.
     shape, (_, G, K) = _shape(k), k.shape
 
     def build():
@@ -100,18 +102,16 @@ def paged_attention(
     """
     if k_pages.shape[2] != PAGE or not are_served(q, k_pages, v_pages, groups):
         return NotImplemented
+
+    # Look up the pages of the sequences that have so many queries.
     shape, (_, G, _, K) = _shape(k_pages), k_pages.shape
 
     def build():
-        sequences = [
-            (
-                rows,
-                *_own_pages(block_table, b, q_tokens[rows, 1], window),
-                int(block_table.lengths[b]),
-            )
-            for b, rows in plain.sequences(q_tokens)
-            if rows.stop - rows.start > more_than
-        ]
+        sequences = []
+        for b, rows in plain.sequences(q_tokens):
+            if rows.stop - rows.start > more_than:
+                own = _own_pages(block_table, b, q_tokens[rows, 1], window)
+                sequences.append((rows, *own, int(block_table.lengths[b])))
         return _table(sequences, q_tokens[:, 1], groups, window, shape, k_pages)
 
     what = "paged attention", _plain(groups), window, shape, more_than
@@ -245,6 +245,8 @@ def _launch(q, k, v, strides, table, shape, scale, window, o, lse):
     """
     if not table.n_items:
         return
+
+    # Write results at once, or those of the splits.
     xp, (_, H, K), G = array.namespace(q), q.shape, k.shape[1]
     row_stride, page_stride, head_stride = strides
     options = shape.options(NAMES[k.dtype.name], K, row_stride)
@@ -259,6 +261,8 @@ def _launch(q, k, v, strides, table, shape, scale, window, o, lse):
         q.strides[0] // (4 * K), H, table.n, _NO_WINDOW if window is None else window,
         float(scale), page_stride, head_stride, options=options, shared=shape.shared(K),
     )  # fmt: skip
+
+    # Merge the splits.
     if table.splits > 1:
         grid = G, table.n_items, shape.rows // shape.warps
         launch(

@@ -1,11 +1,11 @@
-"""Numbers of weights that are kept as codes; products with them are those of `linear`."""
+"""The numbers that quantised weights stand for; products with these are those of `linear`."""
 
 from itertools import product
 
 import numpy as np
 
 from hpcinfer import array
-from hpcinfer.ops.cuda import activation, codes
+from hpcinfer.ops.cuda import activation, quantized
 from hpcinfer.ops.cuda.runtime.launch import launch
 from hpcinfer.ops.quantize import BITS, GROUPS
 
@@ -24,15 +24,15 @@ _THREADS = 256
 
 def dequantize(weight, dtype=np.float32):
     """As `ops.quantize.dequantize`, of a matrix, rounded to a type; rows may lie apart."""
-    if weight.ndim != 2 or not codes.are_served(weight):
+    if weight.ndim != 2 or not quantized.are_served(weight):
         return NotImplemented
     form, n_out = weight.form, len(weight)
     y = array.namespace(weight.words).empty((n_out, form.width), dtype)
-    n_loads = n_out * form.blocks * codes.LOADS
+    n_loads = n_out * form.blocks * quantized.LOADS
     launch(
         "quantize", f"dequantize_{'held' if array.is_half(dtype) else 'float'}",
         (-(-n_loads // _THREADS),), _THREADS,
-        *codes.operands(weight)[:-1], y, n_out,
-        options=codes.options(form, y.dtype),
+        *quantized.operands(weight)[:-1], y, n_out,
+        options=quantized.options(form, y.dtype),
     )  # fmt: skip
     return y[:, form.offset : form.offset + form.inputs]

@@ -23,6 +23,8 @@ def route(logits, router, bias=None):
         bias.shape == (E,) and bias.dtype == np.float32 and bias.flags.c_contiguous
     ):
         return NotImplemented
+
+    # Choose by a warp for each token.
     ids, weights = xp.empty((T, k), np.int32), xp.empty((T, k), np.float32)
     launch(
         "route", "route", (T,), _WARP,

@@ -1,4 +1,4 @@
-"""Products with many rows of x in bfloat16, which stand in the lanes of vectors.
+"""Matrix products in bfloat16 (BLAS's gemm): many rows of x, which stand in the lanes of vectors.
 
 A block of rows of x is packed pair by pair, TILE of them side by side, and stays in the second
 cache with as many columns of what lies between two products. Each few rows of a weight meet all its
@@ -11,8 +11,8 @@ from hpcinfer import array
 from hpcinfer.ops.cpu import activation
 from hpcinfer.ops.cpu.runtime import features
 from hpcinfer.ops.cpu.runtime.compile import compiled
-from hpcinfer.ops.cpu.simd.attention import pack_keys
 from hpcinfer.ops.cpu.simd.gemm import ROWS, TILE, VECTORS, add_rows, gated_rows, turned
+from hpcinfer.ops.cpu.simd.pairs import pack_keys
 
 # Rows of a block of x at most and at least, and numbers in it beyond the least: half a megabyte.
 _MOST, _LEAST, _NUMBERS = 256, 2 * TILE, 1 << 18
@@ -43,10 +43,13 @@ def pair(start, stop, x, first, function, widths, second, y):
     """
     block = _rows_of_block(x.shape[1])
     for top in range(start, stop, block):
+        # Pack a block of rows, which stays in the second cache.
         T = min(block, stop - top)
         xs = _packed(x, top, T)
         hidden = np.empty((len(xs), _COLUMNS // 2, TILE), np.uint32)
         sums = np.empty((len(xs), len(second), TILE), np.float32)
+
+        # Take some columns of the gate at a time, and add their products.
         begin, done = 0, 0
         for width in widths:
             for f in range(0, width, _COLUMNS):

@@ -123,12 +123,15 @@ class _Primitive:
 
     def __init__(self, M, K, N, a_strides, b_strides, y_row, name, y_name):
         dnnl, (engine, self._stream) = library(), _engine()
+        # Describe the matrices.
         kind = _TYPES[name]
         descriptors = [
             _descriptor((M, K), a_strides, kind),
             _descriptor((K, N), b_strides, kind),
             _descriptor((M, N), (y_row, 1), _TYPES[y_name]),
         ]
+
+        # Prepare the product.
         described, self._primitive = ctypes.c_void_p(), ctypes.c_void_p()
         a, b, y = descriptors
         self._memories = []
@@ -139,6 +142,8 @@ class _Primitive:
             raise _NotDone
         _check(dnnl.dnnl_primitive_create(ctypes.byref(self._primitive), described))
         dnnl.dnnl_primitive_desc_destroy(described)
+
+        # Make memories whose addresses are set before each run.
         self._memories = [_memory(d) for d in descriptors]
         for descriptor in descriptors:
             dnnl.dnnl_memory_desc_destroy(descriptor)

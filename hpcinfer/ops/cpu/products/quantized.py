@@ -11,8 +11,15 @@ from hpcinfer.ops.cpu import inplace
 from hpcinfer.ops.cpu.products import gemm, onednn
 from hpcinfer.ops.cpu.runtime import features, launch
 from hpcinfer.ops.cpu.runtime.compile import compiled
-from hpcinfer.ops.cpu.simd import codes
-from hpcinfer.ops.cpu.simd.codes import BLOCKS, MOST, MOST_FLOATS
+from hpcinfer.ops.cpu.simd.quantized import (
+    BLOCKS,
+    MOST,
+    MOST_FLOATS,
+    arranged,
+    quantized_rows,
+    quantized_tile,
+    widen_codes,
+)
 from hpcinfer.ops.cpu.simd.rounding import bits, narrowed
 from hpcinfer.ops.quantize import LANES, place
 
@@ -61,7 +68,7 @@ def _by_float32(x, weight, bias):
     form, y = weight.form, launch.empty((len(x), len(weight)), np.float32)
     xs = array.widen(array.narrow(place(x, form), form.dtype))
     launch.over_rows(
-        _few_coded_rows, len(weight), xs, _words(weight), weight.scales.view(np.uint16),
+        _single_rows, len(weight), xs, _words(weight), weight.scales.view(np.uint16),
         form.blocks, _shift(form), y, _NONE if bias is None else bias, work_bytes=weight.nbytes,
     )  # fmt: skip
     return y
@@ -88,7 +95,7 @@ def _by_widened_rows(x, weight, bias):
         part = weight[start : start + rows]
         of_part = wide[: len(part)]
         launch.over_rows(
-            _widen_codes, len(part), _words(part), array.widen(part.scales), form.blocks,
+            _widen_rows, len(part), _words(part), array.widen(part.scales), form.blocks,
             _shift(form), of_part.view(np.uint16), work_bytes=of_part.nbytes,
         )  # fmt: skip
         _multiply(xs, of_part, y[:, start : start + len(part)])
@@ -106,14 +113,14 @@ def _multiply(x, weight, y):
 
 @compiled
 def _arranged_rows(x, offset, blocks, per_word):
-    """The rows of x (T, I) as `coded_rows` wants them, each at the beginning of a cache line."""
+    """Rows of x (T, I) as `quantized_rows` wants them, each at the beginning of a cache line."""
     T, width = len(x), (blocks + BLOCKS - 1) // BLOCKS * BLOCKS * LANES * per_word
     room = np.empty(T * width + 32, np.uint16)
     first = (-room.ctypes.data % 64) // 2
     out = room[first : first + T * width].reshape(T, width)
     for t in range(T):
         x_at, out_at = x.ctypes.data + t * x.strides[0], out.ctypes.data + t * out.strides[0]
-        codes.arranged(x, x_at, x.shape[1], offset, blocks, per_word, out_at)
+        arranged(x, x_at, x.shape[1], offset, blocks, per_word, out_at)
     return out
 
 
@@ -142,14 +149,14 @@ def _times_some(x, words, scales, row, step, pairs, blocks, shift, y, y_next):
     w, w_next = words.ctypes.data + row * words.strides[0], step * words.strides[0]
     s, s_next = scales.ctypes.data + row * scales.strides[0], step * scales.strides[0]
     groups, ahead = scales.shape[1], 2 * max(1, _AHEAD_BYTES // (128 * blocks))
-    codes.coded_rows(
+    quantized_rows(
         len(x), words, x.ctypes.data, x.strides[0], w, w_next, s, s_next, pairs, blocks, groups,
         shift, ahead, y, y_next,
     )  # fmt: skip
 
 
 @compiled
-def _few_coded_rows(start, stop, x, words, scales, blocks, shift, y, bias):
+def _single_rows(start, stop, x, words, scales, blocks, shift, y, bias):
     """Codes of a row widened in registers; x float32."""
     T, x_next, y_next = len(x), x.strides[0], y.strides[0]
     for row in range(start, stop):
@@ -159,13 +166,13 @@ def _few_coded_rows(start, stop, x, words, scales, blocks, shift, y, bias):
         for t in range(0, T, MOST_FLOATS):
             few, xt = min(MOST_FLOATS, T - t), x.ctypes.data + t * x_next
             out = y.ctypes.data + t * y_next + 4 * row
-            codes.coded_tile(few, words, xt, x_next, w, s, blocks, shift, out, y_next, b)
+            quantized_tile(few, words, xt, x_next, w, s, blocks, shift, out, y_next, b)
 
 
 @compiled
-def _widen_codes(start, stop, words, scales, blocks, shift, y):
+def _widen_rows(start, stop, words, scales, blocks, shift, y):
     """Rows start..stop of a quantised weight as bfloat16: y (rows, places) uint16."""
     for row in range(start, stop):
         w = words.ctypes.data + row * words.strides[0]
         s, y_at = scales.ctypes.data + row * scales.strides[0], y.ctypes.data + row * y.strides[0]
-        codes.widen_codes(words, w, s, blocks, shift, y_at)
+        widen_codes(words, w, s, blocks, shift, y_at)

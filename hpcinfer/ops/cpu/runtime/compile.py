@@ -25,6 +25,7 @@ _of_this_process, _depth = threading.RLock(), 0
 
 def compiled(function):
     """The function compiled for the types that it is called with; it holds no lock meanwhile."""
+    # Have Numba keep it in the folder of these sources.
     before = numba.config.CACHE_DIR
     numba.config.CACHE_DIR = str(folder())
     try:
@@ -32,6 +33,7 @@ def compiled(function):
         dispatcher = numba.njit(**options)(function)
     finally:
         numba.config.CACHE_DIR = before
+    # Compile for new types while no other process does.
     compile_or_load = dispatcher.compile
 
     def alone(signature):
@@ -40,6 +42,11 @@ def compiled(function):
 
     dispatcher.compile = alone
     return dispatcher
+
+
+def inlined(function):
+    """The function as a part of the compiled functions that call it, each of which has it anew."""
+    return numba.njit(inline="always")(function)
 
 
 def folder():

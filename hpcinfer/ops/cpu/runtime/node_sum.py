@@ -46,6 +46,7 @@ def put(slots, flags, rank, state, x):
 @compiled
 def take(slots, flags, state, x):
     """Complete the sum that was begun, in x; if `state` says late, call this once more."""
+    # Wait for the flag of every rank, and give up after a while.
     for rank in range(len(flags)):
         turns = 0
         while _acquire(flags[rank].ctypes.data) < state[NUMBER]:
@@ -54,6 +55,8 @@ def take(slots, flags, state, x):
                 state[LATE] = 1
                 return
             _pause()
+
+    # Add the parts up in the order of the ranks.
     state[LATE] = 0
     parts = slots[state[NUMBER] % 2]
     for i in range(len(x)):

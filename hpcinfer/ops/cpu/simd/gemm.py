@@ -1,4 +1,4 @@
-"""Vector code of products with many rows of x, which stand in the lanes, pair by pair.
+"""Vector code of matrix products (BLAS's gemm): the rows of x stand in the lanes, pair by pair.
 
 A weight is read as it lies: of each of its rows one pair of bfloat16 after the other is given to
 all lanes. So nothing of it is arranged anew, and the gate of an FFN is taken in registers.
@@ -11,8 +11,25 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from hpcinfer.ops.cpu.simd import vectors as simd
-from hpcinfer.ops.cpu.simd.vectors import I32, I64, LANES, PAIRS, Bfloat16Pairs
+from hpcinfer.ops.cpu.simd.gate import gated
+from hpcinfer.ops.cpu.simd.vectors import (
+    FLOAT,
+    I32,
+    I64,
+    LANES,
+    PAIRS,
+    ZERO,
+    Bfloat16Pairs,
+    addresses,
+    as_bfloat16,
+    cases,
+    load,
+    prefetch,
+    splat_at,
+    store,
+    sums_from_zero,
+    transposed,
+)
 
 VECTORS = 2  # of rows of x in a tile
 TILE = VECTORS * LANES
@@ -26,16 +43,16 @@ def _sums(builder, rows, ahead, x, n_pairs, vectors):
 
     Meanwhile the cache fetches what lies `ahead` bytes behind each row.
     """
-    sums = simd.sums_from_zero(builder, len(rows), vectors)
+    sums = sums_from_zero(builder, len(rows), vectors)
 
     def turn(p):
         offset, start = builder.mul(p, I64(4)), builder.add(x, builder.mul(p, I64(4 * TILE)))
         columns = [
-            builder.bitcast(simd.load(builder, builder.add(start, I64(64 * u)), I32, LANES), PAIRS)
+            builder.bitcast(load(builder, builder.add(start, I64(64 * u)), I32, LANES), PAIRS)
             for u in range(vectors)
         ]
         for row, of_row in zip(rows, sums, strict=True):
-            pair = builder.bitcast(simd.splat_at(builder, builder.add(row, offset), I32), PAIRS)
+            pair = builder.bitcast(splat_at(builder, builder.add(row, offset), I32), PAIRS)
             for column, total in zip(columns, of_row, strict=True):
                 value = Bfloat16Pairs.add_product(builder, builder.load(total), column, pair)
                 builder.store(value, total)
@@ -47,7 +64,7 @@ def _sums(builder, rows, ahead, x, n_pairs, vectors):
         for i in range(LANES):
             turn(builder.add(p, I64(i)))
             for row in rows[i::LANES]:
-                simd.prefetch(builder, builder.add(row, further), 2)
+                prefetch(builder, builder.add(row, further), 2)
     with cgutils.for_range_slice(builder, whole, n_pairs, I64(1), I64) as (p, _):
         turn(p)
     return [[builder.load(total) for total in of_row] for of_row in sums]
@@ -64,14 +81,16 @@ def add_rows(rows):
     def rows_of(typing, vectors, w, w_stride, ahead, n_pairs, x, y, first):
         def generate(context, builder, signature, arguments):
             vectors, w, w_stride, ahead, n_pairs, x, y, first = arguments
-            of_rows = simd.addresses(builder, w, w_stride, rows)
-            for count in simd.cases(builder, vectors, range(1, VECTORS + 1)):
+            of_rows = addresses(builder, w, w_stride, rows)
+
+            # Sum in registers, and add what y holds unless this is the first part.
+            for count in cases(builder, vectors, range(1, VECTORS + 1)):
                 sums = _sums(builder, of_rows, ahead, x, n_pairs, count)
                 for r, u in itertools.product(range(rows), range(count)):
                     place = builder.add(y, I64(4 * (TILE * r + LANES * u)))
-                    held = simd.load(builder, place, simd.FLOAT, LANES)
-                    held = builder.select(first, simd.ZERO, held)
-                    simd.store(builder, builder.fadd(sums[r][u], held), place)
+                    held = load(builder, place, FLOAT, LANES)
+                    held = builder.select(first, ZERO, held)
+                    store(builder, builder.fadd(sums[r][u], held), place)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 7, types.boolean), generate
@@ -89,18 +108,18 @@ def gated_rows(rows, twices):
     Parameters
     ----------
     rows : even
-    twices : as for `simd.gate`, and so is `function`
+    twices : as for `gate.gate`, and so is `function`
     """
 
     @intrinsic
     def gated_of(typing, function, vectors, gate, up, w_stride, ahead, n_pairs, x, out):
         def generate(context, builder, signature, arguments):
             function, vectors, gate, up, w_stride, ahead, n_pairs, x, out = arguments
-            weights = simd.addresses(builder, gate, w_stride, rows)
-            weights += simd.addresses(builder, up, w_stride, rows)
-            for count in simd.cases(builder, vectors, range(1, VECTORS + 1)):
+            weights = addresses(builder, gate, w_stride, rows)
+            weights += addresses(builder, up, w_stride, rows)
+            for count in cases(builder, vectors, range(1, VECTORS + 1)):
                 sums = _sums(builder, weights, ahead, x, n_pairs, count)
-                for case in simd.cases(builder, function, range(len(twices))):
+                for case in cases(builder, function, range(len(twices))):
                     _store_gated(builder, twices[case], sums[:rows], sums[rows:], out)
             return context.get_dummy_value()
 
@@ -115,10 +134,10 @@ def _store_gated(builder, twice, gate, up, out):
     for pair, u in itertools.product(range(len(gate) // 2), range(len(gate[0]))):
         halves = []
         for r in (2 * pair, 2 * pair + 1):
-            value = simd.as_bfloat16(builder, simd.gated(builder, twice, gate[r][u], up[r][u]))
+            value = as_bfloat16(builder, gated(builder, twice, gate[r][u], up[r][u]))
             halves.append(builder.zext(value, _WORDS))
         words = builder.or_(halves[0], builder.shl(halves[1], shift))
-        simd.store(builder, words, builder.add(out, I64(4 * (TILE * pair + LANES * u))))
+        store(builder, words, builder.add(out, I64(4 * (TILE * pair + LANES * u))))
 
 
 @intrinsic
@@ -128,12 +147,11 @@ def turned(typing, source, next_source, out, next_out):
     def generate(context, builder, signature, arguments):
         source, next_source, out, next_out = arguments
         rows = [
-            simd.load(builder, at, I32, LANES)
-            for at in simd.addresses(builder, source, next_source, LANES)
+            load(builder, at, I32, LANES) for at in addresses(builder, source, next_source, LANES)
         ]
-        places = simd.addresses(builder, out, next_out, LANES)
-        for word, place in zip(simd.transposed(builder, rows), places, strict=True):
-            simd.store(builder, word, place)
+        places = addresses(builder, out, next_out, LANES)
+        for word, place in zip(transposed(builder, rows), places, strict=True):
+            store(builder, word, place)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 4), generate

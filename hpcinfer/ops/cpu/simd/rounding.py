@@ -1,19 +1,20 @@
 """Rounding of float32 numbers to what products take."""
 
-import numba
 import numpy as np
 from numba import types
 from numba.extending import overload
 
 from hpcinfer import array
 from hpcinfer.ops.cpu.runtime import launch
-from hpcinfer.ops.cpu.runtime.compile import compiled
+from hpcinfer.ops.cpu.runtime.compile import compiled, inlined
 from hpcinfer.ops.cpu.simd.vectors import Bfloat16Pairs, bits_of, float_of, kind_of
 
 
 def bits(x):
-    """An array as compiled functions know its type: bfloat16 as uint16, others as they are."""
-    return x.view(np.uint16) if x.dtype == array.BFLOAT16 else x
+    """An array as compiled functions know its type: bfloat16 as uint16, float16 as int16."""
+    if x.dtype == array.BFLOAT16:
+        return x.view(np.uint16)
+    return x.view(np.int16) if x.dtype == np.float16 else x
 
 
 def narrowed(x, dtype):
@@ -25,7 +26,7 @@ def narrowed(x, dtype):
     return y
 
 
-@numba.njit(inline="always")
+@inlined
 def bfloat16_bits(value):
     """Bits of a float32 rounded to bfloat16, nearest even."""
     bits = bits_of(value)
@@ -58,6 +59,7 @@ def prepared(x, w):
 
 @overload(prepared)
 def _prepared_as(x, w):
+    # Say what a number of x becomes where it meets this type of weight.
     dtype = np.uint16 if kind_of(w.dtype) is Bfloat16Pairs else np.float32
     round_to = _ROUND[kind_of(w.dtype) is Bfloat16Pairs, w.dtype == types.uint16]
     if x.dtype == types.uint16:
@@ -77,17 +79,17 @@ def _prepared_as(x, w):
     return rounded_rows
 
 
-@numba.njit(inline="always")
+@inlined
 def _rounded(value):
     return float_of(np.uint32(bfloat16_bits(value)) << np.uint32(16))
 
 
-@numba.njit(inline="always")
+@inlined
 def _widened(bits_of_value):
     return float_of(np.uint32(bits_of_value) << np.uint32(16))
 
 
-@numba.njit(inline="always")
+@inlined
 def _same(value):
     return value
 

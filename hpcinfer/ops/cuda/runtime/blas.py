@@ -48,11 +48,14 @@ def _bound(ordinal, stream):
     import cupy
     from cupy.cuda import cublas, device
 
+    # Find the library that CuPy has, or take CuPy's function.
     library = None
     if not cupy.cuda.runtime.is_hip:
         library = _library(cublas.getVersion(device.get_cublas_handle()) // 10000)
     if library is None:
         return lambda *args: cublas.gemmEx(device.get_cublas_handle(), *args)
+
+    # Bind a handle and a workspace of ours to the stream.
     handle, workspace = ctypes.c_void_p(), cupy.cuda.alloc(_WORKSPACE)
     _check(library.cublasCreate_v2(ctypes.byref(handle)))
     _check(library.cublasSetStream_v2(handle, ctypes.c_void_p(stream)))

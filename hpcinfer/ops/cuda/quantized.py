@@ -1,4 +1,4 @@
-"""Weights that are kept as codes, as kernels find them."""
+"""Quantised weights as kernels find them: operands, and options of the compiler."""
 
 import numpy as np
 
@@ -24,7 +24,7 @@ def are_served(weight):
 
 
 def operands(weight):
-    """What kernels take for matrices of codes: where they lie, and where inputs begin in them."""
+    """What kernels take for quantised matrices: where they lie, where inputs begin in them."""
     form, words, scales = weight.form, weight.words, weight.scales
     return (
         words, scales, words.strides[-2] // _LOAD_BYTES, scales.strides[-2] // 2,
@@ -33,13 +33,13 @@ def operands(weight):
 
 
 def options(form, dtype):
-    """Of the compiler, for codes of a form that meet tokens of a type."""
+    """Of the compiler, for weights of a format that meet tokens of a type."""
     held = NAMES[dtype.name] if array.is_half(dtype) else "f16"
     return (f"-DWEIGHT={held}", f"-DBITS={form.bits}", f"-DGROUP={form.group}")
 
 
 def of_experts(weight):
-    """What kernels take for the matrices (E, O, I) of experts, codes or not; compiler's options."""
+    """What kernels take for experts' matrices (E, O, I), quantised or not; compiler's options."""
     if not isinstance(weight, Quantized):
         return (weight, np.int64(weight[0].size)), (f"-DWEIGHT={NAMES[weight.dtype.name]}",)
     words, scales = weight.words.strides[0] // _LOAD_BYTES, weight.scales.strides[0] // 2

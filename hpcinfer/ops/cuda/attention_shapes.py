@@ -1,4 +1,4 @@
-"""What attention by matrix units serves, of many queries and of few."""
+"""Shapes and types that attention by matrix units serves, in `prefill` and `decode`."""
 
 import functools
 
@@ -23,6 +23,7 @@ def shared_memory(xp):
 
 def are_served(q, k, v, groups):
     """True if the kernels serve these types and shapes, of keys (..., G, ..., K) in any way."""
+    # Ask for the types, for whole groups of heads, and that loads of 16 bytes are aligned.
     (T, H, K), G = q.shape, k.shape[1]
     return (
         q.dtype == np.float32

@@ -1,13 +1,13 @@
-"""Vector code for Numba: products with quantised weights, whose codes are widened in registers.
+"""Vector code of products with quantised weights, whose codes are widened in registers.
 
-Where there are instructions for bfloat16, `coded_rows` takes two rows of a weight at a time, by up
-to eight of x. Codes become bfloat16 exactly, once for all rows of x, and scales meet sums in
+Where there are instructions for bfloat16, `quantized_rows` takes two rows of a weight at a time, by
+up to eight of x. Codes become bfloat16 exactly, once for all rows of x, and scales meet sums in
 float32. Every 32 inputs have a scale of their own, so a product would be followed by a
 multiplication; but of four blocks that follow one another, quarters change places, as in a 4 x 4
 matrix that is transposed. A vector then holds eight inputs of each of four groups, four vectors are
 summed, and their sums meet four scales at once. x lies in memory in that order (`arranged`).
 
-Elsewhere `coded_tile` multiplies in float32.
+Elsewhere `quantized_tile` multiplies in float32.
 """
 
 import functools
@@ -19,7 +19,6 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from hpcinfer.ops.cpu.simd import vectors as simd
 from hpcinfer.ops.cpu.simd.vectors import (
     FLOAT,
     I16,
@@ -30,6 +29,23 @@ from hpcinfer.ops.cpu.simd.vectors import (
     VECTOR,
     ZERO,
     Bfloat16Pairs,
+    addresses,
+    as_bfloat16,
+    call,
+    cases,
+    constant,
+    fma,
+    horizontal_sum,
+    lane_mask,
+    load,
+    number_at,
+    prefetch,
+    shuffled,
+    splat,
+    splat_at,
+    store,
+    sums_from_zero,
+    sums_of_lanes,
 )
 
 # Blocks whose quarters change places, and bytes of a block's words.
@@ -49,7 +65,7 @@ _SIGNED = 2 * (_SIGNED + [0xC100, 0xC0E0, 0xC0C0, 0xC0A0, 0xC080, 0xC040, 0xC000
 
 
 @intrinsic
-def coded_rows(
+def quantized_rows(
     typing, columns, like, x, x_stride, words, w_stride, scales, s_stride, pairs, blocks, groups,
     shift, ahead, y, y_stride,
 ):  # fmt: skip
@@ -68,8 +84,8 @@ def coded_rows(
     """
 
     def generate(context, builder, signature, arguments):
-        for c in simd.cases(builder, arguments[0], range(1, MOST + 1)):
-            _coded_rows(builder, arguments[2:], _bits_of(like), c)
+        for c in cases(builder, arguments[0], range(1, MOST + 1)):
+            _quantized_rows(builder, arguments[2:], _bits_of(like), c)
         return context.get_dummy_value()
 
     return types.void(types.int64, like, *[types.int64] * 13), generate
@@ -80,32 +96,32 @@ def _bits_of(like):
     return 8 if like.dtype == types.uint8 else 4
 
 
-def _coded_rows(builder, arguments, bits, columns):
+def _quantized_rows(builder, arguments, bits, columns):
     (x, x_stride, words, w_stride, scales, s_stride, pairs, blocks, groups, shift, ahead,
      y, y_stride) = arguments  # fmt: skip
     add, mul = builder.add, builder.mul
     of = SimpleNamespace(
         bits=bits, columns=columns, blocks=blocks, groups=groups, shift=shift,
-        x=simd.addresses(builder, x, x_stride, columns),
+        x=addresses(builder, x, x_stride, columns),
         w_ahead=mul(w_stride, ahead), s_ahead=mul(s_stride, ahead),
         scale_of=_places_of_scales(builder, bits, shift),
     )  # fmt: skip
-    y_rows = simd.addresses(builder, y, y_stride, columns)
+    y_rows = addresses(builder, y, y_stride, columns)
     with cgutils.for_range_slice(builder, I64(0), pairs, I64(1), I64) as (pair, _):
         row = mul(pair, I64(2))
         w, s = add(words, mul(row, w_stride)), add(scales, mul(row, s_stride))
         of.w, of.s = (w, add(w, w_stride)), (s, add(s, s_stride))
         # The sums of a row of x, for both rows of w, stand side by side.
         sums = itertools.chain(*_sums_of_two(builder, of))
-        total = simd.sums_of_lanes(builder, _to_a_power_of_two(sums))
+        total = sums_of_lanes(builder, _to_a_power_of_two(sums))
         for c, of_row in enumerate(y_rows):
-            both = simd.shuffled(builder, total, total, [2 * c, 2 * c + 1])
-            simd.store(builder, both, add(of_row, mul(pair, I64(8))))
+            both = shuffled(builder, total, total, [2 * c, 2 * c + 1])
+            store(builder, both, add(of_row, mul(pair, I64(8))))
 
 
 def _places_of_scales(builder, bits, shift):
     """For each place of a word, where its scale is among those of four blocks, by lane."""
-    per_word, by = 16 // bits, simd.splat(builder, builder.trunc(shift, I32), LANES)
+    per_word, by = 16 // bits, splat(builder, builder.trunc(shift, I32), LANES)
     return [
         builder.lshr(ir.Constant(_WHOLE, [n // 4 * per_word + i for n in range(LANES)]), by)
         for i in range(per_word)
@@ -119,7 +135,7 @@ def _to_a_power_of_two(vectors):
 
 def _sums_of_two(builder, of):
     """Sums by row of x, then by row of w, each of 16 lanes."""
-    sums = simd.sums_from_zero(builder, len(of.x), len(of.w))
+    sums = sums_from_zero(builder, len(of.x), len(of.w))
     per_word = 16 // of.bits
     with cgutils.for_range_slice(builder, I64(0), of.blocks, I64(BLOCKS), I64) as (block, _):
         quarters = [_quarters(builder, of, w, block) for w in of.w]
@@ -142,7 +158,7 @@ def _add_products(builder, x, codes, factors, sums):
         for r, of_row in enumerate(codes):
             found[r] = Bfloat16Pairs.add_product(builder, found[r], numbers, of_row[k])
     totals = [
-        simd.fma(builder, product, factor, builder.load(total))
+        fma(builder, product, factor, builder.load(total))
         for product, factor, total in zip(found, factors, sums, strict=True)
     ]
     for value, total in zip(_before_what_follows(builder, totals), sums, strict=True):
@@ -171,8 +187,8 @@ def _quarters(builder, of, row, block):
         number = builder.add(block, I64(q))
         number = builder.select(builder.icmp_signed("<", number, last), number, last)
         at = builder.add(row, builder.mul(number, I64(_BLOCK_BYTES)))
-        simd.prefetch(builder, builder.add(at, of.w_ahead), 3)
-        held.append(simd.load(builder, at, I16, 32))
+        prefetch(builder, builder.add(at, of.w_ahead), 3)
+        held.append(load(builder, at, I16, 32))
     return _transposed(builder, held)
 
 
@@ -180,11 +196,11 @@ def _scales(builder, of, row, block):
     """Scales of four blocks of a row as float32, times what `_as_pairs` leaves to them."""
     first = builder.lshr(builder.mul(block, I64(16 // of.bits)), of.shift)
     at = builder.add(row, builder.mul(first, I64(2)))
-    simd.prefetch(builder, builder.add(at, of.s_ahead), 3)
-    mask = simd.lane_mask(builder, builder.sub(of.groups, first), LANES)
-    half = simd.load(builder, at, I16, LANES, mask)
+    prefetch(builder, builder.add(at, of.s_ahead), 3)
+    mask = lane_mask(builder, builder.sub(of.groups, first), LANES)
+    half = load(builder, at, I16, LANES, mask)
     scales = builder.fpext(builder.bitcast(half, ir.VectorType(ir.HalfType(), LANES)), VECTOR)
-    return builder.fmul(scales, _numbers(2.0**-24)) if of.bits == 8 else scales
+    return builder.fmul(scales, constant(2.0**-24)) if of.bits == 8 else scales
 
 
 def _as_pairs(builder, words, bits, place):
@@ -204,18 +220,18 @@ def _as_pairs(builder, words, bits, place):
 def _looked_up(builder, words):
     """The lowest four bits of 32 words as bfloat16."""
     name, table = "llvm.x86.avx512.permvar.hi.512", ir.Constant(_WORDS, _SIGNED)
-    return builder.bitcast(simd.call(builder, name, _WORDS, table, words), PAIRS)
+    return builder.bitcast(call(builder, name, _WORDS, table, words), PAIRS)
 
 
 def _permuted(builder, vector, lanes):
-    return simd.call(builder, "llvm.x86.avx512.permvar.sf.512", VECTOR, vector, lanes)
+    return call(builder, "llvm.x86.avx512.permvar.sf.512", VECTOR, vector, lanes)
 
 
 def _transposed(builder, vectors):
     """Four vectors of 32 words: quarter q of vector k becomes quarter k of vector q."""
 
     def by_quarters(a, b, quarters):
-        return simd.shuffled(builder, a, b, [8 * q + j for q in quarters for j in range(8)])
+        return shuffled(builder, a, b, [8 * q + j for q in quarters for j in range(8)])
 
     a, b, c, d = vectors
     turned = []
@@ -227,7 +243,7 @@ def _transposed(builder, vectors):
 
 @intrinsic
 def arranged(typing, like, x, n, offset, blocks, per_word, out):
-    """One row of x as `coded_rows` wants it: n numbers become those of all places, bfloat16.
+    """One row of x as `quantized_rows` wants it: n numbers become those of all places, bfloat16.
 
     x and out are addresses. x begins `offset` places behind the beginning of out, of which the rest
     is zero. A block has 32 · per_word inputs, and of four blocks those of a place follow one
@@ -240,6 +256,7 @@ def arranged(typing, like, x, n, offset, blocks, per_word, out):
         x, n, offset, blocks, per_word, out = arguments[1:]
         with cgutils.for_range_slice(builder, I64(0), blocks, I64(BLOCKS), I64) as (block, _):
             with cgutils.for_range_slice(builder, I64(0), per_word, I64(1), I64) as (i, _):
+                # Load 32 inputs of each of four blocks, and let their quarters change places.
                 held = []
                 for q in range(BLOCKS):
                     place = builder.mul(builder.add(block, I64(q)), per_word)
@@ -247,10 +264,12 @@ def arranged(typing, like, x, n, offset, blocks, per_word, out):
                     first = builder.sub(first, offset)
                     at = builder.add(x, builder.mul(first, I64(item_bytes)))
                     held.append(load_at(builder, at, first, n))
+
+                # Store them one behind the other.
                 place = builder.add(builder.mul(block, per_word), builder.mul(i, I64(BLOCKS)))
                 at = builder.add(out, builder.mul(place, I64(_BLOCK_BYTES)))
                 for k, vector in enumerate(_transposed(builder, held)):
-                    simd.store(builder, vector, builder.add(at, I64(_BLOCK_BYTES * k)))
+                    store(builder, vector, builder.add(at, I64(_BLOCK_BYTES * k)))
         return context.get_dummy_value()
 
     return types.void(like, *[types.int64] * 6), generate
@@ -258,7 +277,7 @@ def arranged(typing, like, x, n, offset, blocks, per_word, out):
 
 def _bits_at(builder, address, first, n):
     """32 bfloat16 from an address on, zero where first + lane is not one of n."""
-    return simd.load(builder, address, I16, 32, _inside(builder, first, n, 32))
+    return load(builder, address, I16, 32, _inside(builder, first, n, 32))
 
 
 def _rounded_at(builder, address, first, n):
@@ -266,14 +285,14 @@ def _rounded_at(builder, address, first, n):
     halves = []
     for start in (0, LANES):
         mask = _inside(builder, builder.add(first, I64(start)), n, LANES)
-        numbers = simd.load(builder, builder.add(address, I64(4 * start)), FLOAT, LANES, mask)
-        halves.append(simd.as_bfloat16(builder, numbers))
-    return simd.shuffled(builder, *halves, range(32))
+        numbers = load(builder, builder.add(address, I64(4 * start)), FLOAT, LANES, mask)
+        halves.append(as_bfloat16(builder, numbers))
+    return shuffled(builder, *halves, range(32))
 
 
 def _inside(builder, first, n, lanes):
     """Mask of the lanes of which first + lane is one of 0 ... n - 1."""
-    first, n = (simd.splat(builder, builder.trunc(v, I32), lanes) for v in (first, n))
+    first, n = (splat(builder, builder.trunc(v, I32), lanes) for v in (first, n))
     numbers = builder.add(first, ir.Constant(first.type, list(range(lanes))))
     return builder.icmp_unsigned("<", numbers, n)
 
@@ -282,7 +301,9 @@ def _inside(builder, first, n, lanes):
 
 
 @intrinsic
-def coded_tile(typing, columns, like, x, x_stride, words, scales, blocks, shift, y, y_stride, bias):
+def quantized_tile(
+    typing, columns, like, x, x_stride, words, scales, blocks, shift, y, y_stride, bias
+):
     """y = x · wᵀ + bias for 1 to 4 rows of x, float32, and one row of a weight.
 
     Codes are as `ops.quantize` packs them, and 2^shift places share a scale. All but `like`, an
@@ -290,51 +311,51 @@ def coded_tile(typing, columns, like, x, x_stride, words, scales, blocks, shift,
     """
 
     def generate(context, builder, signature, arguments):
-        for c in simd.cases(builder, arguments[0], range(1, MOST_FLOATS + 1)):
-            _coded_tile(builder, arguments[2:], _bits_of(like), c)
+        for c in cases(builder, arguments[0], range(1, MOST_FLOATS + 1)):
+            _quantized_tile(builder, arguments[2:], _bits_of(like), c)
         return context.get_dummy_value()
 
     return types.void(types.int64, like, *[types.int64] * 9), generate
 
 
-def _coded_tile(builder, arguments, bits, columns):
+def _quantized_tile(builder, arguments, bits, columns):
     x, x_stride, words, scales, blocks, shift, y, y_stride, bias = arguments
     places = 16 // bits
 
     # Sums of each place apart where there are few: one has to wait for the one before.
     apart = places if columns * places <= 12 else 1
-    sums = simd.sums_from_zero(builder, columns, apart)
-    x_rows = simd.addresses(builder, x, x_stride, columns)
+    sums = sums_from_zero(builder, columns, apart)
+    x_rows = addresses(builder, x, x_stride, columns)
     with cgutils.for_range_slice(builder, I64(0), blocks, I64(1), I64) as (b, _):
-        held = simd.load(builder, builder.add(words, builder.mul(b, I64(_BLOCK_BYTES))), I16, 32)
+        held = load(builder, builder.add(words, builder.mul(b, I64(_BLOCK_BYTES))), I16, 32)
         for i in range(places):
             slice_number = builder.add(builder.mul(b, I64(places)), I64(i))
             number = builder.lshr(slice_number, shift)
             at = builder.add(scales, builder.mul(number, I64(2)))
             half = builder.load(builder.inttoptr(at, ir.HalfType().as_pointer()), align=2)
-            scale = simd.splat(builder, builder.fpext(half, FLOAT), LANES)
+            scale = splat(builder, builder.fpext(half, FLOAT), LANES)
             start = builder.mul(slice_number, I64(32 * 4))
             halves = _code_halves(builder, held, bits, i)
             for c in range(columns):
                 total = sums[c][i % apart]
                 found = _products(builder, builder.add(x_rows[c], start), halves)
-                builder.store(simd.fma(builder, found, scale, builder.load(total)), total)
-    y_rows = simd.addresses(builder, y, y_stride, columns)
+                builder.store(fma(builder, found, scale, builder.load(total)), total)
+    y_rows = addresses(builder, y, y_stride, columns)
     for of_row, place in zip(sums, y_rows, strict=True):
         total = functools.reduce(builder.fadd, map(builder.load, of_row))
-        simd.store(builder, simd.horizontal_sum(builder, total), place)
+        store(builder, horizontal_sum(builder, total), place)
     with builder.if_then(builder.icmp_signed("!=", bias, I64(0)), likely=False):
         for place in y_rows:
-            value = builder.fadd(simd.number_at(builder, place), simd.number_at(builder, bias))
-            simd.store(builder, value, place)
+            value = builder.fadd(number_at(builder, place), number_at(builder, bias))
+            store(builder, value, place)
 
 
 def _products(builder, x, halves):
     """Products of 32 numbers of x, from an address on, with those of two vectors."""
     total = ZERO
     for i, half in enumerate(halves):
-        numbers = simd.load(builder, builder.add(x, I64(4 * LANES * i)), FLOAT, LANES)
-        total = simd.fma(builder, numbers, half, total)
+        numbers = load(builder, builder.add(x, I64(4 * LANES * i)), FLOAT, LANES)
+        total = fma(builder, numbers, half, total)
     return total
 
 
@@ -354,14 +375,16 @@ def widen_codes(typing, like, words, scales, blocks, shift, y):
         words, scales, blocks, shift, y = arguments[1:]
         with cgutils.for_range_slice(builder, I64(0), blocks, I64(1), I64) as (b, _):
             at = builder.add(words, builder.mul(b, I64(_BLOCK_BYTES)))
-            held = simd.load(builder, at, I16, 32)
+            held = load(builder, at, I16, 32)
+
+            # Multiply the codes of each place by their scale.
             for i in range(16 // bits):
                 number = builder.add(builder.mul(b, I64(16 // bits)), I64(i))
                 of_scale = builder.mul(builder.lshr(number, shift), I64(4))
-                scale = simd.splat_at(builder, builder.add(scales, of_scale), FLOAT)
+                scale = splat_at(builder, builder.add(scales, of_scale), FLOAT)
                 at = builder.add(y, builder.mul(number, I64(64)))
                 for half in _code_halves(builder, held, bits, i):
-                    simd.store(builder, simd.as_bfloat16(builder, builder.fmul(half, scale)), at)
+                    store(builder, as_bfloat16(builder, builder.fmul(half, scale)), at)
                     at = builder.add(at, I64(32))
         return context.get_dummy_value()
 
@@ -375,10 +398,6 @@ def _code_halves(builder, words, bits, place):
     codes = builder.ashr(up, ir.Constant(words.type, [16 - bits] * 32))
     halves = []
     for start in (0, LANES):
-        half = simd.shuffled(builder, codes, codes, range(start, start + LANES))
+        half = shuffled(builder, codes, codes, range(start, start + LANES))
         halves.append(builder.sitofp(builder.sext(half, _WHOLE), VECTOR))
     return halves
-
-
-def _numbers(value):
-    return ir.Constant(VECTOR, [value] * LANES)
