@@ -56,8 +56,6 @@ TOO_LONG: dict[str, int] = {
 # Files that are longer, and class names that stand twice: each with the reason
 LONG_FILES: dict[str, str] = {
     "hpcinfer/collectives.py": "every verb with its messages and its entry in the ledger",
-    "hpcinfer/ops/cpu/simd/attention.py": "the vector code of one operation",
-    "hpcinfer/ops/cpu/simd/vectors.py": "the vector code that all other is made of",
     "hpcinfer/ops/sample.py": "the steps of choosing a token, in one order",
 }
 SAME_CLASSES: dict[str, str] = {}
