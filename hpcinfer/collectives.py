@@ -240,12 +240,15 @@ def Alltoall(comm, x, send_counts, recv_counts, purpose=""):
     -------
     (sum of recv_counts, ...) of x's type, the rows from rank 0 first
     """
+    # Refuse counts that do not fit, before the first message.
     if len(send_counts) != comm.size or len(recv_counts) != comm.size:
         raise ValueError(
             f"Alltoall: got {len(send_counts)} and {len(recv_counts)} counts, need {comm.size}"
         )
     if sum(send_counts) != len(x):
         raise ValueError(f"Alltoall: got {len(x)} rows, need send_counts {list(send_counts)}")
+
+    # Send each rank its rows, as bytes.
     call = current().begin("Alltoall", comm, purpose)
     if _is_alone(comm, x):
         current().enter(call, 0)

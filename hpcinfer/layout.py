@@ -88,6 +88,7 @@ def parse_layout(text, size):
         For an unknown word, a length that is no positive integer, a product other than `size`, or a
         combination that makes no sense; with the nearest one that does.
     """
+    # Read word by word.
     values = {}
     for item in (text or "").split(",") if text else ():
         word, _, value = item.strip().partition("=")
@@ -97,11 +98,15 @@ def parse_layout(text, size):
         if word in values:
             raise UsageError(f"layout: got {word} twice in {text!r}, need each word once")
         values[word] = _value(word, value, item.strip())
+
+    # Fill up what is not said.
     afd = values.get("afd")
     if not values.keys() & set(AXES):
         values["tp"] = afd[0] if afd else size
     if afd:
         values.setdefault("ep", afd[1])
+
+    # Refuse what the ranks at hand cannot be, and what makes no sense.
     layout = Layout(**values)
     if layout.size != size and not afd:
         raise UsageError(

@@ -108,15 +108,19 @@ def row(bench, limits, facts, name, case, new, turns_s, touched):
     turns_s : list over replicas of the seconds of their steps
     touched : share of the experts that a step touched
     """
+    # Add up what the replicas do in their own time.
     B, C = case
     counts = [n for n in bench.replicas(bench.own(B)) if n]
     medians = [median(turns) for turns in turns_s if turns]
     rate = sum(n / time_s for n, time_s in zip(counts, medians, strict=True))
+
+    # Count what a step reads and computes at least, at the mean length.
     length = C + (new + 1) / 2
     read_bytes = bench.read_bytes(B, length, touched)
     of_token, of_head = work.token_flop(bench.arch)
     flop = B * (of_token + of_head + work.attention_flop(bench.arch, 1, round(length)))
     limit_s = limits.least_s(read_bytes, flop)
+
     return {
         "bench": name,
         **facts,

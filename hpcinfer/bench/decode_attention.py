@@ -146,6 +146,7 @@ def _rows(cache, rates, repeat):
 
 def _row(cache, strategy, ranks, time_s, byte_per_s):
     """Row of one rank, or of a strategy before what only an exchange has."""
+    # Every cached key and value is read once.
     limit_s = cache.L * cache.shape.key_bytes / byte_per_s
     return {
         "bench": "decode-attention",

@@ -193,6 +193,7 @@ def _works(comm, sides, repeat):
 
 
 def _row(comm, sides, works, layers, m, repeat):
+    # Run the layers, and see how long each side waited in receives.
     M, N = sides.split
     step = partial(sides.step, layers, m)
     _, sent_bytes, _, _ = measure.exchanged(comm, step)
@@ -202,6 +203,8 @@ def _row(comm, sides, works, layers, m, repeat):
         median(sum(waited[ranks]) / len(waited[ranks]) / time_s for time_s, waited in measured)
         for ranks in (slice(0, M), slice(M, None))
     ]
+
+    # Beside it what equal works would wait.
     return measure.row(
         "disagg",
         sides.ffn.facts(sides.device) | {"model": f"{sides.ffn}, {sides.shape.H} heads"},

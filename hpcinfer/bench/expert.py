@@ -48,19 +48,18 @@ def run(comm, device, ffn, tokens, experts, top, zipf, repeat):
     """
     if top > experts:
         raise UsageError(f"bench: got --top {top} of --experts {experts}, need experts enough")
+
+    # Give every rank its experts.
     _, flop_rate = limits.matrix_rates(comm, device)
     _, copy_rate = limits.copy_rates(comm, device)
     clock = partial(measure.together_s, comm)
     shares = partition.experts(experts, ffn.F, comm.size)
     own = shares[comm.rank]
-    weights = [ffn.weights(own.columns) for _ in range(*own.experts)]
-    up, down = (device.put(np.stack(w)) for w in zip(*weights, strict=True))
-    x, rows = device.put(ffn.tokens(tokens)), []
-
-    def compute(x, ids, weights):
-        return experts_ffn(x, ids, weights, up, down, own.experts[0], relu)
-
+    compute, x, rows = _experts_of(device, ffn, own), device.put(ffn.tokens(tokens)), []
     facts = ffn.facts(device) | {"model": f"{experts} experts, {ffn}, top {top}"}
+    rates = {"limit_flop_per_s": flop_rate, "limit_byte_per_s": copy_rate}
+
+    # Time each routing whole, and its exchange by itself.
     for skew in zipf:
         ids = choices(comm.rank, tokens, experts, top, skew)
         weights, on_device = device.xp.full(ids.shape, 1 / top, np.float32), device.put(ids)
@@ -71,22 +70,16 @@ def run(comm, device, ffn, tokens, experts, top, zipf, repeat):
         time_s = measure.call_s(clock, half, repeat)
         exchange_s = measure.call_s(clock, exchange, repeat)
         calls, sent_bytes, _, _ = measure.exchanged(comm, exchange)
+
+        # Enter what the exchange cost beside the whole.
+        more = _balance(comm, ids, shares) | rates
+        more |= {"skew": skew, "sent_bytes": sent_bytes, "calls": calls, "exchange_s": exchange_s}
+        share = sent_bytes / copy_rate / exchange_s if sent_bytes else None
+        more["exchange_share_of_limit"] = share
+        name, all_tokens = f"Zipf {skew:g}" if skew else "even", tokens * comm.size
         limit_s = ffn.flop(tokens) * top * comm.size / flop_rate
-        rows.append(
-            measure.row(
-                "expert", facts,
-                f"Zipf {skew:g}" if skew else "even", comm.size, comm.size, tokens * comm.size,
-                time_s, limit_s,
-                exchange_s=exchange_s,
-                skew=skew,
-                sent_bytes=sent_bytes,
-                calls=calls,
-                **_balance(comm, ids, shares),
-                limit_flop_per_s=flop_rate,
-                limit_byte_per_s=copy_rate,
-                exchange_share_of_limit=sent_bytes / copy_rate / exchange_s if sent_bytes else None,
-            )
-        )  # fmt: skip
+        where = name, comm.size, comm.size, all_tokens
+        rows.append(measure.row("expert", facts, *where, time_s, limit_s, **more))
     return rows
 
 
@@ -98,6 +91,13 @@ def choices(rank, tokens, n_experts, top, skew):
     # The largest of log(chance) + Gumbel noise are a draw without replacement.
     noise = rng.gumbel(size=(tokens, n_experts))
     return (-np.log(chance) - noise).argsort(axis=1)[:, :top].astype(np.int32)
+
+
+def _experts_of(device, ffn, own):
+    """Function (x, ids, weights) -> y of the experts that a rank owns."""
+    weights = [ffn.weights(own.columns) for _ in range(*own.experts)]
+    up, down = (device.put(np.stack(w)) for w in zip(*weights, strict=True))
+    return lambda x, ids, weights: experts_ffn(x, ids, weights, up, down, own.experts[0], relu)
 
 
 def table(rows):

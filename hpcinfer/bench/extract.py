@@ -46,14 +46,11 @@ def run(comm, device, folder, width, layers, tokens, steps, store, repeat):
     list of rows, the same on every rank
     """
     path = os.path.join(folder, f"bench-{comm.bcast(os.getpid())}.h5")
-    own = partition.block(width, comm.size)[comm.rank]
-    fields = [
-        Field(f"residual/{n}", (width,), array.parse_dtype(store), ("features",), "")
-        for n in range(layers)
-    ]
+    own, dtype = partition.block(width, comm.size)[comm.rank], array.parse_dtype(store)
+    fields = [Field(f"residual/{n}", (width,), dtype, ("features",), "") for n in range(layers)]
     rng = np.random.default_rng(comm.rank)
     block = rng.normal(size=(tokens, own[1] - own[0])).astype(np.float32)
-    block = device.put(array.narrow(block, fields[0].dtype))
+    block = device.put(array.narrow(block, dtype))
     shares = [ColumnShare(field, *own) for field in fields] if block.size else []
 
     def parts():
@@ -66,10 +63,27 @@ def run(comm, device, folder, width, layers, tokens, steps, store, repeat):
     # Take turns, so that what else the disk does counts for both.
     plain = partial(_plain, f"{path}-{comm.rank}", array.host(block), steps * len(shares))
     agree_all(comm, partial(_make, parts_folder(path)))
-    times_s = {"parts": [], "plain": []}
+    times_s = _timed(comm, path, {"plain": plain, "parts": parts}, repeat)
+
+    facts = {
+        "dtype": store,
+        "device": device.name,
+        "width": width,
+        "layers": layers,
+        "tokens": tokens * steps,
+        "ranks": comm.size,
+        "bytes": tokens * steps * layers * width * dtype.itemsize,
+    }
+    limit_s = median(times_s["plain"])
+    return [_row(name, facts, median(times_s[name]), limit_s) for name in ("plain", "parts")]
+
+
+def _timed(comm, path, ways, repeat):
+    """Seconds of every turn of every way of writing; nothing is left on the disk."""
+    times_s = {name: [] for name in ways}
     try:
         for _ in range(repeat):
-            for name, function in (("plain", plain), ("parts", parts)):
+            for name, function in ways.items():
                 times_s[name].append(measure.together_s(comm, function))
                 _remove(comm, path)
     finally:
@@ -77,25 +91,19 @@ def run(comm, device, folder, width, layers, tokens, steps, store, repeat):
         comm.Barrier()
         if comm.rank == 0:
             os.rmdir(parts_folder(path))
-    nbytes = tokens * steps * layers * width * fields[0].dtype.itemsize
-    limit_s = median(times_s["plain"])
-    return [
-        {
-            "bench": "extract",
-            "writes": name,
-            "dtype": store,
-            "device": device.name,
-            "width": width,
-            "layers": layers,
-            "tokens": tokens * steps,
-            "ranks": comm.size,
-            "bytes": nbytes,
-            "time_s": median(times_s[name]),
-            "byte_per_s": nbytes / median(times_s[name]),
-            "share_of_limit": limit_s / median(times_s[name]),
-        }
-        for name in ("plain", "parts")
-    ]
+    return times_s
+
+
+def _row(name, facts, time_s, limit_s):
+    """Row of one way of writing."""
+    return {
+        "bench": "extract",
+        "writes": name,
+        **facts,
+        "time_s": time_s,
+        "byte_per_s": facts["bytes"] / time_s,
+        "share_of_limit": limit_s / time_s,
+    }
 
 
 def table(rows):

@@ -47,6 +47,8 @@ def run(comm, setting, repeat, cold=False):
     """
     if not has_weights(setting.model):
         raise UsageError(f"bench: got {setting.model} without weights, need a model to load")
+
+    # Time the first token, then reading and loading in turns.
     files, open_s = agree_all(comm, lambda: _files(setting.model))
     first_token_s, facts = _first_token(comm, setting, cold, files)
     spent = {"plain": [], "load": []}
@@ -59,6 +61,8 @@ def run(comm, setting, repeat, cold=False):
         read_bytes = sum(comm.allgather(bench.bytes_read))
         del bench
         gc.collect()
+
+    # Plain reading of as many bytes is the limit.
     nbytes = {"plain": sum(files.values()), "load": read_bytes}
     limit = nbytes["plain"] / median(spent["plain"])
     return [

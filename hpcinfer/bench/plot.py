@@ -114,6 +114,7 @@ def _by_size(figure, rows):
 
 def _by_name(figure, rows):
     """A bar for every row, its name what tells it from the others; the limit behind it."""
+    # Find what is drawn, and the limit of each row.
     axes = figure.subplots()
     names = _names(rows)
     if "tokens_per_s" in rows[0]:
@@ -122,12 +123,16 @@ def _by_name(figure, rows):
         quantity, unit, factor = "byte_per_s", "GB/s", 1e-9
     values = [factor * row[quantity] for row in rows]
     limits = [v / row["share_of_limit"] for v, row in zip(values, rows, strict=True)]
+
+    # Draw both, with the share in words.
     at = range(len(rows))
     axes.barh(at, limits, 0.8, color="0.88", label="limit")
     axes.barh(at, values, 0.5, color="C0", label="measured")
     for i, (value, row) in enumerate(zip(values, rows, strict=True)):
         text = f" {_short(value)} ({100 * row['share_of_limit']:.0f} %)"
         axes.text(value, i, text, va="center", fontsize=8)
+
+    # Name rows and axes.
     axes.set_yticks(at, names, fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.2)

@@ -55,14 +55,18 @@ def table(rows):
 
 def _row(bench, limits, facts, case, spent):
     """Row of one case; `spent` has the seconds of each repetition of every replica."""
+    # Add up what the replicas do in their own time.
     B, C = case
     counts = bench.replicas(bench.own(B))
     medians = [median(times) for times in spent]
     rate = sum(n * C / time_s for n, time_s in zip(counts, medians, strict=True) if n)
+
+    # Count what the prompts compute and read at least.
     of_token, of_head = work.token_flop(bench.arch)
     flop = B * (C * of_token + of_head + work.attention_flop(bench.arch, C, C))
     read_bytes = bench.read_bytes(B, 0)
     limit_s = limits.least_s(read_bytes, flop)
+
     return {
         "bench": "prefill",
         **facts,

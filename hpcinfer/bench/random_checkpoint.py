@@ -44,6 +44,7 @@ class RandomCheckpoint(Checkpoint):
     """
 
     def __init__(self, path, dtype, bits=None, group=32):
+        # Read the config.
         path = os.fspath(path)
         if os.path.isdir(path):
             path = os.path.join(path, "config.json")
@@ -53,6 +54,8 @@ class RandomCheckpoint(Checkpoint):
         config = metadata.parse_object(text, path)
         if bits is not None:
             config |= {"tie_word_embeddings": False}
+
+        # Name every tensor with its shape, and the scales of those that are quantised.
         tensors, self._values = {}, {}
         for row in table(read_architecture(config)):
             coding = None

@@ -76,32 +76,36 @@ def run(comm, device, ffn, tokens, layers, repeat):
         for name, n in spent:
             spent[name, n].append(_timed(comm, ffn, ways[name], x[:n], layers))
 
-    rows, kept_s = [], None
+    # Make a row of each, beside the first.
+    facts = ffn.facts(device) | {"layers": layers}
+    rates = {"limit_flop_per_s": flop_rate, "limit_byte_per_s": copy_rate}
+    rates["whole_bytes"] = sum(w.nbytes for layer in whole for w in layer.values())
+    rows = []
     for name, way in ways.items():
-        _, sent_bytes, *by_itself = np.median(spent[name, 0], axis=0).tolist()
-        time_s, _, waited_s, tested_s = np.median(spent[name, tokens], axis=0).tolist()
-        kept_s, alone_s = kept_s or time_s, sum(by_itself)
-        rows.append(
-            measure.row(
-                "zero", ffn.facts(device), name, comm.size, comm.size, tokens * comm.size,
-                time_s / layers, limit_s,
-                layers=layers,
-                speedup=kept_s / time_s,
-                exchange_s=alone_s / layers,
-                waited_s=waited_s / layers,
-                tested_s=tested_s / layers,
-                overlapped_share=measure.saved(waited_s, alone_s),
-                hidden_share=measure.saved(waited_s + tested_s, alone_s),
-                sent_bytes=round(sent_bytes / layers),
-                peak_bytes=max(comm.allgather(way.held_bytes)),
-                formula_bytes=max(comm.allgather(way.formula_bytes)),
-                whole_bytes=sum(w.nbytes for layer in whole for w in layer.values()),
-                limit_flop_per_s=flop_rate,
-                limit_byte_per_s=copy_rate,
-                exchange_share_of_limit=_share(sent_bytes, alone_s, copy_rate),
-            )
-        )  # fmt: skip
+        medians = [np.median(spent[name, n], axis=0).tolist() for n in (0, tokens)]
+        row = _row(comm, facts, name, way, medians, tokens, limit_s, rates)
+        row["speedup"] = rows[0]["time_s"] / row["time_s"] if rows else 1.0
+        rows.append(row)
     return rows
+
+
+def _row(comm, facts, name, way, medians, tokens, limit_s, rates):
+    """Row of one way; `medians` of gathering alone and of whole layers, as `_timed` has them."""
+    (_, sent_bytes, *by_itself), (time_s, _, waited_s, tested_s) = medians
+    layers, alone_s = facts["layers"], sum(by_itself)
+    return measure.row(
+        "zero", facts, name, comm.size, comm.size, tokens * comm.size, time_s / layers, limit_s,
+        exchange_s=alone_s / layers,
+        waited_s=waited_s / layers,
+        tested_s=tested_s / layers,
+        overlapped_share=measure.saved(waited_s, alone_s),
+        hidden_share=measure.saved(waited_s + tested_s, alone_s),
+        sent_bytes=round(sent_bytes / layers),
+        peak_bytes=max(comm.allgather(way.held_bytes)),
+        formula_bytes=max(comm.allgather(way.formula_bytes)),
+        exchange_share_of_limit=_share(sent_bytes, alone_s, rates["limit_byte_per_s"]),
+        **rates,
+    )  # fmt: skip
 
 
 def table(rows):

@@ -57,6 +57,7 @@ def _add_layout_options(group: Group) -> None:
 
 def _add_step_options(group: Group) -> None:
     """Options that say what a step holds, and what every request goes by."""
+    # Add the bounds of a step.
     group.add_argument(
         "--step-tokens",
         type=positive,
@@ -84,6 +85,8 @@ def _add_step_options(group: Group) -> None:
         help="with afd: micro-batches that the two sides work on in turn (default 2); with pp: "
         "steps that the prompts at hand are spread over (default 4 a stage)",
     )
+
+    # Add what requests go by that do not say.
     group.add_argument(
         "--seed",
         type=seed,
@@ -95,6 +98,7 @@ def _add_step_options(group: Group) -> None:
 
 def _add_run_options(group: Group) -> None:
     """Options that say how a run shows itself, ends, and goes on."""
+    # Add what is shown, and how a run ends and goes on.
     group.add_argument("--show", action="store_true", help="print each result as it finishes")
     group.add_argument(
         "--checkpoint-every",
@@ -116,6 +120,8 @@ def _add_run_options(group: Group) -> None:
         action="store_true",
         help="begin anew; what an earlier run has left is kept as FILE.old-1, ...",
     )
+
+    # Add what is looked at beside the work.
     group.add_argument(
         "--check",
         action="store_true",

@@ -38,23 +38,13 @@ def build_step(plan, pages, kv_rank=0, cp=1, by_columns=False, rope=None, tp=1):
     positions = np.arange(bounds[-1]) - np.repeat(bounds[:-1] - (lengths - counts), counts)
     owner = np.repeat(np.arange(len(plan)), counts)
 
-    # Find the page of every token, and its owner, in one table padded with page 0.
-    table = np.zeros((len(plan), max((len(s.pages) for s, _ in plan), default=0)), np.int64)
-    for b, (sequence, _) in enumerate(plan):
-        table[b, : len(sequence.pages)] = sequence.pages
-    pool, place = np.divmod(table, pages.n)
+    # Find the page of every token, and its owner.
+    pool, place = _pages_of(plan, pages)
     token_pool = pool[owner, positions // PAGE]
     slots = place[owner, positions // PAGE] * PAGE + positions % PAGE
+    token_ids, wanted = _take_tokens(plan, bounds)
 
-    token_ids, wanted = [], []
-    for b, (sequence, n) in enumerate(plan):
-        token_ids += sequence.tokens[sequence.computed : sequence.computed + n]
-        if sequence.wants_all_hidden:
-            known = min(max(sequence.n_known - sequence.computed, 0), n)
-            wanted += range(bounds[b] + known, bounds[b + 1])
-        elif lengths[b] == sequence.target:
-            wanted.append(bounds[b + 1] - 1)
-        sequence.computed += n
+    # Say which rank computes what, and keeps which keys.
     columns = by_columns and len(plan) == bounds[-1] <= COLUMNS_TOKENS * cp
     mine = np.arange(bounds[-1]) if columns else np.flatnonzero(token_pool % cp == kv_rank % cp)
     stored = np.flatnonzero(token_pool[mine] == kv_rank)
@@ -79,6 +69,28 @@ def build_step(plan, pages, kv_rank=0, cp=1, by_columns=False, rope=None, tp=1):
             place, pool[:, 0] if plan else lengths, kv_rank, pages.ranks, lengths
         ),
     )
+
+
+def _pages_of(plan, pages):
+    """Pool of each sequence's pages, and their places in it: (B, pages of the longest) each."""
+    table = np.zeros((len(plan), max((len(s.pages) for s, _ in plan), default=0)), np.int64)
+    for b, (sequence, _) in enumerate(plan):
+        table[b, : len(sequence.pages)] = sequence.pages
+    return np.divmod(table, pages.n)
+
+
+def _take_tokens(plan, bounds):
+    """Ids of the tokens, which count as computed then, and those whose hidden state is wanted."""
+    token_ids, wanted = [], []
+    for b, (sequence, n) in enumerate(plan):
+        token_ids += sequence.tokens[sequence.computed : sequence.computed + n]
+        sequence.computed += n
+        if sequence.wants_all_hidden:
+            known = min(max(sequence.n_known - (sequence.computed - n), 0), n)
+            wanted += range(bounds[b] + known, bounds[b + 1])
+        elif sequence.computed == sequence.target:
+            wanted.append(bounds[b + 1] - 1)
+    return token_ids, wanted
 
 
 def _homes(part, cp, tp):

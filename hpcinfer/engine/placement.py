@@ -115,14 +115,17 @@ def advice(on_node, device):
     -------
     str, one line, or None if there is nothing to say or the user wants to hear nothing
     """
+    # See what the ranks of the node have together.
     threads = node.threads_per_rank()
-    with waiting("allgather", on_node, "crowd"):
+    with waiting("allgather", on_node, "oversubscription"):
         of_ranks = on_node.allgather((node.cores(), device.identity, threads))
     if node.oversubscription_is_meant():
         return None
     cores, gpus = set().union(*(c for c, _, _ in of_ranks)), {gpu for _, gpu, _ in of_ranks}
     n_cores, ranks = min(len(cores), node.core_quota() or len(cores)), on_node.size
     n_threads = sum(threads or 1 for _, _, threads in of_ranks)
+
+    # Advise on the first of them that is too few.
     if gpus != {None} and ranks > len(gpus):
         return (
             f"advice: got {ranks} ranks on {len(gpus)} GPUs of a node, need a GPU for each rank to "

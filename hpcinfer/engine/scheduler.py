@@ -101,10 +101,18 @@ class Scheduler:
             budget -= n
             position += 1
 
-        # Admit what waits, while there are pages for its whole text.
-        while (
-            self.waiting and budget and not preempted and len(self.running) < self.limits.sequences
-        ):
+        if not preempted:
+            self._admit(plan, most, budget)
+        return self._in_order(plan)
+
+    @property
+    def held(self):
+        """Sequences that run or wait."""
+        return len(self.running) + len(self.waiting)
+
+    def _admit(self, plan, most, budget):
+        """Let what waits run, while there are pages for its whole text."""
+        while self.waiting and budget and len(self.running) < self.limits.sequences:
             sequence = self.waiting[0]
             if len(plan) >= most:
                 break
@@ -112,6 +120,8 @@ class Scheduler:
             if not self.pages.can_allocate(self._owners(sequence, sequence.target), sequence.pages):
                 sequence.pages = []
                 break
+
+            # Go on behind the pages that hold its beginning already.
             self.waiting.popleft()
             self.running.append(sequence)
             self.pages.acquire(sequence.pages)
@@ -120,12 +130,6 @@ class Scheduler:
             n = min(budget, sequence.target - sequence.computed)
             self._plan(plan, sequence, n)
             budget -= n
-        return self._in_order(plan)
-
-    @property
-    def held(self):
-        """Sequences that run or wait."""
-        return len(self.running) + len(self.waiting)
 
     def _share(self):
         """Sequences and tokens of the next step at most."""

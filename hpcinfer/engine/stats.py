@@ -62,6 +62,7 @@ class RunStats:
 
     def report(self, engine):
         """The report's lines, on the root; every rank must call this. None elsewhere."""
+        # Gather the counters of all ranks on the first.
         model, grid, scheduler = engine.model, self.grid, engine.scheduler
         mine = {
             "bytes_read": self.bytes_read,
@@ -85,6 +86,8 @@ class RunStats:
         ranks, load = grid.comm.gather(mine, 0), engine.expert_load()
         if ranks is None:
             return None
+
+        # Put them into words.
         lines = [
             f"layout    {grid.layout} on {model.device}, "
             f"{model.dtype}, threads per rank {node.threads()}",
@@ -142,6 +145,7 @@ def _speed_lines(ranks):
 
 def _balance_lines(layout, ranks):
     """How busy replicas, stages and sides were."""
+    # How long each replica had work, of the one that had it longest.
     lines = []
     if layout.dp > 1:
         leaders = [r for r in ranks if r["is_leader"]]
@@ -152,6 +156,8 @@ def _balance_lines(layout, ranks):
             + ", ".join(str(r["answered"]) for r in leaders)
             + " requests"
         )
+
+    # How long stages, or the two sides, waited for each other.
     groups = []
     if layout.pp > 1:
         groups = [(f"stage {i}", lambda r, i=i: r["stage"] == i) for i in range(layout.pp)]

@@ -29,9 +29,12 @@ def describe():
     """
     import psutil
 
+    # Look at the machine.
     name, flags = _processor()
     n_cores = min(len(node.cores()), node.core_quota() or len(node.cores()))
     gpus = _gpus()
+
+    # Say a word and a line of each.
     lines = [
         ("processor", name),
         ("instructions", ", ".join(f"{w} {'yes' if w in flags else 'no'}" for w in INSTRUCTIONS)),

@@ -207,6 +207,7 @@ class Watchdog:
     def _listen(self, until_s, wanted=None, answers=None, enough=0):
         """Take messages until then, or until there are enough answers; answer questions."""
         while (left_s := until_s - time.monotonic()) > 0:
+            # Take the next message that is for this rank of this job.
             self._place()
             self._socket.settimeout(left_s)
             try:
@@ -217,6 +218,8 @@ class Watchdog:
                 what, rank = message["what"], message["from"]
             except (OSError, ValueError, KeyError, TypeError):
                 continue
+
+            # Keep an answer, end with the others, or answer.
             if what == "answer":
                 if wanted == message["of"]:
                     answers[rank] = message["place"]

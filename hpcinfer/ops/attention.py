@@ -41,12 +41,15 @@ def attention(
     o : (S, H, width of a value) float32; zero where no key is visible
     lse : (S, H) float32; -inf where no key is visible
     """
+    # Begin a running softmax for the heads of every group.
     xp = array.namespace(q)
     S, H, _ = q.shape
     width = v.shape[-1] if v_columns is None else v_columns
     running = [_RunningSoftmax(xp, S, stop - start, width) for start, stop in groups]
     factor = xp.float32(scale if softcap is None else scale / softcap)
     q_scaled = [q[:, start:stop] * factor for start, stop in groups]
+
+    # Let every query meet the keys, block by block.
     for columns, visible in blocks(q_pos, k_pos, window, H / max(1, len(groups))):
         visible = [
             (rows, None if hidden is None else xp.asarray(hidden)) for rows, hidden in visible
@@ -59,6 +62,7 @@ def attention(
                 if between is not None:
                     between()
 
+    # Divide by the sums.
     o, lse = xp.zeros((S, H, width), xp.float32), xp.full((S, H), -xp.inf, xp.float32)
     for (start, stop), state in zip(groups, running, strict=True):
         o[:, start:stop], lse[:, start:stop] = state.result()

@@ -171,17 +171,13 @@ def ffn_side(
     """
     joined, outgoing = _joined(comm, False), collectives.Outgoing()
     for n in layers:
-        like = (
-            np.empty((0, D), dtype),
-            np.empty((0, k(n)), np.int32),
-            np.empty((0, k(n)), np.float32),
-        )
+        choices = [np.empty((0, k(n)), kind) for kind in (np.int32, np.float32)]
+        like = (np.empty((0, D), dtype), *choices)
         row_bytes = sum(map(array.item_bytes, like))
         for _ in range(micro_batches):
-            messages = [
-                collectives.RecvBytes(joined, rank, purpose=purpose)
-                for rank in range(comm.remote_size)
-            ]
+            # Take the tokens of all attention ranks together.
+            ranks = range(comm.remote_size)
+            messages = [collectives.RecvBytes(joined, rank, purpose=purpose) for rank in ranks]
             if any(len(message) % row_bytes for message in messages):
                 raise ValueError(
                     f"disagg: got messages of {[len(m) for m in messages]} bytes in layer {n}, "

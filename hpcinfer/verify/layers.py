@@ -63,6 +63,7 @@ def pipeline_stages(comm, rng, put):
             x = _dense(x, *layer)
         return x
 
+    # Hand micro-batches on, and tell all ranks what the last stage has.
     heard = []
     for x_in in micro:
         y = pipeline.forward(

@@ -118,6 +118,7 @@ def attention_half(comm, rng, put):
     weights : columns, function between, rows of this rank
     whole : (T, D), result by the definition
     """
+    # Cut the heads over the ranks.
     x, wq, wk, wv, wo = normal(rng, put, (T, D), (H, K, D), (G, K, D), (G, K, D), (D, H, K))
     wq, wk, wv = (w / np.float32(D**0.5) for w in (wq, wk, wv))
     heads, scale = partition.heads(H, G, comm.size)[comm.rank], K**-0.5
@@ -133,6 +134,7 @@ def attention_half(comm, rng, put):
         o, _ = ragged_attention(q, k, v, tokens, tokens, scale=scale, groups=heads.groups)
         return o.reshape(T, -1)
 
+    # Compute the whole on one rank.
     q, k, v = (oracle.linear(x, w.reshape(-1, D)).reshape(T, -1, K) for w in (wq, wk, wv))
     o, _ = oracle.attention(q, k, v, tokens, tokens, scale)
     whole = oracle.linear(o.reshape(T, -1), wo.reshape(D, -1))

@@ -59,26 +59,14 @@ def latent(config, E, router, dense, shared, F, positions, interleaved=True, **d
             f"config: got num_key_value_heads={config.get('num_key_value_heads')}, need {H} as "
             "num_attention_heads; latent attention has no other"
         )
+    # Read the widths of queries, keys and values, and how keys are rotated.
     bias = config.flag("attention_bias", False)
-    q_rank = config.values.get("q_lora_rank", 1536)
-    mla = Latent(
-        q_rank=0 if q_rank is None else config.size("q_lora_rank", default=1536),
-        kv_rank=config.size("kv_lora_rank", default=512),
-        plain=config.size("qk_nope_head_dim", default=128),
-        rotated=config.size("qk_rope_head_dim", default=64),
-        value=config.size("v_head_dim", default=128),
-        interleaved=interleaved,
-        bias=bias,
-    )
+    mla = _widths(config, interleaved, bias)
     rope = config.rope(mla.rotated)
     if rope.dim != mla.rotated:
         raise ValueError(f"config: got {rope.dim} rotated columns, need all {mla.rotated}")
 
-    # The growth of the attention's temperature with the context also stands in the scale.
-    scale = (mla.plain + mla.rotated) ** -0.5
-    growth = config.rope_table().number("mscale_all_dim", default=0.0)
-    if growth and rope.kind != "default":
-        scale *= yarn_magnitude(rope.factor, growth) ** 2
+    # Let experts follow some dense layers.
     first = config.count("first_k_dense_replace", default=dense)
     moe_F = config.size("moe_intermediate_size", default=F)
     return llama.architecture(
@@ -87,7 +75,7 @@ def latent(config, E, router, dense, shared, F, positions, interleaved=True, **d
         K=mla.kv_rank + mla.rotated,
         positions=config.size("max_position_embeddings", default=positions),
         rope=rope,
-        scales=(scale,) * N,
+        scales=(_scale(config, mla, rope),) * N,
         mla=mla,
         qkv_bias=False,
         o_bias=bias,
@@ -107,3 +95,26 @@ def refuse_other(config, name, need):
     value = config.get(name, default=need)
     if value != need:
         raise ValueError(f"config: got {name}={value!r:.99}, need {need!r} for {config.family}")
+
+
+def _widths(config, interleaved, bias):
+    """Widths of latent attention, as the config names them."""
+    q_rank = config.values.get("q_lora_rank", 1536)
+    return Latent(
+        q_rank=0 if q_rank is None else config.size("q_lora_rank", default=1536),
+        kv_rank=config.size("kv_lora_rank", default=512),
+        plain=config.size("qk_nope_head_dim", default=128),
+        rotated=config.size("qk_rope_head_dim", default=64),
+        value=config.size("v_head_dim", default=128),
+        interleaved=interleaved,
+        bias=bias,
+    )
+
+
+def _scale(config, mla, rope):
+    """Factor of the scores, in which the temperature's growth with the context stands too."""
+    scale = (mla.plain + mla.rotated) ** -0.5
+    growth = config.rope_table().number("mscale_all_dim", default=0.0)
+    if growth and rope.kind != "default":
+        scale *= yarn_magnitude(rope.factor, growth) ** 2
+    return scale

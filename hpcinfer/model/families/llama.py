@@ -33,11 +33,8 @@ NAMES = {
 
 def architecture(config: Config, **differences) -> Architecture:
     """Architecture of a llama, with what another family states otherwise in `differences`."""
-    D, H, N = (
-        config.size("hidden_size"),
-        config.size("num_attention_heads"),
-        config.layers("num_hidden_layers"),
-    )
+    D, H = config.size("hidden_size"), config.size("num_attention_heads")
+    N = config.layers("num_hidden_layers")
     K = differences.get("K") or config.size("head_dim", default=D // H)
     positions = differences.pop("positions", None) or config.size(
         "max_position_embeddings", default=2048
