@@ -199,3 +199,20 @@ def test_compiled_functions_freeze_nothing_from_outside_of_ops():
             if isinstance(node, ast.ImportFrom) and node.module.startswith("hpcinfer"):
                 names = [alias.name for alias in node.names if alias.name.isupper()]
                 assert not names or node.module.startswith("hpcinfer.ops"), (path, names)
+
+
+def test_constants_that_stand_twice_are_equal():
+    """The command line and requests name them without importing the mathematics."""
+    from hpcinfer import array
+    from hpcinfer.bench.drive import QUANTIZED_BITS
+    from hpcinfer.cli import common, convert, extract
+    from hpcinfer.engine.activations.selection import POINTS
+    from hpcinfer.ops import quantize, sampling_batch
+    from hpcinfer.requests import sampling
+
+    assert sampling.GREEDY_BELOW == sampling_batch.GREEDY_BELOW
+    assert set(common.DTYPES) == set(array.DTYPES)
+    assert extract._POINTS.split(", ") == list(POINTS)
+    assert convert.GROUPS == quantize.GROUPS
+    assert sorted(convert.CODES.values()) == sorted(quantize.BITS)
+    assert convert.CODES == QUANTIZED_BITS

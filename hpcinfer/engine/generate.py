@@ -11,7 +11,8 @@ import numpy as np
 
 from hpcinfer.engine.sequence import Sequence
 from hpcinfer.engine.task import Deliver, Plan
-from hpcinfer.ops.sample import Chosen, History, SamplingBatch
+from hpcinfer.ops.sample import Chosen
+from hpcinfer.ops.sampling_batch import History, SamplingBatch
 from hpcinfer.parallel import vocabulary
 from hpcinfer.requests.request import Choice, Request, Result
 from hpcinfer.requests.sampling import Sampling

@@ -33,8 +33,9 @@ from mpi4py import MPI
 
 from hpcinfer import array, collectives, partition
 from hpcinfer.array import Array
-from hpcinfer.ops import sample
+from hpcinfer.ops import candidates, sample
 from hpcinfer.ops.embed import embed as own_rows
+from hpcinfer.ops.sampling_batch import SamplingBatch
 from hpcinfer.ops.softmax import softmax_parts
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def choose(
     logits: Array,
     start: int,
     V: int,
-    rows: sample.SamplingBatch,
+    rows: SamplingBatch,
     between: Callable | None = None,
 ) -> sample.Chosen:
     """Next tokens of R sequences: to the last bit those of `sample.choose` on the gathered logits.
@@ -147,15 +148,18 @@ def choose(
     """
     _check_cut(comm, logits.shape, start, V, len(rows))
     rows = rows.within(V)
+
+    # Offer: make ready what this rank's columns have for every row.
     own = sample.columns(logits, start, V, rows, CANDIDATES, between)
 
-    # Take the best of the ranks' best, which settles every row without a filter.
+    # Settle: the best of the ranks' best, and in rows with filters what they leave to draw from.
     score, token_ids = _best(comm, own)
     sample.refuse_unbounded(score)
-
     filtered = np.flatnonzero(rows.filtered)
     if filtered.size:
         token_ids[filtered] = _draw_filtered(comm, own, V, rows, filtered, score)[filtered]
+
+    # Report: log-probabilities, in the rows that ask for them.
     logprobs, top = _report(comm, own, V, rows, token_ids)
     return sample.Chosen(token_ids, logprobs, top)
 
@@ -167,7 +171,7 @@ def _best(comm, own):
     part["score"], part["token_id"] = score, token_ids
     of_ranks = collectives.Allgather(comm, part, purpose="choose").reshape(comm.size, -1)
     score = of_ranks["score"].max(axis=0)
-    return score, sample.lowest_of_best(of_ranks["score"].T, of_ranks["token_id"].T)
+    return score, candidates.lowest_of_best(of_ranks["score"].T, of_ranks["token_id"].T)
 
 
 def _draw_filtered(comm, own, V, rows, filtered, top):
@@ -190,7 +194,7 @@ def _draw_filtered(comm, own, V, rows, filtered, top):
         purpose = "choose candidates" if max(offers) < max(counts) else "choose whole"
         ready = pending[rows.top_k[pending] <= width]
 
-        for block in sample.row_blocks(ready, sum(offers), GATHER_ITEMS):
+        for block in candidates.row_blocks(ready, sum(offers), GATHER_ITEMS):
             keys = collectives.Allgather(
                 comm, own.candidates(block, width), offers, axis=1, purpose=purpose
             )
@@ -236,9 +240,9 @@ def _report(comm, own, V, rows, token_ids):
         comm, own.report(asked, token_ids, n), offers, axis=1, purpose="logprobs"
     )
     firsts = np.cumsum([0, *offers[:-1]])
-    chosen, _ = sample.unpack(keys[:, firsts].max(axis=1))
+    chosen, _ = candidates.unpack(keys[:, firsts].max(axis=1))
     others = np.sort(np.delete(keys, firsts, axis=1), axis=1)
-    value, ids = sample.unpack(others[:, : -n - 1 : -1])
+    value, ids = candidates.unpack(others[:, : -n - 1 : -1])
 
     # Sum the weights of the whole vocabulary.
     largest = np.zeros(len(rows))

@@ -5,10 +5,10 @@ from itertools import pairwise
 import numpy as np
 
 from hpcinfer import array, collectives, partition
-from hpcinfer.ops import sample
 from hpcinfer.ops.activation import gelu
 from hpcinfer.ops.attention import ragged_attention
 from hpcinfer.ops.linear import linear, linear_pair
+from hpcinfer.ops.sampling_batch import SamplingBatch
 from hpcinfer.parallel import matmul, sequence, tensor, vocabulary
 from hpcinfer.verify import oracle
 from hpcinfer.verify.row import Case, Trial
@@ -158,7 +158,7 @@ def vocabulary_log_softmax(comm, rng, put):
 
 def vocabulary_greedy(comm, rng, put):
     (logits,) = normal(rng, put, (T, V))
-    mine, rows = own(comm, V), sample.SamplingBatch.make(T, temperature=0)
+    mine, rows = own(comm, V), SamplingBatch.make(T, temperature=0)
     chosen = vocabulary.choose(comm, logits[:, mine], mine.start, V, rows)
     formula_bytes = comm.size * (comm.size - 1) * 16 * T
     return Trial((chosen.token_ids,), (array.host(logits).argmax(axis=1),), formula_bytes)

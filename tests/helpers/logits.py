@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from hpcinfer.ops import sample
+from hpcinfer.ops.sampling_batch import History, SamplingBatch
 
 
 def mixture(R, V, seed=0):
@@ -10,10 +10,10 @@ def mixture(R, V, seed=0):
     rng = np.random.default_rng(seed)
     some = rng.choice
     history = [
-        sample.History(rng.integers(V, size=8), rng.integers(V, size=8)) if some(2) else None
+        History(rng.integers(V, size=8), rng.integers(V, size=8)) if some(2) else None
         for _ in range(R)
     ]
-    return sample.SamplingBatch.make(
+    return SamplingBatch.make(
         R,
         temperature=some([0, 0.3, 1, 1, 5], R),
         top_k=some([0, 0, 1, 40, 70, 3000], R),

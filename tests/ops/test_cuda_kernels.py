@@ -31,6 +31,7 @@ from hpcinfer.ops import (
     experts,
     linear,
     norm,
+    penalties,
     quantize,
     rope,
     route,
@@ -38,6 +39,7 @@ from hpcinfer.ops import (
     softmax,
 )
 from hpcinfer.ops.cuda.runtime import launch
+from hpcinfer.ops.sampling_batch import SamplingBatch
 from hpcinfer.parallel import vocabulary
 
 pytestmark = pytest.mark.single
@@ -1002,7 +1004,7 @@ def test_choose_from_many(put, monkeypatch, few_threads, settings):
     """More candidates, or more to report, than the second pass gathers."""
     logits, rows = (
         logits_of("flat", 3, 5003),
-        sample.SamplingBatch.make(3, temperature=1, **settings),
+        SamplingBatch.make(3, temperature=1, **settings),
     )
     chosen, expected = choose(put, monkeypatch, logits, rows), sample.choose(logits, rows)
     np.testing.assert_array_equal(chosen.token_ids, expected.token_ids)
@@ -1018,8 +1020,8 @@ def test_choose_refuses_logits_without_a_largest(put, monkeypatch, few_threads, 
     logits = logits_of("smooth", 2, 300)
     logits[1, 7 if value > 0 or value != value else slice(None)] = value
     with pytest.raises(ValueError, match="row 1, need a finite logit"):
-        choose(put, monkeypatch, logits, sample.SamplingBatch.make(2, **settings))
-    rows = sample.SamplingBatch.make(2, banned=[(), tuple(range(300))], **settings)
+        choose(put, monkeypatch, logits, SamplingBatch.make(2, **settings))
+    rows = SamplingBatch.make(2, banned=[(), tuple(range(300))], **settings)
     with pytest.raises(ValueError, match="every token is banned"):
         choose(put, monkeypatch, logits, rows)
 
@@ -1057,7 +1059,7 @@ def test_columns_of_several_ranks(put, monkeypatch, few_threads, V, kind, P, roo
     drawn, _ = same(got, expected, lambda own: settled(own.draw(ready, keys, floor, total)))[0]
 
     # Report the tokens drawn, or the best.
-    token_ids = np.argmax(sample.penalise(logits, 0, rows), axis=1)
+    token_ids = np.argmax(penalties.penalise(logits, 0, rows), axis=1)
     token_ids[ready[drawn >= 0]] = drawn[drawn >= 0]
     n, largest = rows.reported(V), logits.max(axis=1).astype(np.float64)
     same(got, expected, lambda own: sorted_report(own.report(asked, token_ids, n)))
@@ -1084,5 +1086,5 @@ def sorted_report(keys):
 def test_columns_leave_what_they_do_not_serve(put):
     """A rank without columns, and no rows."""
     for shape in ((3, 0), (0, 5)):
-        x, rows = put(np.zeros(shape, np.float32)), sample.SamplingBatch.make(shape[0])
+        x, rows = put(np.zeros(shape, np.float32)), SamplingBatch.make(shape[0])
         assert fast("sample").columns(x, 0, 5, rows, 64) is NotImplemented

@@ -4,8 +4,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from hpcinfer.ops import sample
+from hpcinfer.ops import candidates, penalties, sample
 from hpcinfer.ops.random import gumbel, gumbel_range, philox4x32
+from hpcinfer.ops.sampling_batch import History, SamplingBatch
 
 pytestmark = pytest.mark.single
 
@@ -89,7 +90,7 @@ def test_frequencies_are_those_of_the_softmax(settings, kept):
         probability[np.argsort(-x)[kept:]] = 0
     probability /= probability.sum()
 
-    rows = sample.SamplingBatch.make(R, position=np.arange(R), **settings)
+    rows = SamplingBatch.make(R, position=np.arange(R), **settings)
     drawn = sample.choose(np.broadcast_to(x, (R, V)), rows).token_ids
     count = np.bincount(drawn, minlength=V)
     possible = probability > 0
@@ -137,9 +138,7 @@ def test_filters_keep_the_right_set(settings, seed):
     """Logits in halves, so that many are equal and the cut often falls among them."""
     R, V = 600, 23
     x = np.round(normal(V, seed, 1.5) * 2) / 2
-    rows = sample.SamplingBatch.make(
-        R, temperature=1.3, key=seed, position=np.arange(R), **settings
-    )
+    rows = SamplingBatch.make(R, temperature=1.3, key=seed, position=np.arange(R), **settings)
     drawn = sample.choose(np.broadcast_to(x, (R, V)), rows).token_ids
     expected = allowed_ids(x, 1.3, **settings)
     likely = {i for i in expected if x[i] > x.max() - 3}
@@ -148,19 +147,19 @@ def test_filters_keep_the_right_set(settings, seed):
 
 def test_greedy_takes_the_lowest_id_of_equals():
     logits = np.array([[0, 2, 2, 1], [-1, -1, -1, -1], [-0.0, 0.0, -0.0, 0.0]], np.float32)
-    rows = sample.SamplingBatch.make(3, temperature=[0, 0, 1e-6], top_k=2, top_p=0.5)
+    rows = SamplingBatch.make(3, temperature=[0, 0, 1e-6], top_k=2, top_p=0.5)
     np.testing.assert_array_equal(sample.choose(logits, rows).token_ids, [1, 0, 0])
 
 
 def test_penalties_as_defined():
     """Repetition over prompt and generated tokens, the others over the generated ones only."""
     x = np.array([[2, -2, 4, 3, -1, 0.5]], np.float32)
-    seen = sample.History([0, 1, 1, 0], [2, 2, 1])
-    rows = sample.SamplingBatch.make(
+    seen = History([0, 1, 1, 0], [2, 2, 1])
+    rows = SamplingBatch.make(
         1, history=[seen], banned=[(3, 5)], repetition=2, frequency=0.25, presence=1
     )
     expected = [[1, -4 - 0.25 - 1, 2 - 0.5 - 1, -np.inf, -1, -np.inf]]
-    np.testing.assert_array_equal(sample.penalise(x, 0, rows), expected)
+    np.testing.assert_array_equal(penalties.penalise(x, 0, rows), expected)
     np.testing.assert_array_equal(x, [[2, -2, 4, 3, -1, 0.5]])
 
 
@@ -168,9 +167,9 @@ def test_penalties_of_a_part_are_the_part_of_the_penalties():
     R, V = 9, 41
     x = normal((R, V))
     rng = np.random.default_rng(1)
-    history = [sample.History(rng.integers(V, size=r), rng.integers(V, size=9)) for r in range(R)]
+    history = [History(rng.integers(V, size=r), rng.integers(V, size=9)) for r in range(R)]
     history[4] = None
-    rows = sample.SamplingBatch.make(
+    rows = SamplingBatch.make(
         R,
         history=history,
         banned=[tuple(range(r)) for r in range(R)],
@@ -178,24 +177,21 @@ def test_penalties_of_a_part_are_the_part_of_the_penalties():
         presence=rng.normal(size=R),
         frequency=rng.normal(size=R),
     )
-    whole = sample.penalise(x, 0, rows)
+    whole = penalties.penalise(x, 0, rows)
     for start, stop in [(0, 20), (20, 41), (7, 7), (40, 41)]:
-        part = sample.penalise(x[:, start:stop], start, rows)
+        part = penalties.penalise(x[:, start:stop], start, rows)
         np.testing.assert_array_equal(part, whole[:, start:stop])
 
 
 def test_neutral_rows_leave_the_logits_alone():
     x = normal((3, 7))
-    assert (
-        sample.penalise(x, 0, sample.SamplingBatch.make(3, history=[None] * 3, banned=[()] * 3))
-        is x
-    )
+    assert penalties.penalise(x, 0, SamplingBatch.make(3, history=[None] * 3, banned=[()] * 3)) is x
 
 
 def test_history_counts_like_a_dictionary():
     rng = np.random.default_rng(2)
     prompt, generated = rng.integers(50, size=20), rng.integers(200, size=500)
-    history = sample.History(prompt, generated)
+    history = History(prompt, generated)
     expected = dict.fromkeys(prompt.tolist(), 0)
     for token_id in generated.tolist():
         expected[token_id] = expected.get(token_id, 0) + 1
@@ -205,7 +201,7 @@ def test_history_counts_like_a_dictionary():
 def test_logprobs_are_those_of_the_raw_logits():
     R, V = 4, 301
     logits = normal((R, V))
-    rows = sample.SamplingBatch.make(
+    rows = SamplingBatch.make(
         R, temperature=[0, 2, 2, 0.5], banned=[(int(x.argmax()),) for x in logits],
         logprobs=[-1, 0, 5, 1000], top_k=3,
     )  # fmt: skip
@@ -219,14 +215,14 @@ def test_logprobs_are_those_of_the_raw_logits():
         order = np.argsort(-logits[r], kind="stable")[:n]
         assert [i for i, _ in chosen.top[r]] == order.tolist()
         np.testing.assert_allclose([p for _, p in chosen.top[r]], expected[r, order], atol=2e-6)
-    assert sample.choose(logits, sample.SamplingBatch.make(R)).top is None
+    assert sample.choose(logits, SamplingBatch.make(R)).top is None
 
 
 def test_keys_sort_by_logit_then_id():
     x = np.array([3, -np.inf, 0.0, -0.0, -1e-40, 1e-40, 3, -5, np.inf], np.float32)
     ids = np.arange(x.size) + 1000
-    keys = np.sort(sample.pack(x, ids))[::-1]
-    values, sorted_ids = sample.unpack(keys)
+    keys = np.sort(candidates.pack(x, ids))[::-1]
+    values, sorted_ids = candidates.unpack(keys)
     order = sorted(range(x.size), key=lambda i: (-x[i], i))
     np.testing.assert_array_equal(sorted_ids, ids[order])
     np.testing.assert_array_equal(values, x[order])
@@ -236,20 +232,20 @@ def test_keys_sort_by_logit_then_id():
 def test_weights_sum_the_same_in_any_order(V):
     z = np.random.default_rng(0).uniform(-30, 0, V)
     z[0] = 0
-    weights = sample.weights(z, V)
+    weights = candidates.weights(z, V)
     assert sum(weights.tolist()) == weights.sum() < 2**62
-    total = weights.sum() / sample.weights(np.zeros(1), V)[0]
+    total = weights.sum() / candidates.weights(np.zeros(1), V)[0]
     assert total == pytest.approx(np.exp(z).sum(), rel=1e-8)
-    assert sample.weights(np.zeros(1), V)[0] * V < 2**62
+    assert candidates.weights(np.zeros(1), V)[0] * V < 2**62
 
 
 def test_result_does_not_depend_on_the_batch():
     R, V = 12, 97
     logits = normal((R, V))
-    rows = sample.SamplingBatch.make(
+    rows = SamplingBatch.make(
         R, temperature=np.linspace(0, 2, R), top_k=np.arange(R), seed=3, key=np.arange(R) % 5,
         sample=np.arange(R) % 2, position=np.arange(R), banned=[(r,) for r in range(R)],
-        history=[sample.History([r]) for r in range(R)], repetition=1.5,
+        history=[History([r]) for r in range(R)], repetition=1.5,
     )  # fmt: skip
     together = sample.choose(logits, rows).token_ids
     order = np.random.default_rng(0).permutation(R)
@@ -262,7 +258,7 @@ def test_result_does_not_depend_on_the_batch():
 
 def test_half_precision_logits_are_widened():
     logits = normal((5, 50)).astype(ml_dtypes.bfloat16)
-    rows = sample.SamplingBatch.make(5, temperature=1, top_p=0.9, key=np.arange(5))
+    rows = SamplingBatch.make(5, temperature=1, top_p=0.9, key=np.arange(5))
     expected = sample.choose(logits.astype(np.float32), rows).token_ids
     np.testing.assert_array_equal(sample.choose(logits, rows).token_ids, expected)
 
@@ -284,14 +280,14 @@ def test_half_precision_logits_are_widened():
         {"key": np.ones(3)},
         {"position": 2**32},
         {"logprobs": "many"},
-        {"history": [sample.History([1])]},
+        {"history": [History([1])]},
         {"banned": [(1,)]},
     ],
     ids=str,
 )
 def test_rows_refuse(columns):
     with pytest.raises(ValueError, match="^sample: got .* need "):
-        sample.SamplingBatch.make(3, **columns)
+        SamplingBatch.make(3, **columns)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -299,12 +295,12 @@ def test_refuses_logits_without_a_largest(value):
     logits = np.zeros((2, 4), np.float32)
     logits[1] = value
     with pytest.raises(ValueError, match="row 1, need a finite logit"):
-        sample.choose(logits, sample.SamplingBatch.make(2))
+        sample.choose(logits, SamplingBatch.make(2))
 
 
 def test_refuses_a_row_of_banned_tokens_only():
     with pytest.raises(ValueError, match="every token is banned"):
-        sample.choose(np.zeros((1, 2), np.float32), sample.SamplingBatch.make(1, banned=[(0, 1)]))
+        sample.choose(np.zeros((1, 2), np.float32), SamplingBatch.make(1, banned=[(0, 1)]))
 
 
 @pytest.mark.parametrize("width", [0, 1, 5, 29, 30, 64])
@@ -312,6 +308,6 @@ def test_top_keys_are_the_largest_also_among_equals(width):
     x = np.round(normal((7, 30), scale=1.0))
     x[2], x[3, 4:] = 0, -np.inf
     index = np.array([6, 0, 2, 3])
-    expected = np.sort(sample.pack(x[index], np.arange(30) + 100), axis=1)[:, ::-1][:, :width]
-    keys = sample.top_keys(x, index, 100, width)
+    expected = np.sort(candidates.pack(x[index], np.arange(30) + 100), axis=1)[:, ::-1][:, :width]
+    keys = candidates.top_keys(x, index, 100, width)
     np.testing.assert_array_equal(np.sort(keys, axis=1)[:, ::-1], expected)

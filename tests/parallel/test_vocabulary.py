@@ -8,7 +8,8 @@ from pytest import approx
 
 from hpcinfer import partition
 from hpcinfer.ledger import ledger
-from hpcinfer.ops import sample
+from hpcinfer.ops import candidates, sample
+from hpcinfer.ops.sampling_batch import SamplingBatch
 from hpcinfer.parallel import vocabulary
 
 
@@ -69,7 +70,7 @@ def test_choose_does_not_depend_on_the_batch(comm):
 
 
 def test_choose_of_no_rows(comm):
-    chosen = choose(comm, normal((0, 11)), sample.SamplingBatch.make(0))
+    chosen = choose(comm, normal((0, 11)), SamplingBatch.make(0))
     assert chosen.token_ids.shape == (0,) and chosen.top is None
 
 
@@ -81,7 +82,7 @@ def test_choose_of_no_rows(comm):
 def test_cost_of_an_unfiltered_step(comm, settings):
     """One Allgather of 16 bytes a row, whatever the vocabulary."""
     R, V = 25, 3001
-    rows = sample.SamplingBatch.make(R, key=np.arange(R), **settings)
+    rows = SamplingBatch.make(R, key=np.arange(R), **settings)
     ledger.clear()
     choose(comm, normal((R, V)), rows)
     assert ledger.calls() == ledger.calls("Allgather", purpose="choose") == 1
@@ -91,7 +92,7 @@ def test_cost_of_an_unfiltered_step(comm, settings):
 def test_cost_of_a_filtered_step(comm):
     """Candidates of the filtered rows, totals of those with top-p alone, reports where asked."""
     R, V, P = 12, 3001, comm.size
-    rows = sample.SamplingBatch.make(
+    rows = SamplingBatch.make(
         R,
         temperature=[1] * 10 + [0, 0],
         top_p=[0.5] * 7 + [1] * 5,
@@ -114,7 +115,7 @@ def test_a_prefix_with_gaps_is_not_taken(comm, settings):
     R, V = 50, 999
     logits = np.full((R, V), -20, np.float32)
     logits[:, :150], logits[:, 600:750] = 1, 0.9
-    rows = sample.SamplingBatch.make(R, temperature=1, position=np.arange(R), **settings)
+    rows = SamplingBatch.make(R, temperature=1, position=np.arange(R), **settings)
     expected = sample.choose(logits, rows)
     assert (expected.token_ids < 600).all() and expected.token_ids.max() > 64
     assert_equal(choose(comm, logits, rows), expected)
@@ -125,7 +126,7 @@ def test_candidates_grow_to_the_whole_vocabulary(comm):
     V, P = 5003, comm.size
     logits = normal((3, V), scale=0.01)
     logits[1, 17] = 100
-    rows = sample.SamplingBatch.make(3, temperature=[1, 1, 0], top_p=0.99)
+    rows = SamplingBatch.make(3, temperature=[1, 1, 0], top_p=0.99)
     ledger.clear()
     chosen = choose(comm, logits, rows)
     start, stop = partition.block(V, P)[comm.rank]
@@ -139,7 +140,7 @@ def test_candidates_grow_to_the_whole_vocabulary(comm):
 
 def test_many_candidates_are_gathered_in_blocks(comm, monkeypatch):
     R, V = 20, 401
-    monkeypatch.setattr(sample, "BLOCK_ITEMS", 1000)
+    monkeypatch.setattr(candidates, "BLOCK_ITEMS", 1000)
     monkeypatch.setattr(vocabulary, "GATHER_ITEMS", 700)
     logits, rows = normal((R, V)), mixture(R, V)
     assert_equal(choose(comm, logits, rows), sample.choose(logits, rows))
@@ -196,9 +197,9 @@ def test_refuses(comm):
     with pytest.raises(ValueError, match="need one per row"):
         vocabulary.log_softmax_of(comm, own, start, np.array([0, 1, 2]))
     with pytest.raises(ValueError, match="cut the vocabulary with partition.block"):
-        vocabulary.choose(comm, own, start, 10, sample.SamplingBatch.make(3))
+        vocabulary.choose(comm, own, start, 10, SamplingBatch.make(3))
     with pytest.raises(ValueError, match="cut the vocabulary with partition.block"):
-        vocabulary.choose(comm, own, start + 1, 10, sample.SamplingBatch.make(2))
+        vocabulary.choose(comm, own, start + 1, 10, SamplingBatch.make(2))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -208,4 +209,4 @@ def test_refuses_infinite_logits_on_every_rank(comm, value):
     logits[2, 7] = value
     for temperature in (0, 1):
         with pytest.raises(ValueError, match="row 2, need a finite logit"):
-            choose(comm, logits, sample.SamplingBatch.make(3, temperature=temperature))
+            choose(comm, logits, SamplingBatch.make(3, temperature=temperature))

@@ -9,7 +9,7 @@ this rank has the whole vocabulary, and otherwise waits until the ranks know the
 import numpy as np
 
 from hpcinfer import array
-from hpcinfer.ops import sample as plain
+from hpcinfer.ops.candidates import keys_of, pack
 from hpcinfer.ops.cuda.jobs import DRAW, FOUND, SETTLED, jobs
 from hpcinfer.ops.cuda.runtime.board import Board
 from hpcinfer.ops.cuda.runtime.launch import NAMES, launch
@@ -97,9 +97,9 @@ class _DeviceColumns:
         # The raw logit of an own token is known, as it was the best or was drawn here.
         token_ids, known = token_ids[index], self.tokens[index]
         here = (token_ids >= self.start) & (token_ids < self.start + self.n)
-        chosen = np.where(here, plain.pack(self.values[index], token_ids), 0)[:, None]
+        chosen = np.where(here, pack(self.values[index], token_ids), 0)[:, None]
         if (here & (token_ids != known)).any():
-            chosen = plain.keys_of(self.raw, index, token_ids, self.start)
+            chosen = keys_of(self.raw, index, token_ids, self.start)
         return np.concatenate([chosen.astype(np.uint64), keys], axis=1)
 
     def report_totals(self, index, top):
