@@ -84,18 +84,21 @@ class Pass:
         y may be None, for nothing to add.
         """
         model, w = self.model, self.model.weights
+        self._fetch_head()
         bias, dtype = w.final_norm_bias, model.operand_type
         return add_norm(model.arch, x, y, w.final_norm, bias, dtype)[1]
 
     def hidden(self, x: Array) -> Array:
         """Final norm of the wanted tokens: (T/P, D) -> (R, D) on every rank."""
         arch, w = self.model.arch, self.model.weights
-
-        # Have the head ready: who fetches it together may not all need it in this step.
-        w.output()
+        self._fetch_head()
         hidden = norm(arch, self._wanted(x), w.final_norm, w.final_norm_bias)
         self.show("final", arch.N, hidden, At.WANTED)
         return hidden
+
+    def _fetch_head(self):
+        """Have the head ready: who fetches it together may not all need it in this step."""
+        self.model.weights.output()
 
     def _wanted(self, x):
         """Hidden states of the wanted tokens on every rank: (T/P, D) -> (R, D)."""
