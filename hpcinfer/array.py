@@ -9,6 +9,7 @@ import os
 import sys
 from collections import deque
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -18,6 +19,9 @@ from hpcinfer.node import host_free_bytes, keep_freed_memory, large_empty
 
 # How libraries are told to take device memory: Cray MPICH and MPICH, MVAPICH, Open MPI.
 _GPU_MPI = ("MPICH_GPU_SUPPORT_ENABLED", "MV2_USE_CUDA", "OMPI_MCA_opal_cuda_support")
+
+# An array of NumPy or CuPy, for hints.
+Array = Any
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = {
