@@ -6,6 +6,8 @@ simd/       vector code, which becomes part of the kernels
 runtime/    how kernels are compiled, called, captured and replayed; what the processor can do
 """
 
+from __future__ import annotations
+
 import importlib.util
 
 from hpcinfer import array
@@ -13,7 +15,7 @@ from hpcinfer import array
 FILES = tuple("activation attention experts inplace linear norm rope route cache".split())
 
 
-def describe():
+def describe() -> list[tuple[str, str]]:
     """What runs here, and what would be faster.
 
     Returns
@@ -47,7 +49,7 @@ def describe():
     return [*lines, ("many rows", "; ".join(words))]
 
 
-def notice():
+def notice() -> str | None:
     """A line that says that functions are yet to be compiled; None if some are there already."""
     from hpcinfer.ops.cpu.runtime.compile import folder
 
@@ -56,7 +58,7 @@ def notice():
     return f"compile   kernels for this processor, some 20 seconds once; kept in {folder()}"
 
 
-def missing():
+def missing() -> str | None:
     """Why nothing here can run: a line that says what is needed; None if it can."""
     if importlib.util.find_spec("numba") is None:
         return "numba is not installed; pip install hpcinfer[cpu]"

@@ -1,9 +1,13 @@
 """The gate of an FFN in one pass."""
 
+from __future__ import annotations
+
 import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from hpcinfer.array import Array
 from hpcinfer.ops import activation as plain
 from hpcinfer.ops.cpu.runtime import launch
 from hpcinfer.ops.cpu.runtime.compile import compiled
@@ -12,7 +16,12 @@ from hpcinfer.ops.cpu.simd.rounding import bits
 from hpcinfer.ops.cpu.simd.vectors import constant
 
 
-def gated(gate_up, function, widths, dtype=np.float32):
+def gated(
+    gate_up: Array,
+    function: Callable[[Array], Array],
+    widths: Sequence[int],
+    dtype: np.dtype = np.float32,
+) -> Array:
     """As `ops.activation.gated`, for silu and the tanh form of GELU."""
     number = number_of(function)
     if number is None or dtype != np.float32 or gate_up.dtype != np.float32:
@@ -24,12 +33,12 @@ def gated(gate_up, function, widths, dtype=np.float32):
     return y
 
 
-def number_of(function):
+def number_of(function: Callable[[Array], Array]) -> int | None:
     """The number by which compiled functions know a function, or None."""
     return {plain.silu: 0, plain.gelu_tanh: 1}.get(function)
 
 
-def gate_into(number, gate_up, widths, y):
+def gate_into(number: int, gate_up: Array, widths: Sequence[int], y: Array) -> None:
     """Write the gate of (T, 2 F) to y (T, F), rows contiguous, each float32 or bfloat16."""
     start = 0
     for width in widths:

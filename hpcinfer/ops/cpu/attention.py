@@ -6,11 +6,16 @@ of queries at a time, so that its scores stay in the cache of a core (`attention
 processor has an instruction for products of whole tiles, oneDNN computes them (`attention_onednn`).
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 
 from hpcinfer import array, capture
+from hpcinfer.array import Array
 from hpcinfer.ops.cpu import attention_onednn, attention_prefill
 from hpcinfer.ops.cpu.attention_decode import single_queries
 from hpcinfer.ops.cpu.products import onednn
@@ -22,9 +27,18 @@ _SINGLE = 8
 
 
 def paged_attention(
-    q, q_tokens, k_pages, v_pages, block_table, *,
-    scale, groups, window=None, v_columns=None, dtype=np.float32,
-):  # fmt: skip
+    q: Array,
+    q_tokens: Array,
+    k_pages: Array,
+    v_pages: Array,
+    block_table: Any,
+    *,
+    scale: float,
+    groups: Sequence[tuple[int, int]],
+    window: int | None = None,
+    v_columns: int | None = None,
+    dtype: np.dtype = np.float32,
+) -> tuple[Array, Array]:
     """As `ops.attention.paged_attention`, not rounded."""
     (T, H, K), page = q.shape, k_pages.shape[2]
     width = v_pages.shape[-1] if v_columns is None else v_columns
@@ -58,8 +72,19 @@ def paged_attention(
 
 
 def attention(
-    q, k, v, q_pos, k_pos, *, scale, groups, window=None, softcap=None, between=None, v_columns=None
-):
+    q: Array,
+    k: Array,
+    v: Array,
+    q_pos: Array,
+    k_pos: Array,
+    *,
+    scale: float,
+    groups: Sequence[tuple[int, int]],
+    window: int | None = None,
+    softcap: float | None = None,
+    between: Callable[[], None] | None = None,
+    v_columns: int | None = None,
+) -> tuple[Array, Array]:
     """As `ops.attention.attention`, for bfloat16 keys; queries and weights are rounded."""
     S, H, K = q.shape
     if k.dtype != array.BFLOAT16 or not (S and len(k) and groups):

@@ -4,9 +4,14 @@ A block of queries meets a block of keys: their scores, the weights that these b
 weighted values are matrices of their own, which the next block uses again (`Space`).
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
 import numpy as np
 
 from hpcinfer import node
+from hpcinfer.array import Array
 from hpcinfer.ops import attention as plain
 from hpcinfer.ops.cpu.attention_decode import LOWEST
 from hpcinfer.ops.cpu.products import onednn
@@ -22,7 +27,19 @@ _BLOCK = 1024, 512, 1024
 _NOTHING = np.zeros((0, 0), bool)
 
 
-def attention(q, k, v, q_pos, k_pos, *, groups, scale, window, softcap, between):
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    q_pos: Array,
+    k_pos: Array,
+    *,
+    groups: Sequence[tuple[int, int]],
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    between: Callable[[], None] | None,
+) -> tuple[Array, Array]:
     """As `ops.attention.attention`, for keys of a type that the library serves."""
     (S, H, _), width = q.shape, v.shape[-1]
     o, lse = np.zeros((S, H, width), np.float32), np.full((S, H), -np.inf, np.float32)
@@ -55,7 +72,7 @@ class Space:
     def __init__(self):
         self._held = {}
 
-    def get(self, name, rows, columns, dtype):
+    def get(self, name: str, rows: int, columns: int, dtype: np.dtype) -> Array:
         """Memory (rows, columns) under a name, contents undefined."""
         size = rows * columns
         held = self._held.get(name)
@@ -73,7 +90,17 @@ class RunningSoftmax:
         self._total = np.zeros(S * n, np.float32)
         self._o = np.zeros((S * n, width), np.float32)
 
-    def add(self, rows, queries, k, v, hidden, scale, softcap, space):
+    def add(
+        self,
+        rows: slice,
+        queries: Array,
+        k: Array,
+        v: Array,
+        hidden: Array | None,
+        scale: float,
+        softcap: float | None,
+        space: Space,
+    ) -> None:
         """Add a block of keys for the queries `rows`.
 
         Parameters
@@ -102,7 +129,7 @@ class RunningSoftmax:
         onednn.multiply(weights, v, found)
         launch.over_rows(_correct, len(q), o, corrections, found, work_bytes=found.nbytes)
 
-    def result(self):
+    def result(self) -> tuple[Array, Array]:
         """(o, lse) over all keys added: (S, n, K), (S, n)."""
         empty = self._total == 0
         divisor = np.where(empty, np.float32(1), self._total)

@@ -5,9 +5,14 @@ keys at a time, none behind the last that one of them sees: its scores, weights 
 stay in the cache of a core.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+
 import numpy as np
 
 from hpcinfer import array, node
+from hpcinfer.array import Array
 from hpcinfer.ops import attention as plain
 from hpcinfer.ops.cpu.attention_decode import LOWEST, aligned
 from hpcinfer.ops.cpu.products import onednn
@@ -27,13 +32,25 @@ _ADD_COLUMN = paired_product(_TILE_ROWS, 1, add=True)
 _FIRST = np.zeros(1, np.int64)  # place of the only page
 
 
-def packs(dtype):
+def packs(dtype: np.dtype) -> bool:
     """True if keys and values of this type are packed here for products of pairs."""
     tiles = features.has("amx_bf16") and onednn.library() is not None
     return dtype == array.BFLOAT16 and features.has("avx512_bf16") and not tiles
 
 
-def attention(q, k, v, q_pos, k_pos, *, bounds, scale, window, softcap, between):
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    q_pos: Array,
+    k_pos: Array,
+    *,
+    bounds: Array,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    between: Callable[[], None] | None,
+) -> tuple[Array, Array]:
     """As `ops.attention.attention`, bfloat16; `bounds` as for `block_queries`."""
     # Let the keys ascend, with their columns side by side.
     if (np.diff(k_pos) < 0).any():
@@ -50,7 +67,21 @@ def attention(q, k, v, q_pos, k_pos, *, bounds, scale, window, softcap, between)
     return o, lse
 
 
-def block_queries(q, k, v, places, L, first, last, bounds, scale, softcap, between, o, lse):
+def block_queries(
+    q: Array,
+    k: Array,
+    v: Array,
+    places: Array,
+    L: int,
+    first: Array,
+    last: Array,
+    bounds: Array,
+    scale: float,
+    softcap: float | None,
+    between: Callable[[], None] | None,
+    o: Array,
+    lse: Array,
+) -> None:
     """Attention of many queries of a sequence to L keys in pages, in o and lse.
 
     Parameters

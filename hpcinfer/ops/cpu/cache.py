@@ -1,14 +1,17 @@
 """Writing keys and values into the pages of a cache, rounded on the way."""
 
+from __future__ import annotations
+
 import numpy as np
 
 from hpcinfer import array
+from hpcinfer.array import Array
 from hpcinfer.ops.cpu.runtime import launch
 from hpcinfer.ops.cpu.runtime.compile import compiled
 from hpcinfer.ops.cpu.simd.rounding import bfloat16_bits
 
 
-def store(k, v, rows, k_pages, v_pages, slots):
+def store(k: Array, v: Array, rows: Array, k_pages: Array, v_pages: Array, slots: Array) -> None:
     """As `ops.cache.store`, for bfloat16 and float32."""
     if (k.shape[1:], v.shape[1:]) != tuple(
         (pages.shape[1], pages.shape[3]) for pages in (k_pages, v_pages)

@@ -1,8 +1,13 @@
 """The experts of one rank applied to a few tokens, without sorting them by expert."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+
 import numpy as np
 
 from hpcinfer import array, node
+from hpcinfer.array import Array
 from hpcinfer.ops.activation import Gate
 from hpcinfer.ops.cpu import activation
 from hpcinfer.ops.cpu.linear import gemv_rows
@@ -18,7 +23,15 @@ _FEW = 64
 _NONE = np.empty(0, np.float32)
 
 
-def experts_ffn(x, ids, weights, up, down, first, function):
+def experts_ffn(
+    x: Array,
+    ids: Array,
+    weights: Array,
+    up: Array | Quantized,
+    down: Array | Quantized,
+    first: int,
+    function: Callable[[Array], Array],
+) -> Array:
     """As `ops.experts.experts_ffn`, for a few choices."""
     if not 0 < ids.size <= _FEW or not len(up):
         return NotImplemented

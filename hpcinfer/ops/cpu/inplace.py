@@ -1,12 +1,15 @@
 """Sums and copies into arrays that are there."""
 
+from __future__ import annotations
+
 import numpy as np
 
+from hpcinfer.array import Array
 from hpcinfer.ops.cpu.runtime import launch
 from hpcinfer.ops.cpu.runtime.compile import compiled
 
 
-def add_into(y, x):
+def add_into(y: Array, x: Array) -> Array:
     """As `ops.inplace.add_into`."""
     if y.dtype != np.float32 or x.dtype != np.float32 or y.ndim != 2:
         return NotImplemented
@@ -25,7 +28,7 @@ def _add(start, stop, y, x):
             y[t, i] += x[row, i]
 
 
-def copy_into(y, x):
+def copy_into(y: Array, x: Array) -> Array:
     """As `ops.inplace.copy_into`."""
     if y.dtype != np.float32 or x.dtype != np.float32 or y.ndim != 3 or y.shape != x.shape:
         return NotImplemented

@@ -7,11 +7,15 @@ in the lanes, for bfloat16. Other types, and all where there are matrix units (A
 by oneDNN; quantised weights by `products.quantized`.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
 
 from hpcinfer import array, capture, node
+from hpcinfer.array import Array
 from hpcinfer.ops.activation import Gate
 from hpcinfer.ops.cpu import activation, inplace
 from hpcinfer.ops.cpu.products import gemm, onednn, quantized
@@ -40,7 +44,7 @@ _ONE_ROW = tiles(1, _COLUMNS, unroll=4, lead=4096)
 _TWO_ROWS = tiles(2, _COLUMNS, ahead=2)
 
 
-def linear(x, weight, bias=None):
+def linear(x: Array, weight: Array | Quantized, bias: Array | None = None) -> Array:
     """As `ops.linear.linear`, for weights whose rows are contiguous; many rows of 16 bits alone."""
     if isinstance(weight, Quantized):
         return quantized.linear(x, weight, bias)
@@ -58,7 +62,13 @@ def linear(x, weight, bias=None):
     return y
 
 
-def linear_pair(x, first, between, second, bias=None):
+def linear_pair(
+    x: Array,
+    first: Array | Quantized,
+    between: Callable[[Array], Array],
+    second: Array | Quantized,
+    bias: Array | None = None,
+) -> Array:
     """As `ops.linear.linear_pair`, for a gate between products with bfloat16 weights."""
     if type(between) is not Gate or activation.number_of(between.function) is None:
         return NotImplemented
@@ -73,7 +83,7 @@ def linear_pair(x, first, between, second, bias=None):
     return _gemm_pair(x, first, between, second)
 
 
-def gemv(x, weight, y, bias=None):
+def gemv(x: Array, weight: Array, y: Array, bias: Array | None = None) -> None:
     """y = x · weightᵀ + bias, each weight read once for eight rows of x: (T, I), (O, I), (T, O)."""
     if weight.dtype == array.BFLOAT16:
         x = bits(x)

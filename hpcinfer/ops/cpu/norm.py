@@ -1,8 +1,11 @@
 """Norms in two passes over each row."""
 
+from __future__ import annotations
+
 import numpy as np
 
 from hpcinfer import array
+from hpcinfer.array import Array
 from hpcinfer.ops.cpu.runtime import launch
 from hpcinfer.ops.cpu.runtime.compile import compiled
 from hpcinfer.ops.cpu.simd.rounding import as_item, bits
@@ -10,7 +13,7 @@ from hpcinfer.ops.cpu.simd.rounding import as_item, bits
 _TYPES = (np.float32, array.BFLOAT16)  # of results
 
 
-def rms_norm(x, weight, eps, dtype=np.float32):
+def rms_norm(x: Array, weight: Array, eps: float, dtype: np.dtype = np.float32) -> Array:
     """As `ops.norm.rms_norm`, for weights of one row's length."""
     if x.dtype != np.float32 or weight.shape != x.shape[-1:] or dtype not in _TYPES:
         return NotImplemented
@@ -21,7 +24,9 @@ def rms_norm(x, weight, eps, dtype=np.float32):
     return y
 
 
-def layer_norm(x, weight, bias, eps, dtype=np.float32):
+def layer_norm(
+    x: Array, weight: Array, bias: Array | None, eps: float, dtype: np.dtype = np.float32
+) -> Array:
     """As `ops.norm.layer_norm`."""
     if x.dtype != np.float32 or bias is None or not weight.shape == bias.shape == x.shape[-1:]:
         return NotImplemented

@@ -1,12 +1,15 @@
 """Rotation of queries and keys in one pass."""
 
+from __future__ import annotations
+
 import numpy as np
 
+from hpcinfer.array import Array
 from hpcinfer.ops.cpu.runtime import launch
 from hpcinfer.ops.cpu.runtime.compile import compiled
 
 
-def rotate(x, cos, sin):
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
     """As `ops.rope.rotate`."""
     if x.dtype != np.float32 or len(cos) != len(x) or 2 * cos.shape[1] > x.shape[2]:
         return NotImplemented

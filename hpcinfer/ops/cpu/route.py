@@ -1,13 +1,17 @@
 """The choice of experts, one token after the other."""
 
+from __future__ import annotations
+
 import numpy as np
 
+from hpcinfer.array import Array
 from hpcinfer.ops.cpu.runtime import launch
 from hpcinfer.ops.cpu.runtime.compile import compiled, inlined
 from hpcinfer.ops.cpu.simd.vectors import exp
+from hpcinfer.ops.route import Router
 
 
-def route(logits, router, bias=None):
+def route(logits: Array, router: Router, bias: Array | None = None) -> tuple[Array, Array]:
     """As `ops.route.route`, for routers without groups."""
     E = logits.shape[1]
     if router.groups > 1 or logits.dtype != np.float32 or not 0 < router.k <= E:
@@ -24,7 +28,7 @@ def route(logits, router, bias=None):
     return ids, weights
 
 
-def count_into(counts, ids):
+def count_into(counts: Array, ids: Array) -> Array:
     """As `ops.route.count_into`."""
     if counts.dtype != np.int64 or not counts.flags.c_contiguous or ids.ndim != 2:
         return NotImplemented

@@ -9,6 +9,8 @@ Each of both kinds of files has its kernels in a CUDA source of the same name, c
 launched; they include no header, and call no library.
 """
 
+from __future__ import annotations
+
 import importlib.util
 import sys
 
@@ -21,7 +23,7 @@ FILES = (
 FURTHER_FILES = {"decode": "attention", "prefill": "attention", "grouped": "experts"}
 
 
-def missing():
+def missing() -> str | None:
     """Why nothing here can run: a line that says what is needed; None if it can."""
     cupy = sys.modules.get("cupy")
     if cupy is None and importlib.util.find_spec("cupy") is None:

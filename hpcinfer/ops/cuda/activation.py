@@ -1,8 +1,13 @@
 """The gate of an FFN in one pass."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
 import numpy as np
 
 from hpcinfer import array
+from hpcinfer.array import Array
 from hpcinfer.ops.cuda.runtime.launch import NAMES, aligned, launch
 
 FUNCTIONS = ("silu", "gelu_tanh")
@@ -13,7 +18,12 @@ KERNELS = tuple(f"gated_{function}_{width}" for function in FUNCTIONS for width 
 _THREADS = 256
 
 
-def gated(gate_up, function, widths, dtype=np.float32):
+def gated(
+    gate_up: Array,
+    function: Callable[[Array], Array],
+    widths: Sequence[int],
+    dtype: np.dtype = np.float32,
+) -> Array:
     """As `ops.activation.gated`, for silu and gelu_tanh."""
     if function.__name__ not in FUNCTIONS or gate_up.dtype != np.float32:
         return NotImplemented

@@ -5,11 +5,16 @@ units. Of what these do not serve, few queries of a sequence read their keys and
 query heads that share them; many are blocks of two products of all heads at a time, by cuBLAS.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from hpcinfer import array
+from hpcinfer.array import Array
 from hpcinfer.ops import attention as plain
 from hpcinfer.ops.cuda import decode, prefill
 from hpcinfer.ops.cuda.runtime.launch import NAMES, aligned, counters, kept, launch, on_device
@@ -34,8 +39,19 @@ _LOWEST = np.float32(np.finfo(np.float32).min)
 
 
 def attention(
-    q, k, v, q_pos, k_pos, *, scale, groups, window=None, softcap=None, between=None, v_columns=None
-):
+    q: Array,
+    k: Array,
+    v: Array,
+    q_pos: Array,
+    k_pos: Array,
+    *,
+    scale: float,
+    groups: Sequence[tuple[int, int]],
+    window: int | None = None,
+    softcap: float | None = None,
+    between: Callable[[], None] | None = None,
+    v_columns: int | None = None,
+) -> tuple[Array, Array]:
     """As `ops.attention.attention`, where all key/value heads have equally many query heads."""
     if softcap is None and v_columns is None:
         options = {"scale": scale, "groups": groups, "window": window, "between": between}
@@ -143,9 +159,18 @@ def _by_heads(x):
 
 
 def paged_attention(
-    q, q_tokens, k_pages, v_pages, block_table, *,
-    scale, groups, window=None, v_columns=None, dtype=np.float32,
-):  # fmt: skip
+    q: Array,
+    q_tokens: Array,
+    k_pages: Array,
+    v_pages: Array,
+    block_table: Any,
+    *,
+    scale: float,
+    groups: Sequence[tuple[int, int]],
+    window: int | None = None,
+    v_columns: int | None = None,
+    dtype: np.dtype = np.float32,
+) -> tuple[Array, Array]:
     """As `ops.attention.paged_attention`; what no kernel serves takes the plain form."""
     if v_columns is not None or not _served(q, k_pages, v_pages, groups):
         return NotImplemented

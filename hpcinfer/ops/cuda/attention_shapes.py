@@ -1,10 +1,15 @@
 """Shapes and types that attention by matrix units serves, in `prefill` and `decode`."""
 
+from __future__ import annotations
+
 import functools
+from collections.abc import Sequence
+from types import ModuleType
 
 import numpy as np
 
 from hpcinfer import array
+from hpcinfer.array import Array
 from hpcinfer.ops.cuda.runtime.launch import NAMES, aligned, has_matrix_units
 
 PAGE = 32  # keys of a page
@@ -12,7 +17,7 @@ MOST_COLUMNS = 256  # of a head
 
 
 @functools.cache
-def shared_memory(xp):
+def shared_memory(xp: ModuleType) -> tuple[int, int]:
     """Bytes of shared memory of a block, and of a multiprocessor, of the device."""
     if xp is np:
         return 227 << 10, 228 << 10
@@ -21,7 +26,7 @@ def shared_memory(xp):
     return tuple(attributes[name] for name in names)
 
 
-def are_served(q, k, v, groups):
+def are_served(q: Array, k: Array, v: Array, groups: Sequence[tuple[int, int]]) -> bool:
     """True if the kernels serve these types and shapes, of keys (..., G, ..., K) in any way."""
     # Ask for the types, for whole groups of heads, and that loads of 16 bytes are aligned.
     (T, H, K), G = q.shape, k.shape[1]

@@ -1,8 +1,13 @@
 """Keys and values into the pages of a cache, and heads made ready for it in the same pass."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 import numpy as np
 
 from hpcinfer import array
+from hpcinfer.array import Array
 from hpcinfer.ops.cuda.runtime.launch import NAMES, copied, launch, on_device, rows_of
 
 OPTIONS = tuple((f"-DHELD={held}",) for held in NAMES.values())
@@ -14,7 +19,7 @@ _THREADS = 256
 _WARPS, _MOST_WIDTH = 4, 256
 
 
-def store(k, v, rows, k_pages, v_pages, slots):
+def store(k: Array, v: Array, rows: Array, k_pages: Array, v_pages: Array, slots: Array) -> None:
     """As `ops.cache.store`."""
     T, (_, G, page, K) = len(k), k_pages.shape
     if not len(rows) or not k_pages.size:
@@ -31,7 +36,16 @@ def store(k, v, rows, k_pages, v_pages, slots):
     return None
 
 
-def place_heads(qkv, norms, eps, rotation, rows, k_pages, v_pages, slots):
+def place_heads(
+    qkv: Array,
+    norms: Sequence[Array | None],
+    eps: float,
+    rotation: tuple[Array, Array] | None,
+    rows: Array,
+    k_pages: Array,
+    v_pages: Array,
+    slots: Array,
+) -> Array:
     """As `ops.cache.place_heads`."""
     (T, heads, K), (_, G, page, _) = qkv.shape, k_pages.shape
     cos, sin = (None, None) if rotation is None else rotation

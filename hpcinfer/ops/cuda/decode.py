@@ -5,11 +5,16 @@ of 16 bits are met where they lie, in the pages of the cache. `attention` in thi
 and has another way for what is not served.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from hpcinfer import array
+from hpcinfer.array import Array
 from hpcinfer.ops import attention as plain
 from hpcinfer.ops.cuda import prefill
 from hpcinfer.ops.cuda.attention_shapes import PAGE, are_served
@@ -32,20 +37,20 @@ class _DecodeTile:
     blocks: int
 
     @property
-    def rows(self):
+    def rows(self) -> int:
         """Rows of a block: query heads of tokens."""
         return 8 * self.sets
 
     @property
-    def fewest_pages(self):
+    def fewest_pages(self) -> int:
         """Pages of a split in which every warp has a tile of keys."""
         return -(-self.warps * self.keys // PAGE)
 
-    def splits(self, G):
+    def splits(self, G: int) -> int:
         """Splits of all sequences together that keep the device busy."""
         return max(1, _MULTIPROCESSORS * self.blocks // G)
 
-    def options(self, held, out, K, heads):
+    def options(self, held: str, out: str, K: int, heads: int) -> tuple[str, ...]:
         """Options of the compiler."""
         given = {"HELD": held, "OUT": out, "K": K, "HEADS": heads, "SETS": self.sets}
         given |= {"WARPS": self.warps, "KEYS": self.keys, "BLOCKS": self.blocks}
@@ -69,8 +74,17 @@ KERNELS = ("decode",)
 
 
 def paged_attention(
-    q, q_tokens, k_pages, v_pages, block_table, *, scale, groups, window=None, dtype=np.float32
-):
+    q: Array,
+    q_tokens: Array,
+    k_pages: Array,
+    v_pages: Array,
+    block_table: Any,
+    *,
+    scale: float,
+    groups: Sequence[tuple[int, int]],
+    window: int | None = None,
+    dtype: np.dtype = np.float32,
+) -> tuple[Array, Array]:
     """As `ops.attention.paged_attention`; sequences with many queries go to `prefill`."""
     if k_pages.shape[2] != PAGE or not are_served(q, k_pages, v_pages, groups):
         return NotImplemented

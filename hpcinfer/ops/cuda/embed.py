@@ -1,8 +1,11 @@
 """Look-up of tokens in one pass."""
 
+from __future__ import annotations
+
 import numpy as np
 
 from hpcinfer import array
+from hpcinfer.array import Array
 from hpcinfer.ops.cuda.runtime.launch import NAMES, aligned, launch, on_device
 
 OPTIONS = tuple((f"-DHELD={held}",) for held in NAMES.values())
@@ -11,7 +14,7 @@ KERNELS = ("embed_1", "embed_8")
 _THREADS = 256
 
 
-def embed(weight, token_ids, start):
+def embed(weight: Array, token_ids: Array, start: int) -> Array:
     """As `ops.embed.embed`."""
     if weight.dtype.name not in NAMES or not (weight.size and token_ids.size):
         return NotImplemented

@@ -4,9 +4,14 @@ Few choices take two launches: each block finds out itself for which tokens it r
 are ordered by expert first (`grouped`).
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+
 import numpy as np
 
 from hpcinfer import array
+from hpcinfer.array import Array
 from hpcinfer.ops.activation import Gate
 from hpcinfer.ops.cuda import activation, grouped, quantize, quantized
 from hpcinfer.ops.cuda.runtime.launch import aligned, has_matrix_units, launch
@@ -23,7 +28,15 @@ KERNELS = (
 _FEW, _TOKENS, _COLUMNS, _THREADS = 64, 8, 16, 256
 
 
-def experts_ffn(x, ids, weights, up, down, first, function):
+def experts_ffn(
+    x: Array,
+    ids: Array,
+    weights: Array,
+    up: Array | Quantized,
+    down: Array | Quantized,
+    first: int,
+    function: Callable[[Array], Array],
+) -> Array:
     """As `ops.experts.experts_ffn`, for a gate and experts of 16 bits, or quantised."""
     if not (ids.size and len(up) and _is_served(x, ids, weights, up, down, function)):
         return NotImplemented

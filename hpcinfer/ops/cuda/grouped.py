@@ -4,9 +4,14 @@ It finds the items of the work too, an expert and some of its choices. There may
 items: how many there are is known to the device alone.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+
 import numpy as np
 
 from hpcinfer import array
+from hpcinfer.array import Array
 from hpcinfer.ops.cuda import activation, quantized
 from hpcinfer.ops.cuda.runtime.launch import NAMES, launch
 from hpcinfer.ops.quantize import Quantized
@@ -29,7 +34,15 @@ _FOUND_BYTES = 512 << 20
 _THREADS = 256
 
 
-def experts_ffn(x, ids, weights, up, down, first, function):
+def experts_ffn(
+    x: Array,
+    ids: Array,
+    weights: Array,
+    up: Array | Quantized,
+    down: Array | Quantized,
+    first: int,
+    function: Callable[[Array], Array],
+) -> Array:
     """As `ops.experts.experts_ffn`, for what `experts` serves; some tokens after the other."""
     (T, D), k, xp = x.shape, ids.shape[1], array.namespace(x)
     y, step = xp.empty((T, D), np.float32), max(1, _FOUND_BYTES // (4 * k * D))

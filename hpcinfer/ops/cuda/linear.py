@@ -1,8 +1,13 @@
 """Matrix products: of few tokens by kernels, with a gate in them, of more by cuBLAS."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+
 import numpy as np
 
 from hpcinfer import array
+from hpcinfer.array import Array
 from hpcinfer.ops.activation import Gate
 from hpcinfer.ops.cuda import activation, quantized
 from hpcinfer.ops.cuda.quantize import dequantize
@@ -35,7 +40,7 @@ _BLOCK_OUTPUTS, _MOST_OUTPUTS = 16, 65535 * 8
 _NUMBERS_BYTES = 256 << 20
 
 
-def linear(x, weight, bias=None):
+def linear(x: Array, weight: Array | Quantized, bias: Array | None = None) -> Array:
     """As `ops.linear.linear`."""
     if not (x.size and len(weight) and _lies_well(weight)):
         return NotImplemented
@@ -57,7 +62,13 @@ def linear(x, weight, bias=None):
     return y
 
 
-def linear_pair(x, first, between, second, bias=None):
+def linear_pair(
+    x: Array,
+    first: Array | Quantized,
+    between: Callable[[Array], Array],
+    second: Array | Quantized,
+    bias: Array | None = None,
+) -> Array:
     """As `ops.linear.linear_pair`, for a gate; what is between the products is rounded once."""
     if not (isinstance(between, Gate) and between.function.__name__ in activation.FUNCTIONS):
         return NotImplemented

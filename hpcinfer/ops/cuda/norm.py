@@ -1,8 +1,11 @@
 """Norms, one block of threads for a row, with the sum before them in the same pass."""
 
+from __future__ import annotations
+
 import numpy as np
 
 from hpcinfer import array
+from hpcinfer.array import Array
 from hpcinfer.ops.cuda.runtime.launch import NAMES, aligned, launch, rows_of
 
 OPTIONS = tuple((f"-DTO={to}",) for to in NAMES.values())
@@ -13,23 +16,29 @@ KERNELS = ("rms_norm_1", "rms_norm_4", "layer_norm_1", "layer_norm_4")
 _MOST_THREADS, _MANY_THREADS, _MANY_ROWS, _RUNS = 1024, 256, 256, 4
 
 
-def rms_norm(x, weight, eps, dtype=np.float32):
+def rms_norm(x: Array, weight: Array, eps: float, dtype: np.dtype = np.float32) -> Array:
     """As `ops.norm.rms_norm`."""
     return _normed("rms_norm", x, None, (weight,), eps, dtype)
 
 
-def layer_norm(x, weight, bias, eps, dtype=np.float32):
+def layer_norm(
+    x: Array, weight: Array, bias: Array | None, eps: float, dtype: np.dtype = np.float32
+) -> Array:
     """As `ops.norm.layer_norm`."""
     return _normed("layer_norm", x, None, (weight, bias), eps, dtype)
 
 
-def add_rms_norm(y, x, weight, eps, dtype=np.float32):
+def add_rms_norm(
+    y: Array, x: Array, weight: Array, eps: float, dtype: np.dtype = np.float32
+) -> tuple[Array, Array]:
     """As `ops.norm.add_rms_norm`."""
     normed = _normed("rms_norm", x, y, (weight,), eps, dtype)
     return NotImplemented if normed is NotImplemented else (y, normed)
 
 
-def add_layer_norm(y, x, weight, bias, eps, dtype=np.float32):
+def add_layer_norm(
+    y: Array, x: Array, weight: Array, bias: Array | None, eps: float, dtype: np.dtype = np.float32
+) -> tuple[Array, Array]:
     """As `ops.norm.add_layer_norm`."""
     normed = _normed("layer_norm", x, y, (weight, bias), eps, dtype)
     return NotImplemented if normed is NotImplemented else (y, normed)

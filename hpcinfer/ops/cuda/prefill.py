@@ -5,11 +5,16 @@ and are rounded to their type first. `attention` in this folder asks here, and h
 what is not served.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from hpcinfer import array
+from hpcinfer.array import Array
 from hpcinfer.ops import attention as plain
 from hpcinfer.ops.cuda.attention_shapes import PAGE, are_served, shared_memory
 from hpcinfer.ops.cuda.runtime.launch import NAMES, kept, launch
@@ -35,20 +40,20 @@ class _PrefillTile:
     blocks: int
 
     @property
-    def rows(self):
+    def rows(self) -> int:
         """Rows of a block: query heads of tokens."""
         return 16 * self.tiles * self.warps
 
     @property
-    def pages(self):
+    def pages(self) -> int:
         """Pages of a tile of keys."""
         return self.keys // PAGE
 
-    def shared(self, K):
+    def shared(self, K: int) -> int:
         """Bytes of shared memory: rows, and tiles of keys and values, against bank conflicts."""
         return 2 * (K + 8) * (self.rows + 2 * self.stages * self.keys)
 
-    def options(self, held, K, row_stride):
+    def options(self, held: str, K: int, row_stride: int) -> tuple[str, ...]:
         """Options of the compiler."""
         given = {"HELD": held, "K": K, "ROW_STRIDE": row_stride, "WARPS": self.warps}
         given |= {"TILES": self.tiles, "KEYS": self.keys, "STAGES": self.stages}
@@ -70,7 +75,18 @@ OPTIONS = tuple(
 KERNELS = ("prefill", "merge_parts")
 
 
-def attention(q, k, v, q_pos, k_pos, *, scale, groups, window=None, between=None):
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    q_pos: Array,
+    k_pos: Array,
+    *,
+    scale: float,
+    groups: Sequence[tuple[int, int]],
+    window: int | None = None,
+    between: Callable[[], None] | None = None,
+) -> tuple[Array, Array]:
     """As `ops.attention.attention`, of keys whose positions run in pages; the last may be short."""
     firsts = _first_positions(k_pos) if are_served(q, k, v, groups) else None
     if firsts is None:
@@ -92,8 +108,18 @@ def attention(q, k, v, q_pos, k_pos, *, scale, groups, window=None, between=None
 
 
 def paged_attention(
-    q, q_tokens, k_pages, v_pages, block_table, *, scale, groups, window=None, more_than=0, out=None
-):
+    q: Array,
+    q_tokens: Array,
+    k_pages: Array,
+    v_pages: Array,
+    block_table: Any,
+    *,
+    scale: float,
+    groups: Sequence[tuple[int, int]],
+    window: int | None = None,
+    more_than: int = 0,
+    out: tuple[Array, Array] | None = None,
+) -> tuple[Array, Array]:
     """As `ops.attention.paged_attention`, of the sequences with more queries than `more_than`.
 
     Parameters

@@ -1,13 +1,16 @@
 """The numbers that quantised weights stand for; products with these are those of `linear`."""
 
+from __future__ import annotations
+
 from itertools import product
 
 import numpy as np
 
 from hpcinfer import array
+from hpcinfer.array import Array
 from hpcinfer.ops.cuda import activation, quantized
 from hpcinfer.ops.cuda.runtime.launch import launch
-from hpcinfer.ops.quantize import BITS, GROUPS
+from hpcinfer.ops.quantize import BITS, GROUPS, Quantized
 
 OPTIONS = tuple(
     (f"-DWEIGHT={held}", f"-DBITS={bits}", f"-DGROUP={group}")
@@ -22,7 +25,7 @@ KERNELS = (
 _THREADS = 256
 
 
-def dequantize(weight, dtype=np.float32):
+def dequantize(weight: Quantized, dtype: np.dtype = np.float32) -> Array:
     """As `ops.quantize.dequantize`, of a matrix, rounded to a type; rows may lie apart."""
     if weight.ndim != 2 or not quantized.are_served(weight):
         return NotImplemented

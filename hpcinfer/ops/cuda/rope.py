@@ -1,8 +1,11 @@
 """Rotary embedding in one pass."""
 
+from __future__ import annotations
+
 import numpy as np
 
 from hpcinfer import array
+from hpcinfer.array import Array
 from hpcinfer.ops.cuda.runtime.launch import copied, launch, rows_of
 
 OPTIONS = ((),)
@@ -11,7 +14,7 @@ KERNELS = ("rotate",)
 _THREADS = 256
 
 
-def rotate(x, cos, sin):
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
     """As `ops.rope.rotate`."""
     placed = rows_of(x) if x.ndim == 3 else None
     if placed is None or not all(_is_table(table, len(x)) for table in (cos, sin)):

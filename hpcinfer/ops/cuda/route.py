@@ -1,9 +1,13 @@
 """The choice of experts in one launch, and counts of them on the device."""
 
+from __future__ import annotations
+
 import numpy as np
 
 from hpcinfer import array
+from hpcinfer.array import Array
 from hpcinfer.ops.cuda.runtime.launch import launch
+from hpcinfer.ops.route import Router
 
 OPTIONS = ((),)
 KERNELS = ("route", "count_into")
@@ -12,7 +16,7 @@ _SCORES, _GROUP_SCORES = ("sigmoid", "softmax"), ("max", "top2")
 _MOST_EXPERTS, _MOST_GROUPS, _WARP, _THREADS = 1024, 32, 32, 256
 
 
-def route(logits, router, bias=None):
+def route(logits: Array, router: Router, bias: Array | None = None) -> tuple[Array, Array]:
     """As `ops.route.route`."""
     if logits.dtype != np.float32 or not (logits.size and logits.flags.c_contiguous):
         return NotImplemented
@@ -35,7 +39,7 @@ def route(logits, router, bias=None):
     return ids, weights
 
 
-def count_into(counts, ids):
+def count_into(counts: Array, ids: Array) -> Array:
     """As `ops.route.count_into`; nobody waits."""
     if counts.dtype != np.int64 or not (counts.flags.c_contiguous and ids.flags.c_contiguous):
         return NotImplemented

@@ -1,8 +1,11 @@
 """Largest logit and sum of exponentials of every row, each row cut into slices."""
 
+from __future__ import annotations
+
 import numpy as np
 
 from hpcinfer import array
+from hpcinfer.array import Array
 from hpcinfer.ops.cuda.runtime.launch import launch
 
 OPTIONS = ((),)
@@ -12,7 +15,7 @@ KERNELS = ("softmax_parts",)
 _THREADS, _FEWEST_COLUMNS, _BUSY_BLOCKS = 256, 1024, 4096
 
 
-def softmax_parts(x, targets, start):
+def softmax_parts(x: Array, targets: Array, start: int) -> tuple[Array, Array, Array]:
     """As `ops.softmax.softmax_parts`."""
     R, n = x.shape
     if not (0 < R < 2**16 and 0 < n < 2**31) or x.dtype != np.float32 or not x.flags.c_contiguous:

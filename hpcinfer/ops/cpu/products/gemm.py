@@ -5,9 +5,12 @@ cache with as many columns of what lies between two products. Each few rows of a
 tiles while they are in the first; beside the last of them those that come next are fetched.
 """
 
+from __future__ import annotations
+
 import numpy as np
 
 from hpcinfer import array
+from hpcinfer.array import Array
 from hpcinfer.ops.cpu import activation
 from hpcinfer.ops.cpu.runtime import features
 from hpcinfer.ops.cpu.runtime.compile import compiled
@@ -23,7 +26,7 @@ _ADD, _ADD_4, _ADD_1 = (add_rows(n) for n in (ROWS, 4, 1))
 _GATED, _GATED_2 = (gated_rows(n, activation.TWICES) for n in (_HALF, 2))
 
 
-def serves(weight):
+def serves(weight: Array) -> bool:
     """True if a weight can be met here, and no library has matrix units for it."""
     bfloat16 = weight.dtype == array.BFLOAT16 and features.has("avx512_bf16")
     return bfloat16 and not features.has("amx_bf16") and weight.shape[1] % 2 == 0

@@ -4,6 +4,8 @@ The library is found beside Python (the wheels `onednn-cpu-*` put it there) or w
 loader looks. A product of given sizes and strides is prepared once and kept.
 """
 
+from __future__ import annotations
+
 import ctypes
 import sys
 from functools import cache, lru_cache
@@ -12,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from hpcinfer import array, node
+from hpcinfer.array import Array
 from hpcinfer.ops.cpu.runtime import features
 
 _OK, _CPU, _IN_ORDER = 0, 1, 1
@@ -29,7 +32,7 @@ class _Version(ctypes.Structure):
 
 
 @cache
-def library():
+def library() -> ctypes.CDLL | None:
     """The library, or None."""
     beside = Path(sys.prefix) / "lib"
     names = [str(path) for path in sorted(beside.glob("libdnnl.so.3"))] + ["libdnnl.so.3"]
@@ -44,7 +47,7 @@ def library():
     return None
 
 
-def version_of(found):
+def version_of(found: ctypes.CDLL) -> tuple[int, int, int]:
     """(major, minor, patch) of a library."""
     found.dnnl_version.restype = ctypes.POINTER(_Version)
     v = found.dnnl_version().contents
@@ -52,7 +55,7 @@ def version_of(found):
 
 
 @cache
-def serves(dtype):
+def serves(dtype: np.dtype) -> bool:
     """True if the library is there, with more than its slow reference for a type."""
     if library() is None:
         return False
@@ -61,7 +64,7 @@ def serves(dtype):
     return dtype == np.float32 or features.has("avx512_fp16")
 
 
-def product(a, b, y):
+def product(a: Array, b: Array, y: Array) -> bool:
     """y = a · b, summed in float32.
 
     Parameters
@@ -83,7 +86,7 @@ def product(a, b, y):
     return True
 
 
-def multiply(a, b, y):
+def multiply(a: Array, b: Array, y: Array) -> None:
     """y = a · b of 16-bit matrices, by the library or without it; arguments as for `product`."""
     if not product(a, b, y):
         np.matmul(array.widen(a), array.widen(b), out=y)
@@ -151,7 +154,7 @@ class _Primitive:
         pairs = zip(numbers, self._memories, strict=True)
         self._arguments = (_Argument * 3)(*(_Argument(n, m.value) for n, m in pairs))
 
-    def run(self, *addresses):
+    def run(self, *addresses: int) -> None:
         """Multiply what lies at the addresses of a, b and y."""
         dnnl = library()
         for memory, address in zip(self._memories, addresses, strict=True):

@@ -4,9 +4,12 @@ Few rows of x meet each code once it is in a register; many meet rows of the wei
 bfloat16, some megabytes at a time.
 """
 
+from __future__ import annotations
+
 import numpy as np
 
 from hpcinfer import array, node
+from hpcinfer.array import Array
 from hpcinfer.ops.cpu import inplace
 from hpcinfer.ops.cpu.products import gemm, onednn
 from hpcinfer.ops.cpu.runtime import features, launch
@@ -21,7 +24,7 @@ from hpcinfer.ops.cpu.simd.quantized import (
     widen_codes,
 )
 from hpcinfer.ops.cpu.simd.rounding import bits, narrowed
-from hpcinfer.ops.quantize import LANES, place
+from hpcinfer.ops.quantize import LANES, Quantized, place
 
 # Rows of x up to which codes are widened in registers, in pairs of bfloat16 and in float32.
 FEW_PAIRS, FEW = 48, 16
@@ -38,7 +41,7 @@ _NONE = np.empty(0, np.float32)
 _WIDENED_BYTES = 2 << 20
 
 
-def linear(x, weight, bias):
+def linear(x: Array, weight: Quantized, bias: Array | None) -> Array:
     """As `ops.linear.linear`, for a quantised weight."""
     if not (x.size and len(weight)) or x.shape[1] != weight.shape[1]:
         return NotImplemented

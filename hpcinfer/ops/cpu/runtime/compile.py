@@ -6,11 +6,14 @@ one after the other, so that those that come later find what the first has kept;
 files and rename them, so that none reads another's half.
 """
 
+from __future__ import annotations
+
 import contextlib
 import fcntl
 import functools
 import hashlib
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numba
@@ -23,7 +26,7 @@ _FLAGS = {"reassoc", "contract", "arcp", "nsz"}
 _of_this_process, _depth = threading.RLock(), 0
 
 
-def compiled(function):
+def compiled(function: Callable) -> Callable:
     """The function compiled for the types that it is called with; it holds no lock meanwhile."""
     # Have Numba keep it in the folder of these sources.
     before = numba.config.CACHE_DIR
@@ -44,12 +47,12 @@ def compiled(function):
     return dispatcher
 
 
-def inlined(function):
+def inlined(function: Callable) -> Callable:
     """The function as a part of the compiled functions that call it, each of which has it anew."""
     return numba.njit(inline="always")(function)
 
 
-def folder():
+def folder() -> Path:
     """Where compiled functions of these sources are kept."""
     return node.cache_folder() / f"kernels-{_digest()[:16]}"
 

@@ -1,5 +1,7 @@
 """What this processor can do, as the kernel lists it."""
 
+from __future__ import annotations
+
 from functools import cache
 
 # Instructions that some code here asks for.
@@ -7,7 +9,7 @@ NOTED = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "amx_bf
 
 
 @cache
-def flags():
+def flags() -> frozenset[str]:
     """Names of the processor's features; empty where the kernel does not list them."""
     try:
         with open("/proc/cpuinfo") as file:
@@ -19,6 +21,6 @@ def flags():
     return frozenset()
 
 
-def has(feature):
+def has(feature: str) -> bool:
     """True if the processor has a feature."""
     return feature in flags()

@@ -10,11 +10,15 @@ types, and of words that say what the arguments are. A number is a word; an arra
 address, one for each length, and one for each stride.
 """
 
+from __future__ import annotations
+
 import struct
 import time
 from bisect import bisect
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numba
 import numpy as np
@@ -24,6 +28,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np import arrayobj
 
+from hpcinfer.array import Array
 from hpcinfer.heartbeat import here
 from hpcinfer.ops.cpu.runtime.compile import compiled
 
@@ -42,7 +47,7 @@ class Memory:
     def __init__(self):
         self.ranges, self._buffers, self._free = [], [], defaultdict(list)
 
-    def empty(self, shape, dtype):
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """Uninitialised array that begins a line of the cache."""
         nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
         size = 1 << max(12, (nbytes - 1).bit_length())
@@ -55,7 +60,7 @@ class Memory:
             free.append(buffer[start : start + size])
         return np.asarray(_Loan(free.pop(), free))[:nbytes].view(dtype).reshape(shape)
 
-    def poison(self):
+    def poison(self) -> None:
         """Fill everything with what no result is made of."""
         for buffer in self._buffers:
             buffer[:] = 0xFF  # NaN in float32, bfloat16 and float16
@@ -114,21 +119,21 @@ class Capture:
         self._rows, self._words, self._breaks, self._sums = [], [], [], []
         self._reducer = self.refusal = None
 
-    def begin(self):
+    def begin(self) -> None:
         """Begin; nothing to do."""
 
-    def end(self):
+    def end(self) -> None:
         """End; nothing to do."""
 
-    def refuse(self, reason):
+    def refuse(self, reason: str) -> None:
         """Note that what happens now cannot be captured."""
         self.refusal = self.refusal or reason
 
-    def empty(self, shape, dtype):
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """Memory for a result."""
         return self._memory.empty(shape, dtype)
 
-    def call(self, function, arguments):
+    def call(self, function: Callable, arguments: Sequence[Any]) -> None:
         """Keep a call of a compiled function that returns nothing."""
         for x in arguments:
             if isinstance(x, np.ndarray) and x.size and not self._lasts(x):
@@ -139,11 +144,11 @@ class Capture:
             self._rows.append((*addresses, _address_of(words)))
             self._words.append(words)
 
-    def pause(self, function):
+    def pause(self, function: Callable[[], None]) -> None:
         """Keep a call of a function of Python; it comes after the calls kept so far."""
         self._breaks.append((len(self._rows), function))
 
-    def sum(self, key, sent_bytes, reducer):
+    def sum(self, key: Any, sent_bytes: int, reducer: Any) -> None:
         """The next two calls are a sum over ranks, in a reducer; without one, none are."""
         if reducer is not None:
             if self._reducer not in (None, reducer):
@@ -151,7 +156,7 @@ class Capture:
             self._reducer = reducer
         self._sums.append(Sum(len(self._rows) + 1, key, sent_bytes, here.layer))
 
-    def graph(self):
+    def graph(self) -> Graph:
         """Graph of what has been kept."""
         table = np.array(self._rows, np.int64).reshape(-1, 3)
         held = self._memory, self._lasting, self._words
@@ -182,7 +187,7 @@ class Graph:
             of_keys[s.key].append(s.sent_bytes)
         self.totals = [(key, len(sent), sum(sent)) for key, sent in of_keys.items()]
 
-    def replay(self):
+    def replay(self) -> float:
         """Make all calls; returns the seconds spent in sums of the reducer.
 
         Raises
@@ -214,7 +219,7 @@ class Graph:
         self._reducer.wait()
 
 
-def bounds(x):
+def bounds(x: Array) -> tuple[int, int]:
     """Addresses of an array's first byte and behind its last one."""
     start = stop = _address_of(x)
     for length, stride in zip(x.shape, x.strides, strict=True):

@@ -3,8 +3,12 @@
 While a step is captured (`runtime.graph`), the calls are kept, and results lie in its memory.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +18,7 @@ from hpcinfer import capture, node
 _LEAST_BYTES = 1 << 20
 
 
-def over_rows(function, n, *arguments, work_bytes=0):
+def over_rows(function: Callable, n: int, *arguments: Any, work_bytes: int = 0) -> None:
     """Call function(start, stop, *arguments) for parts that make up 0..n, and wait for all.
 
     Parameters
@@ -36,14 +40,14 @@ def over_rows(function, n, *arguments, work_bytes=0):
         future.result()
 
 
-def call(function, *arguments):
+def call(function: Callable, *arguments: Any) -> None:
     """Call a compiled function."""
     if capture.under_way is not None:
         capture.under_way.call(function, arguments)
     function(*arguments)
 
 
-def empty(shape, dtype):
+def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Memory for a result of compiled functions, contents undefined."""
     if capture.under_way is not None:
         return capture.under_way.empty(shape, dtype)

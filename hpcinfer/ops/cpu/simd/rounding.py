@@ -1,23 +1,26 @@
 """Rounding of float32 numbers to what products take."""
 
+from __future__ import annotations
+
 import numpy as np
 from numba import types
 from numba.extending import overload
 
 from hpcinfer import array
+from hpcinfer.array import Array
 from hpcinfer.ops.cpu.runtime import launch
 from hpcinfer.ops.cpu.runtime.compile import compiled, inlined
 from hpcinfer.ops.cpu.simd.vectors import Bfloat16Pairs, bits_of, float_of, kind_of
 
 
-def bits(x):
+def bits(x: Array) -> Array:
     """An array as compiled functions know its type: bfloat16 as uint16, float16 as int16."""
     if x.dtype == array.BFLOAT16:
         return x.view(np.uint16)
     return x.view(np.int16) if x.dtype == np.float16 else x
 
 
-def narrowed(x, dtype):
+def narrowed(x: Array, dtype: np.dtype) -> Array:
     """x (n, m) float32 rounded to a 16-bit type, nearest even; as it is if it has the type."""
     if x.dtype != np.float32 or dtype != array.BFLOAT16:
         return array.narrow(array.widen(x) if x.dtype != dtype else x, dtype)

@@ -5,10 +5,14 @@ it refuse to be captured (`graph`). They serve where the library cannot be found
 on GPUs that have another.
 """
 
+from __future__ import annotations
+
 import ctypes
 import functools
 
 import numpy as np
+
+from hpcinfer.array import Array
 
 # Numbers of cuBLAS: element types, sums in float32, the algorithm of its choice, transposed or not.
 TYPES = {"float32": 0, "float16": 2, "bfloat16": 14}
@@ -18,7 +22,7 @@ _ONE, _ZERO = np.ones(1, np.float32), np.zeros(1, np.float32)
 _WORKSPACE = 32 << 20  # bytes, as NVIDIA recommends for Hopper
 
 
-def product(x, weight, y):
+def product(x: Array, weight: Array, y: Array) -> Array:
     """y (T, O) float32 = x (T, I) · weightᵀ (O, I), x and the weight of one type.
 
     Rows are unbroken; those of the weight and of y may lie apart.

@@ -1,5 +1,7 @@
 """Arrays of the host that travel to the device in one copy, and come back in one."""
 
+from __future__ import annotations
+
 import numpy as np
 
 from hpcinfer import array
@@ -28,7 +30,7 @@ class Board:
         """Array number `i` in device memory, as bytes."""
         return self._there[self._starts[i] : self._starts[i + 1]]
 
-    def fetch(self, first):
+    def fetch(self, first: int) -> list[np.ndarray]:
         """The arrays from number `first` on, as they are now in device memory."""
         there, back = self._starts[first], []
         whole = array.host(self._there[there:])

@@ -5,13 +5,18 @@ two graphs, between which the host makes the call. What host arrays a step's ker
 (`launch.on_device`) lies end to end in one block of the device, which every replay fills anew.
 """
 
+from __future__ import annotations
+
 from collections import defaultdict
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import cupy
 import numpy as np
 
 from hpcinfer import array
+from hpcinfer.array import Array
 from hpcinfer.capture import Refused
 from hpcinfer.heartbeat import here
 from hpcinfer.ops.cuda.runtime.launch import counters
@@ -41,13 +46,13 @@ class Memory:
         self._events = [cupy.cuda.Event(disable_timing=True) for _ in range(2)]
         self._turn = 0
 
-    def staging(self):
+    def staging(self) -> np.ndarray:
         """(_ROOM,) uint8, page-locked, that no copy reads any more."""
         self._turn = 1 - self._turn
         self._events[self._turn].synchronize()
         return self._staging[self._turn]
 
-    def send(self, staging, nbytes):
+    def send(self, staging: np.ndarray, nbytes: int) -> None:
         """Start copying the first bytes of what `staging` has given last."""
         self.block[:nbytes].set(staging[:nbytes], stream=cupy.cuda.get_current_stream())
         self._events[self._turn].record()
@@ -73,38 +78,38 @@ class Capture:
         self._stream = cupy.cuda.get_current_stream()
         self._parts, self._totals, self._uploads = [], [], Uploads(memory)
 
-    def begin(self):
+    def begin(self) -> None:
         """Begin to note what is launched."""
         self._allocator = cupy.cuda.using_allocator(self._memory.pool.malloc)
         self._allocator.__enter__()
         self._stream.begin_capture()
 
-    def end(self):
+    def end(self) -> None:
         """End it, whatever has happened."""
         self._cut()
         self._allocator.__exit__(None, None, None)
 
-    def refuse(self, reason):
+    def refuse(self, reason: str) -> None:
         """Give the capture up: what would follow cannot be done now."""
         self.refusal = self.refusal or reason
         raise Refused(reason)
 
-    def upload(self, build, late=False):
+    def upload(self, build: Callable[[], np.ndarray], late: bool = False) -> Array:
         """Part of the block that holds what `build` returns before each replay."""
         return self._uploads.add(build, late)
 
-    def pause(self, function):
+    def pause(self, function: Callable[[], None]) -> None:
         """Have a function of Python called, behind what has been noted so far."""
         self._cut()
         self._parts.append(function)
         self._stream.begin_capture()
 
-    def sum(self, key, sent_bytes, window):
+    def sum(self, key: Any, sent_bytes: int, window: Any) -> None:
         """Note a sum over one rank."""
         del window
         self._totals.append((key, sent_bytes))
 
-    def graph(self):
+    def graph(self) -> Graph:
         """Graph of what has been noted."""
         return Graph(self._parts, self._totals, self._uploads)
 
@@ -125,7 +130,7 @@ class Uploads:
         self._memory, self._entries, self._used = memory, [], 0
         self._staging = None
 
-    def add(self, build, late):
+    def add(self, build: Callable[[], np.ndarray], late: bool) -> Array:
         """Array of the device for what `build` returns; `send` writes it."""
         x = build()
         start, stop = self._used, self._used + x.nbytes
@@ -135,12 +140,12 @@ class Uploads:
         self._entries.append((late, build, start, x.dtype, x.shape))
         return self._memory.block[start:stop].view(x.dtype).reshape(x.shape)
 
-    def prepare(self):
+    def prepare(self) -> None:
         """Have all entries at hand as they are now."""
         self._staging = self._memory.staging()
         self._write(self._entries)
 
-    def send(self, prepared):
+    def send(self, prepared: bool) -> None:
         """Copy what all entries are now, of which only the late ones have changed if `prepared`."""
         if prepared:
             self._write(entry for entry in self._entries if entry[0])
@@ -172,11 +177,11 @@ class Graph:
             of_keys[key].append(sent_bytes)
         self.totals = [(key, len(sent), sum(sent)) for key, sent in of_keys.items()]
 
-    def prepare(self):
+    def prepare(self) -> None:
         """Make ready what the next replay reads, but for what is known at the last moment."""
         self._uploads.prepare()
 
-    def replay(self, prepared=False):
+    def replay(self, prepared: bool = False) -> None:
         """Start the step; returns 0 s, as only calls wait in it that count for themselves."""
         self._uploads.send(prepared)
         for part in self._parts:

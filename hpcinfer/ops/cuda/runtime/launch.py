@@ -4,13 +4,19 @@ CuPy compiles them with NVRTC for the device at hand, and keeps what it has comp
 home folder.
 """
 
+from __future__ import annotations
+
 import functools
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 
 from hpcinfer import array, capture
+from hpcinfer.array import Array
 from hpcinfer.ops.cuda.runtime import overlapped
 
 # Names of the element types in the sources.
@@ -28,13 +34,22 @@ _NULL = np.uint64(0)
 
 
 @functools.cache
-def source(file):
+def source(file: str) -> str:
     """CUDA C++ text of a file of `ops/cuda`, with what others have of it before it."""
     names = ("common.cuh", *_BEFORE.get(file, ()), f"{file}.cu")
     return "\n".join((_FOLDER / name).read_text(encoding="utf-8") for name in names)
 
 
-def launch(file, kernel, grid, threads, *args, options=(), shared=0, early=False):
+def launch(
+    file: str,
+    kernel: str,
+    grid: tuple[int, ...],
+    threads: int,
+    *args: Any,
+    options: tuple[str, ...] = (),
+    shared: int = 0,
+    early: bool = False,
+) -> None:
     """Start a kernel on the current stream.
 
     Parameters
@@ -91,7 +106,7 @@ def _argument(x):
 _recent = deque(maxlen=64)
 
 
-def kept(objects, values, build):
+def kept(objects: tuple, values: tuple, build: Callable[[], Any]) -> Any:
     """What `build` makes of these very objects and equal values; every layer of a step asks again.
 
     Parameters
@@ -111,7 +126,9 @@ def kept(objects, values, build):
     return result
 
 
-def on_device(like, objects, build, late=False):
+def on_device(
+    like: Array, objects: tuple, build: Callable[[], np.ndarray], late: bool = False
+) -> Array:
     """Numbers that are found from host objects, on the device; every layer of a step asks again.
 
     Parameters
@@ -132,12 +149,12 @@ def on_device(like, objects, build, late=False):
     return kept(objects, ("on device",), send)
 
 
-def copied(like, *arrays):
+def copied(like: Array, *arrays: Array | None) -> list[Array | None]:
     """Host arrays on the device, None for None; every layer of a step asks again for the same."""
     return [x if x is None else on_device(like, (x,), lambda x=x: x) for x in arrays]
 
 
-def counters(xp, n):
+def counters(xp: ModuleType, n: int) -> Array:
     """At least (n,) int32 of blocks that have come: zero before and after every launch.
 
     They are made by the first step that asks, large enough for those that are captured later.
@@ -150,7 +167,7 @@ def _zeros(xp, n):
     return xp.zeros(n, np.int32)
 
 
-def has_matrix_units(x):
+def has_matrix_units(x: Array) -> bool:
     """True if both 16-bit types are multiplied by matrix units where x is."""
     return array.namespace(x) is np or _capability() >= 80
 
@@ -162,17 +179,17 @@ def _capability():
     return int(device.get_compute_capability())
 
 
-def aligned(*arrays):
+def aligned(*arrays: Array | None) -> bool:
     """True if every array that is not None begins at a multiple of 16 bytes."""
     return all(x is None or address(x) % 16 == 0 for x in arrays)
 
 
-def address(x):
+def address(x: Array) -> int:
     """Where an array begins in memory."""
     return x.ctypes.data if isinstance(x, np.ndarray) else x.data.ptr
 
 
-def rows_of(x):
+def rows_of(x: Array) -> tuple | None:
     """How the rows (last axis) of an array lie, if they are at most two axes of whole rows.
 
     Returns

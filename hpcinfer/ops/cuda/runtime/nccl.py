@@ -3,12 +3,15 @@
 The host starts a sum and goes on, as with a kernel; a captured step has it in its graph.
 """
 
+from __future__ import annotations
+
 import numpy as np
 
 from hpcinfer import array
+from hpcinfer.array import Array
 
 
-def missing():
+def missing() -> str | None:
     """Why NCCL cannot be used; None if it can."""
     try:
         from cupy.cuda import nccl
@@ -17,7 +20,7 @@ def missing():
     return None if nccl.available else "CuPy was built without NCCL"
 
 
-def unique_id():
+def unique_id() -> tuple:
     """What all ranks of a communicator must be told by one of them."""
     from cupy.cuda import nccl
 
@@ -42,12 +45,12 @@ class StreamSum:
         self._types = {"float32": nccl.NCCL_FLOAT32, "float64": nccl.NCCL_FLOAT64}
         self._sum = nccl.NCCL_SUM
 
-    def serves(self, x):
+    def serves(self, x: Array) -> bool:
         """True, on every rank alike, if an array is summed here."""
         on_device = array.namespace(x) is not np
         return on_device and x.dtype.name in self._types and x.flags.c_contiguous and x.size > 0
 
-    def sum(self, x):
+    def sum(self, x: Array) -> None:
         """Start summing x over the ranks, in place."""
         from cupy.cuda import get_current_stream
 

@@ -5,8 +5,12 @@ kernel is at its first loads when its predecessor ends, instead of not begun: a 
 is some hundred kernels of microseconds. CuPy launches without attributes, so the driver is called.
 """
 
+from __future__ import annotations
+
 import ctypes
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +33,7 @@ class _LaunchConfig(ctypes.Structure):
     ]
 
 
-def start(kernel, grid, threads, arguments):
+def start(kernel: Any, grid: tuple[int, ...], threads: int, arguments: Sequence[Any]) -> bool:
     """Start a kernel on the current stream; False where that cannot be done in this way.
 
     Parameters
