@@ -17,8 +17,8 @@ pytestmark = pytest.mark.single
 SOURCES = sorted((ROOT / "hpcinfer").rglob("*.py"))
 READ_ENVIRONMENT = {"hpcinfer/array.py", "hpcinfer/launcher.py", "hpcinfer/node.py"}
 
-# Lines of a function without its docstring: COMMENTED of them and more need a comment, more than
-# LONGEST are too many. Lines of a file: LONGEST_FILE at most.
+# Lines of a function without its docstring, its signature counting as one: COMMENTED of them and
+# more need a comment, more than LONGEST are too many. Lines of a file: LONGEST_FILE at most.
 COMMENTED, LONGEST, LONGEST_FILE = 20, 40, 450
 
 # Functions of each file that still break a rule. The numbers must be right: they only fall.
@@ -26,7 +26,6 @@ WITHOUT_COMMENT: dict[str, int] = {}
 TOO_LONG: dict[str, int] = {}
 LONG_FILES: dict[str, str] = {
     "hpcinfer/collectives.py": "every verb with its messages and its entry in the ledger",
-    "hpcinfer/ops/sample.py": "the steps of choosing a token, in one order",
 }
 SAME_CLASSES: dict[str, str] = {}
 
@@ -63,10 +62,10 @@ def functions_of(source):
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             lines = range(node.lineno, node.end_lineno + 1)
-            first, n_docstring = node.body[0], 0
-            if ast.get_docstring(node) is not None:
-                n_docstring = first.end_lineno - first.lineno + 1
-            found.append((node.name, len(lines) - n_docstring, not comments.isdisjoint(lines)))
+            first = node.body[0]
+            begin = first.lineno if ast.get_docstring(node) is None else first.end_lineno + 1
+            n_lines = 1 + node.end_lineno + 1 - begin
+            found.append((node.name, n_lines, not comments.isdisjoint(lines)))
     return found
 
 
@@ -146,10 +145,10 @@ def test_every_module_has_a_docstring():
 
 def test_lines_and_comments_are_counted():
     source = 'def f(\n    a,\n):\n    """One.\n\n    Two.\n    """\n    b = "#"\n\n    return b\n'
-    assert functions_of(source) == [("f", 6, False)]
-    assert functions_of(source + "    # no\n") == [("f", 6, False)]
+    assert functions_of(source) == [("f", 4, False)]
+    assert functions_of(source + "    # no\n") == [("f", 4, False)]
     assert functions_of(source.replace("\n\n    return", "\n    # Go\n    return")) == [
-        ("f", 6, True)
+        ("f", 4, True)
     ]
 
 

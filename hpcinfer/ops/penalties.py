@@ -34,7 +34,7 @@ def penalise(logits, start, rows):
 def _penalise_seen(x, start, rows):
     """Apply the penalties to the logits of the tokens that each row has seen, in place."""
     xp = array.namespace(x)
-    seen = [h or NOTHING_SEEN for h in rows.history]
+    seen = [h or NOTHING_SEEN for h in rows.history] or [NOTHING_SEEN]
     r, column, own = _entries([h.ids for h in seen], start, x.shape[1])
     count = np.concatenate([h.counts for h in seen])[own]
     r, column = r[own], column[own]

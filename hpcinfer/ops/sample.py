@@ -117,9 +117,6 @@ def _choose_row(x, rows, r):
     return lowest_of_best(z[None, :n] + noise, ids[None, :n])[0]
 
 
-# ---- random numbers ----
-
-
 # ---- what a rank does with its own columns ----
 
 
@@ -132,7 +129,7 @@ def columns(logits, start, V, rows, width, between=None):
     logits : (R, V/P) of any floating type
     start : vocabulary id of the first column
     V : length of the whole vocabulary
-    rows : SamplingBatch, R of them, `Rows.within` the vocabulary
+    rows : SamplingBatch, R of them, `SamplingBatch.within` the vocabulary
     width : candidates that the first round asks for
     between : function called while a device computes, or None
 

@@ -7,7 +7,7 @@
 //   largest  gathers any number of a row's largest
 //
 // In `scan` and `settle` a block has a slice of a row, and the last block of the row to end merges.
-// A candidate is a 64-bit key, as `ops.sample.pack` makes it; 0 is none.
+// A candidate is a 64-bit key, as `ops.candidates.pack` makes it; 0 is none.
 
 typedef unsigned long long u64;
 

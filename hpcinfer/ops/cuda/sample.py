@@ -232,5 +232,5 @@ def _room_for_keys(records):
 
 
 def _bits(V):
-    """Binary digits of the unit of `ops.sample.weights`."""
+    """Binary digits of the unit of `ops.candidates.weights`."""
     return 62 - V.bit_length()
