@@ -2,7 +2,7 @@
 
 import socket
 
-from hpcinfer import array, collectives, node
+from hpcinfer import array, collectives, node, staging
 from hpcinfer.grid import agree_all
 from hpcinfer.heartbeat import waiting
 from hpcinfer.node_sum import open_node_sums
@@ -57,7 +57,7 @@ def take_device(comm, on_node, choice):
     device.share(identities.count(device.identity))
     said = device.name == "cuda" and array.mpi_reads_device_memory()
     with waiting("allreduce", comm, "device"):
-        direct = collectives.use_device_memory(comm, device.xp, said)
+        direct = staging.use_device_memory(comm, device.xp, said)
     return device, direct
 
 

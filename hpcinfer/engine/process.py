@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from hpcinfer import collectives, node
+from hpcinfer import collectives, node, staging
 from hpcinfer.ledger import Ledger, entering
 from hpcinfer.ops import dispatch
 
@@ -41,7 +41,7 @@ class ProcessState:
         """
         if self.threads and self.threads != node.threads():
             node.use_threads(self.threads)
-        collectives.use_direct(self.direct)
+        staging.use_direct(self.direct)
         for comm, reducer in self.reducers:
             if collectives.reducer_of(comm) is not reducer:
                 collectives.use_reducer(comm, reducer)
