@@ -84,17 +84,25 @@ def load(
     ValueError
         On every rank, in one line, if the model or an argument cannot be used.
     """
+    # Refuse wrong arguments before there is anything to give back.
     comm = world() if comm is None else comm
-    grid = grid_of(comm, parse_layout(layout, comm.size))
-    process = ProcessState(dispatch.choice() if kernels is None else kernels)
-    limits = _limits(grid.layout, step_tokens, sequences, micro_batches)
+    parsed_layout = parse_layout(layout, comm.size)
+    try:
+        process = ProcessState(dispatch.choice() if kernels is None else kernels)
+        dtype = None if dtype is None else array.parse_dtype(dtype)
+        seed = Sampling(seed=seed).seed
+    except ValueError as error:
+        raise agreed(error) from None
+    limits = _limits(parsed_layout, step_tokens, sequences, micro_batches)
+
+    # Load; where all ranks fail alike, give the communicators back.
+    grid = grid_of(comm, parsed_layout)
     try:
         if check_weights:
-            parsed = None if dtype is None else array.parse_dtype(dtype)
-            nonfinite.check_weights(comm, path, parsed)
+            nonfinite.check_weights(comm, path, dtype)
         loaded, pages = load_parts(path, grid, process, limits, dtype, device, context, kv_memory)
     except Exception as error:
-        if is_agreed(error):  # all ranks are here
+        if is_agreed(error):
             grid.release()
         raise
     return Engine(loaded, grid, process, limits, pages, seed)
@@ -115,6 +123,8 @@ class Engine:
     scheduler : Scheduler
     stats : RunStats, what the run has cost so far
     ledger : Ledger, what it has sent
+    threads : of this rank's own kernels and of its libraries
+    seed : of requests that do not give their own
     depth : rounds of micro-batches under way at a time, one for each stage of the pipeline
     width : micro-batches of a round
     """
@@ -123,10 +133,10 @@ class Engine:
         self.path, self.context, self.stats = loaded.path, loaded.context, loaded.stats
         self.model, self.text, self.checksum = loaded.model, loaded.text, loaded.checksum
         self.generation_config = loaded.generation_config
-        self.grid, self.limits, self.seed = grid, limits, Sampling(seed=seed).seed
+        self.grid, self.limits, self.seed = grid, limits, seed
         self.depth = grid.layout.pp
         self.width = limits.parts // self.depth
-        self.ledger, self._process = process.ledger, process
+        self.ledger, self.threads, self._process = process.ledger, process.threads, process
         self.ahead, self._stops = Ahead(self), {}
         self.stats.kv_bytes = pages * self.model.page_bytes
         self._forget(pages)
@@ -271,6 +281,7 @@ class Engine:
 
         E is 0 for a model without experts, and a layer that has none is a row of zeros.
         """
+        self._refuse_closed()
         return self.grid.comm.allreduce(self.model.expert_load.counts)
 
     def _refuse_closed(self):

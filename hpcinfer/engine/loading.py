@@ -4,7 +4,6 @@ import time
 from dataclasses import dataclass
 from functools import partial
 
-from hpcinfer import array
 from hpcinfer.engine.block_manager import pages_for
 from hpcinfer.engine.expert_load import ExpertLoad
 from hpcinfer.engine.placement import take_device, take_sums, take_threads
@@ -75,7 +74,7 @@ def _read(path, grid, dtype, device, context, ledger):
         arch = read_architecture(checkpoint.config)
         refuse_unfit(arch, grid.layout)
         check(arch, checkpoint.tensors)
-        dtype = arch.dtype if dtype is None else array.parse_dtype(dtype)
+        dtype = arch.dtype if dtype is None else dtype
         context, text = _context(arch, context), Text(checkpoint)
 
         # Read the weights.

@@ -62,6 +62,8 @@ class RunStats:
 
     def report(self, engine):
         """The report's lines, on the root; every rank must call this. None elsewhere."""
+        # Gather what each rank has counted.
+        load = engine.expert_load()
         model, grid, scheduler = engine.model, self.grid, engine.scheduler
         mine = {
             "bytes_read": self.bytes_read,
@@ -82,12 +84,14 @@ class RunStats:
             "cache": (self.most_pages, scheduler.reused_tokens, scheduler.preemptions),
             "tokens": [(p.tokens, p.steps, p.time_s) for p in (self.prefill, self.decode)],
         }
-        ranks, load = grid.comm.gather(mine, 0), engine.expert_load()
+        ranks = grid.comm.gather(mine, 0)
         if ranks is None:
             return None
+
+        # Say what belongs to every run, then what belongs to this one's layout and model.
         lines = [
             f"layout    {grid.layout} on {model.device}, "
-            f"{model.dtype}, threads per rank {node.threads()}",
+            f"{model.dtype}, threads per rank {engine.threads}",
             f"load      {max(r['load_s'] for r in ranks):.2f} s; read per rank "
             + _span([r["bytes_read"] for r in ranks])
             + f"; sum {sum(r['bytes_read'] for r in ranks) / max(1, self.file_bytes):.2f} x the "
