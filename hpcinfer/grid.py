@@ -75,8 +75,11 @@ class Grid:
         if layout.afd:
             self._take_sides(*layout.afd)
 
-        # Let ranks with equal indices on all other axes form one communicator of the axis.
-        index = self._index()
+        self._take_axes()
+
+    def _take_axes(self) -> None:
+        """Communicators along the axes: of the ranks with equal indices on all others."""
+        layout, index = self.layout, self._index()
         for axis in AXES:
             setattr(self, axis, self._split((axis,), index))
         self.tp_cp = self._split(("tp", "cp"), index)
@@ -85,7 +88,7 @@ class Grid:
         self.stage = self._split(("dp", "cp", "tp"), index)
 
         # Find those that have equal weights, and those over which experts are spread.
-        alike = (int(self.role == "ffn") * layout.pp + index["pp"]) * comm.size + index["tp"]
+        alike = (int(self.role == "ffn") * layout.pp + index["pp"]) * layout.size + index["tp"]
         self.same_weights = self.node.Split(alike, self.comm.rank)
         self.same_weights.Set_name("same weights")
         self.experts: Comm | None = None

@@ -36,7 +36,7 @@ WITHOUT_COMMENT: dict[str, int] = {
     "hpcinfer/cli/bench_model.py": 1,
     "hpcinfer/cli/common.py": 2,
     "hpcinfer/engine/placement.py": 1,
-    "hpcinfer/engine/stats.py": 2,
+    "hpcinfer/engine/stats.py": 1,
     "hpcinfer/job/machine.py": 1,
     "hpcinfer/job/watchdog.py": 1,
     "hpcinfer/ops/attention.py": 1,
@@ -237,12 +237,3 @@ def test_modules_import_in_no_circle():
         TopologicalSorter(imports).prepare()
     except CycleError as error:
         pytest.fail(" imports ".join(reversed(error.args[1])))
-
-
-def test_compiled_functions_freeze_nothing_from_outside_of_ops():
-    """A constant is frozen in what is kept on disk, whose name follows from the files of ops."""
-    for path in (ROOT / "hpcinfer" / "ops" / "cpu").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.module.startswith("hpcinfer"):
-                names = [alias.name for alias in node.names if alias.name.isupper()]
-                assert not names or node.module.startswith("hpcinfer.ops"), (path, names)
