@@ -35,8 +35,6 @@ WITHOUT_COMMENT: dict[str, int] = {
     "hpcinfer/cli/bench.py": 5,
     "hpcinfer/cli/bench_model.py": 1,
     "hpcinfer/cli/common.py": 2,
-    "hpcinfer/engine/placement.py": 1,
-    "hpcinfer/engine/stats.py": 1,
     "hpcinfer/job/machine.py": 1,
     "hpcinfer/job/watchdog.py": 1,
     "hpcinfer/ops/attention.py": 1,
