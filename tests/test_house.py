@@ -3,6 +3,7 @@ environment, how long files and functions may be, what they say of themselves.""
 
 import ast
 import io
+import re
 import subprocess
 import sys
 import tokenize
@@ -235,3 +236,21 @@ def test_modules_import_in_no_circle():
         TopologicalSorter(imports).prepare()
     except CycleError as error:
         pytest.fail(" imports ".join(reversed(error.args[1])))
+
+
+def test_floors_are_drawn_as_they_are_held():
+    """`.importlinter` and docs/architecture.md name the same floors; every module is on one."""
+    held = ROOT.joinpath(".importlinter").read_text(encoding="utf-8")
+    layers = held.split("\nlayers =\n")[1].split("\nignore_imports")[0].splitlines()
+    floors = [{*re.findall(r"\((\w+)\)", line)} for line in layers]
+
+    # A line of the drawing is names, at least two spaces apart, then words on them.
+    drawing = ROOT.joinpath("docs", "architecture.md").read_text(encoding="utf-8")
+    lines = drawing.split("## Floors")[1].split("\n    ")[1:]
+    drawn = [re.split(r"\s{2,}", line.split("\n")[0].strip()) for line in lines]
+    drawn = [{name.strip("/") for name in line if re.fullmatch(r"\w+/?", name)} for line in drawn]
+    assert drawn[: len(floors)] == floors
+
+    standing = {path.relative_to(ROOT / "hpcinfer").parts[0] for path in SOURCES}
+    standing -= {"__init__.py", "__main__.py"}
+    assert {name.removesuffix(".py") for name in standing} == set().union(*floors)
