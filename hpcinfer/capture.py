@@ -7,9 +7,14 @@ sums over ranks. All else that a step does must have no effect, or be the same i
 the capture is made for: what must not be captured says so by `refuse`.
 """
 
-from contextlib import contextmanager
+from __future__ import annotations
 
-under_way = None
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+# `ops.cpu.runtime.graph.Capture` or `ops.cuda.runtime.graph.Capture`.
+under_way: Any = None
 
 
 class Refused(Exception):
@@ -17,11 +22,11 @@ class Refused(Exception):
 
 
 # Arrays outside of what a step has for itself that are never changed.
-constants = []
+constants: list[Any] = []
 
 
 @contextmanager
-def capturing(into):
+def capturing(into: Any) -> Iterator[Any]:
     """Let `into` have what happens in the body."""
     global under_way
     into.begin()
@@ -33,13 +38,13 @@ def capturing(into):
         into.end()
 
 
-def constant(x):
+def constant(x: Any) -> Any:
     """x, an array that nobody changes and that stays as long as the process does."""
     constants.append(x)
     return x
 
 
-def refuse(reason):
+def refuse(reason: str) -> None:
     """Say that what happens now cannot be captured."""
     if under_way is not None:
         under_way.refuse(reason)

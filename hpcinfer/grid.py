@@ -10,12 +10,19 @@ others, the FFN side, are all along tp. Experts are spread over existing axes: o
 of a replica where ep divides their number, else over all ranks of a pipeline stage.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from copy import copy
 from functools import cache, partial
+from typing import TYPE_CHECKING, Any
 
 from hpcinfer.errors import UsageError, agreed
 from hpcinfer.heartbeat import waiting
-from hpcinfer.layout import AXES
+from hpcinfer.layout import AXES, Layout
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Comm, Intercomm, Intracomm
 
 
 class Grid:
@@ -39,42 +46,58 @@ class Grid:
     same_weights : those of the node that differ from this one along dp and cp only
     """
 
-    def __init__(self, comm, layout):
+    pp: Comm
+    dp: Comm
+    cp: Comm
+    tp: Comm
+
+    def __init__(self, comm: Intracomm, layout: Layout):
         if comm.size != layout.size:
             raise UsageError(f"layout: got {layout} on {comm.size} ranks, need {layout.size}")
         from mpi4py import MPI
 
-        self.layout, self._splits = layout, {}
-        self.users, self.forget, self._first = 0, None, self
+        # Know who has the communicators: this grid, and copies of it (`grid_of`).
+        self.layout = layout
+        self._splits: dict[str, Comm] = {}
+        self._first: Grid | None = self
+        self._users = 1
+        self._forget: Callable[[], Any] = _nothing
+
+        # Take the ranks together, then those of a node, then those of a side.
         self.comm = comm.Dup()
         self.comm.Set_name("world")
         self.node = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
         self.node.Set_name("node")
-        self.role, self.inter, self._base = "", None, self.comm
+        self.role = ""
+        self._base: Any = self.comm
+        self.inter: Intercomm | None = None
         self._lengths = {axis: getattr(layout, axis) for axis in AXES}
         if layout.afd:
             self._take_sides(*layout.afd)
 
-        # Ranks with equal indices on all other axes form one communicator of the axis.
-        index, rest = {}, self._base.rank
-        for axis in reversed(AXES):
-            rest, index[axis] = divmod(rest, self._lengths[axis])
+        self._take_axes()
+
+    def _take_axes(self) -> None:
+        """Communicators along the axes: of the ranks with equal indices on all others."""
+        layout, index = self.layout, self._index()
         for axis in AXES:
             setattr(self, axis, self._split((axis,), index))
         self.tp_cp = self._split(("tp", "cp"), index)
         self.dp_cp = self._split(("dp", "cp"), index)
         self.replica = self._split(("pp", "cp", "tp"), index)
         self.stage = self._split(("dp", "cp", "tp"), index)
-        alike = (int(self.role == "ffn") * layout.pp + index["pp"]) * comm.size + index["tp"]
+
+        # Find those that have equal weights, and those over which experts are spread.
+        alike = (int(self.role == "ffn") * layout.pp + index["pp"]) * layout.size + index["tp"]
         self.same_weights = self.node.Split(alike, self.comm.rank)
         self.same_weights.Set_name("same weights")
-        self.experts = None
+        self.experts: Comm | None = None
         if self.role == "ffn":
             self.experts = self.tp
         elif layout.ep > 1 and not layout.afd:
             self.experts = self.stage if layout.experts_over_dp else self.tp_cp
 
-    def split(self, colour, key, name):
+    def split(self, colour: int, key: int, name: str) -> Comm:
         """Communicator of the ranks of tp x cp with equal `colour`, ordered by `key`; made once."""
         if name not in self._splits:
             comm = self.tp_cp.Split(colour, key)
@@ -82,27 +105,33 @@ class Grid:
             self._splits[name] = comm
         return self._splits[name]
 
-    def release(self):
-        """Give the grid back; collective over its ranks. The last one frees its communicators."""
+    def release(self) -> None:
+        """Give the grid back, once or more often; collective over its ranks.
+
+        Who has the communicators last frees them.
+        """
+        # Leave them to others that have them too.
         first, self._first = self._first, None
         if first is None:
             return
-        first.users -= 1
-        if first.users > 0:
+        first._users -= 1
+        if first._users > 0:
             return
-        first.forget()
+
+        # Free them.
+        first._forget()
         for comm in first._own_communicators():
             comm.Free()
 
-    def _own_communicators(self):
+    def _own_communicators(self) -> list[Comm]:
         """Each communicator that was made for the grid, once; those of all ranks last."""
-        made = [*self._splits.values(), self.same_weights, self.stage, self.replica, self.dp_cp]
-        made += [self.tp_cp, *(getattr(self, axis) for axis in AXES), self.node]
+        made: list[Comm] = [*self._splits.values(), self.same_weights, self.stage, self.replica]
+        made += [self.dp_cp, self.tp_cp, *(getattr(self, axis) for axis in AXES), self.node]
         if self.inter is not None:
             made += [self.inter, self._base]
         return [*made, self.comm]
 
-    def _take_sides(self, attention, ffn):
+    def _take_sides(self, attention: int, ffn: int) -> None:
         """Divide the ranks in attention and FFN side, which meet over an intercommunicator."""
         attends = self.comm.rank < attention
         self.role = "attention" if attends else "ffn"
@@ -112,7 +141,14 @@ class Grid:
         if not attends:
             self._lengths = dict.fromkeys(AXES, 1) | {"tp": ffn}
 
-    def _split(self, axes, index):
+    def _index(self) -> dict[str, int]:
+        """This rank's place along each axis of its side."""
+        index, rest = {}, self._base.rank
+        for axis in reversed(AXES):
+            rest, index[axis] = divmod(rest, self._lengths[axis])
+        return index
+
+    def _split(self, axes: tuple[str, ...], index: dict[str, int]) -> Comm:
         """Communicator of the ranks that differ along `axes` only, the last running fastest."""
         colour = key = 0
         for axis in AXES:
@@ -124,66 +160,81 @@ class Grid:
         return comm
 
     @property
-    def is_root(self):
+    def is_root(self) -> bool:
         """True on the one rank that reads input, prints and writes results."""
         return self.comm.rank == 0
 
     @property
-    def leaders(self):
+    def leaders(self) -> list[int]:
         """Ranks of `comm` that are the leaders of their replicas."""
         layout = self.layout
         return [d * layout.cp * layout.tp for d in range(layout.dp)]
 
     @property
-    def is_leader(self):
+    def is_leader(self) -> bool:
         """True on the one rank of a replica that reads its requests and hands on its results."""
         return self.replica.rank == 0 and self.role != "ffn"
 
     @property
-    def shares(self):
+    def shares(self) -> tuple[int, int]:
         """(ep, tp) by which experts are cut over the ranks of `experts`."""
+        if self.experts is None:
+            raise ValueError("grid: got shares of experts, need ranks over which these are spread")
         return self.layout.ep, self.experts.size // self.layout.ep
 
 
-def grid_of(comm, layout):
+def grid_of(comm: Intracomm, layout: Layout) -> Grid:
     """The grid of a layout on a communicator, whose communicators engines have together.
 
     Collective over `comm`, as MPI's communicators are few: they are made for the first engine, and
     freed when the last one has given them back with `release`.
     """
-    grids = comm.Get_attr(_grids_key())
+    grids: Any = comm.Get_attr(_grids_key())
     if grids is None:
         grids = {}
         comm.Set_attr(_grids_key(), grids)
+
+    # Make the communicators, or find them by the lengths that they follow from.
     lengths = tuple(getattr(layout, word) for word in (*AXES, "ep", "afd"))
-    if lengths not in grids:
-        grids[lengths] = Grid(comm, layout)
-        grids[lengths].forget = partial(grids.pop, lengths)
-    grids[lengths].users += 1
-    grid = copy(grids[lengths])
-    grid.layout, grid._first = layout, grids[lengths]
+    first = grids.get(lengths)
+    if first is None:
+        first = grids[lengths] = Grid(comm, layout)
+        first._users, first._forget = 0, partial(grids.pop, lengths)
+
+    # Hand out a grid of its own, which is given back by itself.
+    first._users += 1
+    grid = copy(first)
+    grid.layout, grid._first = layout, first
     return grid
 
 
+def _nothing() -> None:
+    """Nothing knows a grid that was made by itself."""
+
+
 @cache
-def _grids_key():
+def _grids_key() -> int:
+    """Under what a communicator knows the grids that were made of it."""
     from mpi4py import MPI
 
     return MPI.Comm.Create_keyval()
 
 
-def agree(comm, function, *arguments):
+def agree(comm: Comm, function: Callable, *arguments: Any) -> Any:
     """Result of `function` on the root, on every rank; its error is raised on every rank.
 
     For what one rank must do alone (open a file, parse a line): the others wait for the verdict, so
     that all go on or all stop.
     """
+    # Let the root try.
     outcome = error = None
     if comm.rank == 0:
         try:
             outcome = function(*arguments)
         except Exception as raised:
             error = raised
+
+    # Hear how it went.
     with waiting("bcast", comm, "agree"):
         outcome, error = comm.bcast((outcome, error), 0)
     if error is not None:
@@ -191,8 +242,9 @@ def agree(comm, function, *arguments):
     return outcome
 
 
-def agree_all(comm, function, *arguments):
+def agree_all(comm: Comm, function: Callable, *arguments: Any) -> Any:
     """Own result of `function` on every rank; if it fails on any, the first error on all."""
+    # Try, then hear whether any rank failed.
     outcome = error = None
     try:
         outcome = function(*arguments)

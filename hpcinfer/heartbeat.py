@@ -4,8 +4,17 @@ Written in passing by whoever makes calls and computes, and read by a thread tha
 when they miss this one (`hpcinfer.job.watchdog`). Writing costs an assignment.
 """
 
+from __future__ import annotations
+
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Comm
+
+Call = tuple[str, str, str, float]  # verb, axis, purpose, and when it began in seconds
 
 
 class Heartbeat:
@@ -13,22 +22,23 @@ class Heartbeat:
 
     Attributes
     ----------
-    call : (verb, axis, purpose, start_s) of the MPI call under way, None outside of calls
+    call : the MPI call under way, None outside of calls
     calls : number of calls that have ended
     step : number of the step at work, 0 before the first
     layer : the layer at work, or being read; None before the first
     """
 
-    def __init__(self):
-        self.call, self.calls = None, 0
-        self.step, self.layer = 0, None
+    def __init__(self) -> None:
+        self.call: Call | None = None
+        self.calls = self.step = 0
+        self.layer: int | None = None
 
 
 here = Heartbeat()
 
 
 @contextmanager
-def waiting(verb, comm, purpose):
+def waiting(verb: str, comm: Comm, purpose: str) -> Iterator[None]:
     """Note that the body waits in a call that enters no ledger: one on small Python objects."""
     here.call = verb, comm.Get_name() or "comm", purpose, time.perf_counter()
     try:

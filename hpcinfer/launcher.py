@@ -1,41 +1,47 @@
 """What the launcher says before MPI starts: rank and size; and how a job is started and aborted."""
 
+from __future__ import annotations
+
 import os
 import sys
 import threading
 import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Intracomm
 
 # Seconds that a launcher is given to pass on what was printed before a job is aborted, which drops
 # what it still holds; and that MPI is given to abort it.
 _FORWARD_S, _ABORT_S = 0.3, 1.0
 
-
 # Launchers tell a process its rank and number before MPI starts; the first that is set holds.
 _RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
-
-
 _SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
-def launcher_rank():
+def launcher_rank() -> int:
     """Rank of this process as its launcher says, without starting MPI; 0 outside a launcher."""
-    return _first_number(_RANK_VARIABLES, 0)
+    return _first_number(_RANK_VARIABLES) or 0
 
 
-def launcher_size():
+def launcher_size() -> int | None:
     """Number of ranks as the launcher says, without starting MPI; None if it does not."""
-    return _first_number(_SIZE_VARIABLES, None)
+    return _first_number(_SIZE_VARIABLES)
 
 
-def job_end_s():
+def job_end_s() -> int | None:
     """When the batch system ends this job, in seconds since 1970; None if it does not say."""
-    return _first_number(("SLURM_JOB_END_TIME",), None)
+    return _first_number(("SLURM_JOB_END_TIME",))
 
 
-def abort(code):
+def abort(code: int) -> NoReturn:
     """End every rank of the job at once with exit code `code`; any thread may call this."""
     # What was printed needs a moment to get through the launcher; MPI may return, or never do so.
     time.sleep(_FORWARD_S)
+
+    # End all ranks, and this one if MPI does not.
     MPI = sys.modules.get("mpi4py.MPI")
     if MPI is not None and MPI.Is_initialized() and not MPI.Is_finalized():
         last = threading.Timer(_ABORT_S, os._exit, (code,))
@@ -45,7 +51,7 @@ def abort(code):
     os._exit(code)
 
 
-def world():
+def world() -> Intracomm:
     """COMM_WORLD, started now, and checked against the number of processes launched.
 
     Raises
@@ -64,8 +70,9 @@ def world():
     return MPI.COMM_WORLD
 
 
-def _first_number(names, default):
+def _first_number(names: Iterable[str]) -> int | None:
+    """Value of the first variable that is set to a number; None without one."""
     for name in names:
         if os.environ.get(name, "").isdigit():
             return int(os.environ[name])
-    return default
+    return None

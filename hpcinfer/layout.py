@@ -1,11 +1,14 @@
 """The words of `--layout`: how the ranks are divided among the strategies."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from hpcinfer.errors import UsageError
 
 AXES = ("pp", "dp", "cp", "tp")
-
 
 _STRATEGIES = {
     "prefill": ("ring", "ulysses", "split-q"),
@@ -14,7 +17,6 @@ _STRATEGIES = {
     "zero": ("off", "broadcast", "allgather"),
     "stages": ("layers", "memory", "time"),
 }
-
 
 _WORDS = (*AXES, "ep", "afd", *_STRATEGIES)
 
@@ -41,7 +43,7 @@ class Layout:
     cp: int = 1
     tp: int = 1
     ep: int = 1
-    afd: tuple | None = None
+    afd: tuple[int, int] | None = None
     prefill: str = "ring"
     decode: str = "tree"
     sp: str = "off"
@@ -49,34 +51,37 @@ class Layout:
     stages: str = "layers"
 
     @property
-    def size(self):
+    def size(self) -> int:
         """Number of ranks that the layout needs."""
         return self.pp * self.dp * self.cp * self.tp + (self.afd[1] if self.afd else 0)
 
     @property
-    def lockstep(self):
+    def lockstep(self) -> bool:
         """True if the replicas meet inside a step, so that they must take their steps together."""
         return self.dp > 1 and (self.zero != "off" or self.afd is not None or self.experts_over_dp)
 
     @property
-    def experts_over_dp(self):
+    def experts_over_dp(self) -> bool:
         """True if experts are spread over the replicas too."""
         return self.afd is None and (self.cp * self.tp) % self.ep != 0
 
-    def __str__(self):
+    def __str__(self) -> str:
+        # Show the axes, and what else is not as it is where nothing is said.
         shown = dict.fromkeys(("dp", "pp", "cp", "tp"), True)
         shown |= {"ep": self.ep > 1 or self.afd is not None, "afd": self.afd is not None}
         shown |= {"prefill": self.cp > 1, "decode": self.cp > 1}
         shown |= {
             word: getattr(self, word) != _STRATEGIES[word][0] for word in ("sp", "zero", "stages")
         }
+
+        # Write it as it is parsed.
         values = {word: getattr(self, word) for word in shown} | {
             "afd": "{}:{}".format(*self.afd or "--")
         }
         return ",".join(f"{word}={values[word]}" for word, show in shown.items() if show)
 
 
-def parse_layout(text, size):
+def parse_layout(text: str | None, size: int) -> Layout:
     """Layout written as ``dp=1,pp=1,cp=1,tp=2`` for `size` ranks.
 
     Axes that are left out are 1; where none is named all ranks (of the attention side) are along
@@ -88,8 +93,8 @@ def parse_layout(text, size):
         For an unknown word, a length that is no positive integer, a product other than `size`, or a
         combination that makes no sense; with the nearest one that does.
     """
-    # Read word by word.
-    values = {}
+    # Read the words.
+    values: dict[str, Any] = {}
     for item in (text or "").split(",") if text else ():
         word, _, value = item.strip().partition("=")
         if word not in _WORDS:
@@ -99,28 +104,29 @@ def parse_layout(text, size):
             raise UsageError(f"layout: got {word} twice in {text!r}, need each word once")
         values[word] = _value(word, value, item.strip())
 
-    # Fill up what is not said.
+    # Add what nothing is said of.
     afd = values.get("afd")
     if not values.keys() & set(AXES):
         values["tp"] = afd[0] if afd else size
     if afd:
         values.setdefault("ep", afd[1])
 
-    # Refuse what the ranks at hand cannot be, and what makes no sense.
+    # Refuse what is not for the ranks at hand, or makes no sense.
     layout = Layout(**values)
     if layout.size != size and not afd:
         raise UsageError(
             f"layout: got {text!r}, which is {layout.size} ranks, need {size} as launched; "
             f"start {layout.size} ranks or write --layout tp={size}"
         )
-    if afd:
-        _refuse_sides(layout, text, size)
+    if layout.afd:
+        _refuse_sides(layout, *layout.afd, text, size)
     refuse(layout, senseless)
     return layout
 
 
-def _value(word, value, item):
+def _value(word: str, value: str, item: str) -> str | int | tuple[int, int]:
     """Value of one word of a layout."""
+    # Take a strategy, the two numbers of sides, or a length.
     if word in _STRATEGIES:
         if value not in _STRATEGIES[word]:
             known = ", ".join(_STRATEGIES[word])
@@ -130,20 +136,21 @@ def _value(word, value, item):
         sides = value.split(":")
         if len(sides) != 2 or not all(n.isdecimal() and int(n) > 0 for n in sides):
             raise UsageError(f"layout: got {item!r}, need afd=A:F, A attention and F FFN ranks")
-        return tuple(int(n) for n in sides)
+        return int(sides[0]), int(sides[1])
     if not value.isdecimal() or int(value) < 1:
         raise UsageError(f"layout: got {item!r}, need a length of 1 or more")
     return int(value)
 
 
-def _refuse_sides(layout, text, size):
+def _refuse_sides(layout: Layout, attention: int, ffn: int, text: str | None, size: int) -> None:
     """Refuse sides that are not the ranks launched and the axes' product."""
-    attention, ffn = layout.afd
     if attention + ffn != size:
         raise UsageError(
             f"layout: got {text!r}, which is {attention + ffn} ranks, need {size} as launched; "
             f"start {attention + ffn} ranks or write --layout tp={size}"
         )
+
+    # The axes are of the attention side alone.
     axes = layout.pp * layout.dp * layout.cp * layout.tp
     if axes != attention:
         nearest = nearest_without(senseless, replace(layout, pp=1, dp=1, cp=1, tp=attention))
@@ -153,19 +160,28 @@ def _refuse_sides(layout, text, size):
         )
 
 
-def senseless(layout):
+# Why a layout cannot be had, and one that is better; None if it can.
+Fault = Callable[[Layout], tuple[str, Layout] | None]
+
+
+def senseless(layout: Layout) -> tuple[str, Layout] | None:
     """Why a combination makes no sense for any model, and one that is better; None if it does."""
+    # Sides leave nothing to stages, nor to cut beside each other.
     if layout.afd and layout.pp > 1:
         reason = "afd gives every layer to both sides, pp gives layers to stages"
         return reason, replace(layout, pp=1, tp=layout.tp * layout.pp)
     if layout.afd and layout.zero != "off":
         reason = "with afd no rank holds weights that zero could cut beside another's"
         return reason, replace(layout, zero="off")
+
+    # A strategy over one rank does nothing.
     if layout.sp == "on" and layout.tp == 1:
         return "sp cuts tokens over tp, which is 1", replace(layout, sp="off")
     if layout.zero != "off" and layout.dp * layout.cp == 1:
         reason = "zero cuts what the ranks of dp and cp hold alike, and both are 1"
         return reason, replace(layout, zero="off")
+
+    # Experts are spread over equal groups.
     over = layout.afd[1] if layout.afd else layout.dp * layout.cp * layout.tp
     if over % layout.ep:
         reason = f"experts are spread over {over} ranks, which ep={layout.ep} does not divide"
@@ -174,7 +190,7 @@ def senseless(layout):
     return None
 
 
-def refuse(layout, fault):
+def refuse(layout: Layout, fault: Fault) -> None:
     """Refuse a layout that has a fault, with the reason and the nearest one that has none.
 
     Parameters
@@ -194,7 +210,7 @@ def refuse(layout, fault):
         )
 
 
-def nearest_without(fault, layout):
+def nearest_without(fault: Fault, layout: Layout) -> Layout:
     """A layout bettered until `fault` finds nothing more in it."""
     while (found := fault(layout)) is not None:
         layout = found[1]

@@ -1,13 +1,25 @@
-"""What every call has sent: bytes, messages and seconds by collective, axis and purpose."""
+"""What every call has sent: bytes, messages and seconds by collective, axis and purpose.
+
+Calls are entered in the ledger of the engine at work (`entering`), others in `ledger`. Engines have
+the communicators of a layout together, so that these cannot say whose a call is.
+"""
+
+from __future__ import annotations
 
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from hpcinfer import capture
-from hpcinfer.heartbeat import here
+from hpcinfer.heartbeat import Call, here
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Comm
+
+Key = tuple[str, str, str]  # verb, axis and purpose
 
 
 @dataclass
@@ -42,22 +54,32 @@ class Ledger:
     """
 
     tracing: bool = False
-    entries: dict = field(default_factory=lambda: defaultdict(Entry))
-    events: list = field(default_factory=list)
+    entries: dict[Key, Entry] = field(default_factory=lambda: defaultdict(Entry))
+    events: list[tuple[str, str, str, float, float, float]] = field(default_factory=list)
 
-    def begin(self, verb, comm, purpose):
+    def begin(self, verb: str, comm: Comm, purpose: str) -> Call:
         """Note that this rank enters a call; returns what `enter` takes when it has ended."""
         if verb != "Allreduce":
             capture.refuse(verb)
         call = here.call = verb, axis_name(comm), purpose, time.perf_counter()
         return call
 
-    def enter(self, call, sent_bytes, time_s=None, test_s=0.0, flight_s=0.0):
+    def enter(
+        self,
+        call: Call,
+        sent_bytes: float,
+        time_s: float | None = None,
+        test_s: float = 0.0,
+        flight_s: float = 0.0,
+    ) -> None:
         """Record a call that has just ended.
 
         The times are as in `Entry`; a blocking call gives none.
         """
+        # Tell those that watch that the call has ended.
         here.call, here.calls = None, here.calls + 1
+
+        # Add it to those of its kind.
         verb, axis, purpose, start_s = call
         if time_s is None:
             time_s = time.perf_counter() - start_s
@@ -67,10 +89,12 @@ class Ledger:
         entry.time_s += time_s
         entry.test_s += test_s
         entry.flight_s += flight_s
+
+        # Note it by itself for the timeline.
         if self.tracing:
             self.events.append((verb, axis, purpose, start_s, time_s, sent_bytes))
 
-    def enter_many(self, key, calls, sent_bytes, time_s):
+    def enter_many(self, key: Key, calls: int, sent_bytes: float, time_s: float) -> None:
         """Record calls of one (verb, axis, purpose) that were made without Python."""
         here.calls += calls
         entry = self.entries[key]
@@ -78,20 +102,24 @@ class Ledger:
         entry.sent_bytes += sent_bytes
         entry.time_s += time_s
 
-    def sent_bytes(self, verb=None, axis=None, purpose=None):
+    def sent_bytes(
+        self, verb: str | None = None, axis: str | None = None, purpose: str | None = None
+    ) -> float:
         """Bytes sent by this rank in the calls that match every argument that is given."""
         return sum(e.sent_bytes for e in self._select(verb, axis, purpose))
 
-    def calls(self, verb=None, axis=None, purpose=None):
+    def calls(
+        self, verb: str | None = None, axis: str | None = None, purpose: str | None = None
+    ) -> int:
         """Number of the calls that match every argument that is given."""
         return sum(e.calls for e in self._select(verb, axis, purpose))
 
-    def clear(self):
+    def clear(self) -> None:
         """Forget everything recorded so far."""
         self.entries.clear()
         self.events.clear()
 
-    def _select(self, *wanted):
+    def _select(self, *wanted: str | None) -> Iterator[Entry]:
         for key, entry in self.entries.items():
             if all(w is None or w == k for w, k in zip(wanted, key, strict=True)):
                 yield entry
@@ -119,6 +147,6 @@ def entering(own: Ledger) -> Iterator[None]:
         _current = before
 
 
-def axis_name(comm):
+def axis_name(comm: Comm) -> str:
     """Name of the grid axis that `comm` runs along (its MPI name)."""
     return comm.Get_name() or "comm"

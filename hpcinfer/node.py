@@ -1,26 +1,29 @@
 """The node that a rank runs on: cores, threads, shared memory, large arrays, folders."""
 
+from __future__ import annotations
+
 import contextlib
 import ctypes
 import functools
 import mmap
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 _HUGE, _LINE = 2 << 20, 64  # bytes of a huge page, of a line of the cache
 
-
 # Options of the C library's allocator: freed bytes that it keeps, and those from which an array is
 # mapped by itself, which glibc lets no higher than 32 MiB (malloc.h).
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-
-
 _KEPT, _MAPPED = 1 << 30, 32 << 20
 
+# What another process needs to map memory: process, descriptor and bytes.
+Handle = tuple[int, int, int]
 
-def common_memory(nbytes):
+
+def common_memory(nbytes: int) -> tuple[np.ndarray, Handle]:
     """Memory of this process that others of the node can map, until `close_common`.
 
     Returns
@@ -34,13 +37,14 @@ def common_memory(nbytes):
     return memory, (os.getpid(), descriptor, nbytes)
 
 
-def map_common(handle, write=False):
+def map_common(handle: Handle, write: bool = False) -> np.ndarray | None:
     """Memory of another process, for reading, or for writing too.
 
     Returns
     -------
     (nbytes,) uint8; None if it cannot be mapped
     """
+    # Open it by the other's descriptor, and see that it is still what it was.
     process, descriptor, nbytes = handle
     try:
         with open(f"/proc/{process}/fd/{descriptor}", "r+b" if write else "rb") as file:
@@ -53,15 +57,16 @@ def map_common(handle, write=False):
     return np.frombuffer(view, np.uint8)[:nbytes]
 
 
-def close_common(handle):
+def close_common(handle: Handle) -> None:
     """Let no other process map the memory any more; those that have keep it."""
     os.close(handle[1])
 
 
-def host_free_bytes():
+def host_free_bytes() -> int:
     """Host memory still free for this process, in bytes: the least of machine and control group."""
     import psutil
 
+    # Take what the machine has, or less where the control group (version 2 or 1) allows less.
     free = psutil.virtual_memory().available
     for limit, used in (
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -78,14 +83,14 @@ def host_free_bytes():
     return max(0, free)
 
 
-def peak_memory_bytes():
+def peak_memory_bytes() -> int:
     """Largest resident size of this process so far, in bytes."""
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def threads_per_rank():
+def threads_per_rank() -> int | None:
     """Threads that numerical libraries may use, as the environment says; None if it does not."""
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         if os.environ.get(name, "").isdigit():
@@ -93,15 +98,16 @@ def threads_per_rank():
     return None
 
 
+# Of the process, as the threads of its libraries are: an engine sets its own when it works.
 _threads = 1
 
 
-def threads():
+def threads() -> int:
     """Threads that this rank's own kernels use."""
     return _threads
 
 
-def use_threads(n):
+def use_threads(n: int) -> None:
     """Let this rank's own kernels and libraries use `n` threads from now on."""
     import threadpoolctl
 
@@ -110,31 +116,30 @@ def use_threads(n):
     threadpoolctl.threadpool_limits(n)
 
 
-def large_empty(shape, dtype):
+def large_empty(shape: int | Sequence[int], dtype: np.dtype | type) -> np.ndarray:
     """Uninitialised host array that begins a huge page, where it is large enough for one.
 
     Reading then touches 512 times fewer entries of the page table, and no vector lies across two
     lines of the cache.
     """
+    # Begin a line of the cache where it is small.
     dtype = np.dtype(dtype)
     nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    align = _HUGE if nbytes >= _HUGE else _LINE
-    if align == _LINE:
-        raw = np.empty(nbytes + align, np.uint8)
-        start = -raw.ctypes.data % align
+    if nbytes < _HUGE:
+        raw = np.empty(nbytes + _LINE, np.uint8)
+        start = -raw.ctypes.data % _LINE
     else:
-        memory = mmap.mmap(-1, nbytes + align, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        # Begin a huge page; what fills none at the end takes small ones.
+        memory = mmap.mmap(-1, nbytes + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         raw = np.frombuffer(memory, np.uint8)
-        start = -raw.ctypes.data % align
-
-        # What fills no huge page at the end takes small ones.
+        start = -raw.ctypes.data % _HUGE
         with contextlib.suppress(OSError, AttributeError):
             memory.madvise(mmap.MADV_HUGEPAGE, start, nbytes // _HUGE * _HUGE)
     return raw[start : start + nbytes].view(dtype).reshape(shape)
 
 
 @functools.cache
-def keep_freed_memory():
+def keep_freed_memory() -> None:
     """Let the C library keep what arrays give back, for the next ones.
 
     Otherwise it returns the end of its memory to the system after every large array, and each new
@@ -147,19 +152,19 @@ def keep_freed_memory():
     mallopt(_MMAP_THRESHOLD, _MAPPED)
 
 
-def cache_folder():
+def cache_folder() -> Path:
     """Folder of the user's for what is made once per machine, such as compiled kernels."""
     named = os.environ.get("HPCINFER_CACHE") or os.environ.get("XDG_CACHE_HOME")
     home = Path(named) if named else Path(os.path.expanduser("~")) / ".cache"
     return home / "hpcinfer"
 
 
-def cores():
+def cores() -> set[int]:
     """Numbers of the cores of the node that this process may use."""
     return os.sched_getaffinity(0)
 
 
-def core_quota():
+def core_quota() -> int | None:
     """Cores' worth of time that the control group may use; None without such a limit."""
     try:
         with open("/sys/fs/cgroup/cpu.max") as file:
@@ -169,6 +174,6 @@ def core_quota():
         return None
 
 
-def oversubscription_is_meant():
+def oversubscription_is_meant() -> bool:
     """True if the user has said that more ranks than cores are meant."""
     return bool(os.environ.get("HPCINFER_OVERSUBSCRIBE"))

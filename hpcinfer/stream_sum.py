@@ -9,17 +9,26 @@
 `ops.cuda.runtime.nccl`; a sum takes its turn as kernels do, and is in the graph of a captured step.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
 import numpy as np
 from mpi4py import MPI
 
 from hpcinfer import array, collectives
+from hpcinfer.array import Device
+from hpcinfer.collectives import Reducer
 from hpcinfer.errors import agreed
 from hpcinfer.heartbeat import waiting
 
 _REMEDY = "unset HPCINFER_NCCL, and messages go by MPI"
 
 
-def open_stream_sums(everyone, comms, host, device, nccl):
+def open_stream_sums(
+    everyone: MPI.Comm, comms: Sequence[MPI.Comm], host: str, device: Device, nccl: ModuleType
+) -> None:
     """Let communicators of ranks that have a GPU each sum by NCCL; every rank calls this.
 
     Parameters
@@ -58,7 +67,7 @@ def open_stream_sums(everyone, comms, host, device, nccl):
         raise agreed(RuntimeError(f"NCCL: got wrong sums, need right ones; {_REMEDY}"))
 
 
-def _sums_rightly(sums, comm, device):
+def _sums_rightly(sums: Reducer, comm: MPI.Comm, device: Device) -> bool:
     """True if arrays of two sizes are summed as they must be."""
     right = True
     for n in (3, 1 << 18):

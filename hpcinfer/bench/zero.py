@@ -16,7 +16,6 @@ from hpcinfer.bench.table import OF_LIMIT, BenchColumn, percent, text_of
 from hpcinfer.parallel import zero
 
 _TURNS = 8  # parts of a layer's computation, between which MPI may move messages on
-_ALIGN = 64
 _WAYS = {
     "allgather": (0, False),
     "allgather, ahead": (0, True),
@@ -157,7 +156,7 @@ class _ZeroLayers:
         self.get, self.test = gathered.get, gathered.test
 
         # n/P of every layer, or the own layers whole, and two layers that are whole, or one.
-        n = sum(-(-w.nbytes // _ALIGN) * _ALIGN for w in whole[0].values())
+        n = sum(-(-w.nbytes // zero.ALIGN) * zero.ALIGN for w in whole[0].values())
         P, rank, layers = comm.size, comm.rank, len(whole)
         part = n // P + (rank < n % P)
         own = layers * part if small_bytes == 0 else len(range(rank, layers, P)) * n

@@ -10,6 +10,14 @@
 Every rank makes the same calls and gets the same answers. The input of the first rank counts.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
 from hpcinfer import array
 from hpcinfer.engine import nonfinite
 from hpcinfer.engine.activations.extract import ExtractTask, activations_of, gathered
@@ -19,40 +27,49 @@ from hpcinfer.engine.block_manager import BlockManager
 from hpcinfer.engine.build_step import build_step
 from hpcinfer.engine.feed import Feed
 from hpcinfer.engine.generate import GenerateTask
-from hpcinfer.engine.loading import load_parts
+from hpcinfer.engine.loading import Loaded, load_parts
 from hpcinfer.engine.loop import run as run_loop
 from hpcinfer.engine.process import ProcessState
 from hpcinfer.engine.scheduler import Scheduler, StepLimits
 from hpcinfer.engine.score import ScoreTask
+from hpcinfer.engine.task import Outcome, Plan, Task
 from hpcinfer.errors import agreed, is_agreed
-from hpcinfer.grid import grid_of
+from hpcinfer.grid import Grid, grid_of
+from hpcinfer.io.atomic import AnyPath
 from hpcinfer.launcher import world
-from hpcinfer.layout import parse_layout
+from hpcinfer.layout import Layout, parse_layout
+from hpcinfer.model.step import Step
 from hpcinfer.ops import dispatch
 from hpcinfer.requests.fields import PromptLimits
 from hpcinfer.requests.reader import RequestReader, defaults_from
-from hpcinfer.requests.request import BadRequest
+from hpcinfer.requests.request import BadRequest, Result, Score
 from hpcinfer.requests.sampling import Sampling
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Intracomm
+
+# A text, its token ids, or a dict as in a line of JSONL input.
+Item = str | Sequence[int] | dict[str, Any]
 
 # Micro-batches of the two sides' turns, and of prompts for each stage of a pipeline.
 _MICRO_BATCHES, _CHUNKS_PER_STAGE = 2, 4
 
 
 def load(
-    path,
-    comm=None,
-    layout=None,
-    dtype=None,
-    device="cpu",
-    kv_memory=None,
-    step_tokens=2048,
-    sequences=256,
-    context=None,
-    seed=0,
-    micro_batches=None,
-    check_weights=False,
-    kernels=None,
-):
+    path: AnyPath,
+    comm: Intracomm | None = None,
+    layout: str | None = None,
+    dtype: str | None = None,
+    device: str = "cpu",
+    kv_memory: int | None = None,
+    step_tokens: int = 2048,
+    sequences: int = 256,
+    context: int | None = None,
+    seed: int = 0,
+    micro_batches: int | None = None,
+    check_weights: bool = False,
+    kernels: str | None = None,
+) -> Engine:
     """Load a model; every rank of the communicator calls this and reads its own shard.
 
     Parameters
@@ -63,7 +80,7 @@ def load(
     dtype : "float32", "bfloat16" or "float16"; as the checkpoint's config says by default
     device : "cpu", "cuda" or "auto"
     kv_memory : bytes of the cache per rank; by default half of what is free, shared by the node's
-    ranks
+        ranks
     step_tokens, sequences : bounds of one step of the engine
     context : positions to allow, instead of the model's own number
     seed : of requests that do not give their own
@@ -84,17 +101,27 @@ def load(
     ValueError
         On every rank, in one line, if the model or an argument cannot be used.
     """
+    # Refuse wrong arguments before there is anything to give back.
     comm = world() if comm is None else comm
-    grid = grid_of(comm, parse_layout(layout, comm.size))
-    process = ProcessState(dispatch.choice() if kernels is None else kernels)
-    limits = _limits(grid.layout, step_tokens, sequences, micro_batches)
+    parsed_layout = parse_layout(layout, comm.size)
+    try:
+        process = ProcessState(dispatch.choice() if kernels is None else kernels)
+        of_weights = None if dtype is None else array.parse_dtype(dtype)
+        seed = Sampling(seed=seed).seed
+    except ValueError as error:
+        raise agreed(error) from None
+    limits = _limits(parsed_layout, step_tokens, sequences, micro_batches)
+
+    # Load; where all ranks fail alike, give the communicators back.
+    grid = grid_of(comm, parsed_layout)
     try:
         if check_weights:
-            parsed = None if dtype is None else array.parse_dtype(dtype)
-            nonfinite.check_weights(comm, path, parsed)
-        loaded, pages = load_parts(path, grid, process, limits, dtype, device, context, kv_memory)
+            nonfinite.check_weights(comm, path, of_weights)
+        loaded, pages = load_parts(
+            path, grid, process, limits, of_weights, device, context, kv_memory
+        )
     except Exception as error:
-        if is_agreed(error):  # all ranks are here
+        if is_agreed(error):
             grid.release()
         raise
     return Engine(loaded, grid, process, limits, pages, seed)
@@ -107,7 +134,7 @@ class Engine:
 
     Attributes
     ----------
-    model : hpcinfer.model.forward.Model
+    model : hpcinfer.model.forward.Model, or FfnRank on a rank that has FFNs only
     text : Text
     grid : Grid
     path : where the model was read from
@@ -115,31 +142,51 @@ class Engine:
     scheduler : Scheduler
     stats : RunStats, what the run has cost so far
     ledger : Ledger, what it has sent
+    threads : of this rank's own kernels and of its libraries
+    seed : of requests that do not give their own
     depth : rounds of micro-batches under way at a time, one for each stage of the pipeline
     width : micro-batches of a round
     """
 
-    def __init__(self, loaded, grid, process, limits, pages, seed):
+    model: Any
+    scheduler: Scheduler
+    ahead: Ahead
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        grid: Grid,
+        process: ProcessState,
+        limits: StepLimits,
+        pages: int,
+        seed: int,
+    ):
+        # Take the model and what is known of it.
         self.path, self.context, self.stats = loaded.path, loaded.context, loaded.stats
         self.model, self.text, self.checksum = loaded.model, loaded.text, loaded.checksum
         self.generation_config = loaded.generation_config
-        self.grid, self.limits, self.seed = grid, limits, Sampling(seed=seed).seed
+
+        # Take the ranks, and how many rounds they have under way.
+        self.grid, self.limits, self.seed = grid, limits, seed
         self.depth = grid.layout.pp
         self.width = limits.parts // self.depth
-        self.ledger, self._process = process.ledger, process
-        self.ahead, self._stops = Ahead(self), {}
+
+        # Begin with nothing sent, found or cached.
+        self.ledger, self.threads, self._process = process.ledger, process.threads, process
+        self.ahead = Ahead(self)
+        self._stops: dict[Sampling, frozenset[int]] = {}
         self.stats.kv_bytes = pages * self.model.page_bytes
         self._forget(pages)
 
-    def __enter__(self):
+    def __enter__(self) -> Engine:
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, kind: type | None, *details: object) -> None:
         # After an error others may be elsewhere: what is collective would wait for them.
-        if error[0] is None:
+        if kind is None:
             self.close()
 
-    def in_use(self):
+    def in_use(self) -> AbstractContextManager[None]:
         """Context in which the process has the engine's threads, kernels and ledger.
 
         Raises
@@ -150,15 +197,16 @@ class Engine:
         self._refuse_closed()
         return self._process.in_use()
 
-    def close(self):
+    def close(self) -> None:
         """Give back weights, cache and communicators; every rank calls this, once or more often."""
         if self.model is None:
             return
-        self.model = self.scheduler = self.ahead = None
+        self.model = None
+        del self.scheduler, self.ahead
         self._process.reducers.clear()
         self.grid.release()
 
-    def build_step(self, plan):
+    def build_step(self, plan: Plan) -> Step:
         """Arrays of the step that the scheduler has planned, for this rank."""
         context = self.model.attention
         return build_step(
@@ -171,7 +219,7 @@ class Engine:
             self.grid.tp.size if self.grid.layout.sp == "on" else 1,
         )
 
-    def stops(self, sampling):
+    def stops(self, sampling: Sampling) -> frozenset[int]:
         """Token ids that end a sequence with this sampling."""
         stops = self._stops.get(sampling)
         if stops is None:
@@ -179,7 +227,7 @@ class Engine:
             stops = self._stops[sampling] = frozenset(eos) | frozenset(sampling.stop_token_ids)
         return stops
 
-    def generate(self, items, **sampling):
+    def generate(self, items: Iterable[Item], **sampling: Any) -> list[Result]:
         """Answer prompts.
 
         Parameters
@@ -198,7 +246,7 @@ class Engine:
         """
         return self._run(GenerateTask, self.reader(sampling), items)
 
-    def score(self, items):
+    def score(self, items: Iterable[Item]) -> list[Score]:
         """Log-probabilities of texts.
 
         Parameters
@@ -211,7 +259,13 @@ class Engine:
         """
         return self._run(ScoreTask, self.reader({}, score=True), items)
 
-    def extract(self, items, layers=None, what=("residual",), pool=None):
+    def extract(
+        self,
+        items: Iterable[Item],
+        layers: Iterable[int] | None = None,
+        what: str | Iterable[str] = ("residual",),
+        pool: str | None = None,
+    ) -> list[dict[str, Any]]:
         """Activations of texts, in memory: for a few; `hpcinfer extract` writes those of many.
 
         Parameters
@@ -240,7 +294,9 @@ class Engine:
         replicas = gathered(self.grid, memory)
         return [activations_of(outcome, replicas) for outcome in outcomes]
 
-    def reader(self, sampling, plain=False, score=False):
+    def reader(
+        self, sampling: dict[str, Any], plain: bool = False, score: bool = False
+    ) -> RequestReader:
         """Reader of requests for this model.
 
         Parameters
@@ -253,7 +309,7 @@ class Engine:
         limits = PromptLimits(self.model.arch.V, self.context)
         return RequestReader(self.text, self.defaults(sampling), limits, plain, score)
 
-    def defaults(self, sampling):
+    def defaults(self, sampling: dict[str, Any]) -> Sampling:
         """Sampling of requests that do not say: `sampling`, else what the model recommends.
 
         Raises
@@ -266,32 +322,40 @@ class Engine:
         except ValueError as error:
             raise agreed(error) from None
 
-    def expert_load(self):
+    def expert_load(self) -> np.ndarray:
         """How many tokens chose each expert so far: (N, E) int64; every rank must call this.
 
         E is 0 for a model without experts, and a layer that has none is a row of zeros.
         """
+        self._refuse_closed()
         return self.grid.comm.allreduce(self.model.expert_load.counts)
 
-    def _refuse_closed(self):
+    def _refuse_closed(self) -> None:
+        """Refuse a call of an engine that has given back its model."""
         if self.model is None:
             raise RuntimeError(
                 "engine: got a call after close(), need an open engine; load the model again"
             )
 
-    def _forget(self, pages):
+    def _forget(self, pages: int) -> None:
         """Start with an empty queue and a cache of `pages` pages per rank that hold nothing."""
         block_table = BlockManager(pages, self.model.pools)
         self.scheduler = Scheduler(block_table, self.limits, self.model.arch.rope)
 
-    def _run(self, work, reader, items):
+    def _run(
+        self, make: Callable[[Engine], Task], reader: RequestReader, items: Iterable[Item]
+    ) -> list:
+        """Outcomes of all items, in their order, on every rank."""
         with self.in_use():
-            return self._results(work, reader, items)
+            return self._outcomes(make, reader, items)
 
-    def _results(self, work, reader, items):
-        finished, grid = {}, self.grid
+    def _outcomes(
+        self, make: Callable[[Engine], Task], reader: RequestReader, items: Iterable[Item]
+    ) -> list:
+        finished: dict[int, Outcome] = {}
+        grid = self.grid
 
-        def deliver(outcome):
+        def deliver(outcome: Outcome) -> None:
             index = outcome.index if isinstance(outcome, BadRequest) else outcome.request.index
             finished[index] = outcome
             self.stats.answered += 1
@@ -301,12 +365,16 @@ class Engine:
         n = grid.comm.bcast(len(items))
         if grid.is_leader and grid.layout.dp > 1:
             items = grid.dp.bcast(items)
+
+        # Run them; after an error the queue holds nothing that goes on.
         try:
             with Feed(grid, reader.read_items(items), n) as feed:
-                run_loop(self, feed, deliver, work(self))
+                run_loop(self, feed, deliver, make(self))
         except BaseException:
             self._forget(self.scheduler.pages.n)
             raise
+
+        # Put those of all replicas together, in order, and refuse what could not be used.
         if grid.replica.size < grid.comm.size:
             for part in grid.comm.allgather(finished if grid.is_leader else {}):
                 finished |= part
@@ -317,7 +385,9 @@ class Engine:
         return outcomes
 
 
-def _limits(layout, step_tokens, sequences, micro_batches):
+def _limits(
+    layout: Layout, step_tokens: int, sequences: int, micro_batches: int | None
+) -> StepLimits:
     """Bounds of a step, and in how many steps the work is spread."""
     if layout.afd:
         micro_batches = micro_batches or _MICRO_BATCHES

@@ -1,17 +1,26 @@
 """The loading of a model over the ranks of a grid: shards, what ranks of a node share, a cache."""
 
+from __future__ import annotations
+
 import time
 from dataclasses import dataclass
 from functools import partial
 
-from hpcinfer import array
+import numpy as np
+
+from hpcinfer.array import Device
 from hpcinfer.engine.block_manager import pages_for
 from hpcinfer.engine.expert_load import ExpertLoad
 from hpcinfer.engine.placement import take_device, take_sums, take_threads
+from hpcinfer.engine.process import ProcessState
+from hpcinfer.engine.scheduler import StepLimits
 from hpcinfer.engine.stats import RunStats
 from hpcinfer.errors import agreed
-from hpcinfer.grid import agree_all
+from hpcinfer.grid import Grid, agree_all
+from hpcinfer.io.atomic import AnyPath
 from hpcinfer.io.models import open_checkpoint
+from hpcinfer.ledger import Ledger
+from hpcinfer.model.architecture import Architecture
 from hpcinfer.model.families import read_architecture
 from hpcinfer.model.ffn_rank import FfnRank
 from hpcinfer.model.forward import Model
@@ -38,7 +47,7 @@ class Loaded:
     stats : RunStats
     """
 
-    path: object
+    path: AnyPath
     model: Model | FfnRank
     text: Text
     context: int
@@ -47,16 +56,25 @@ class Loaded:
     stats: RunStats
 
 
-def load_parts(path, grid, process, limits, dtype, device, context, kv_memory):
+def load_parts(
+    path: AnyPath,
+    grid: Grid,
+    process: ProcessState,
+    limits: StepLimits,
+    dtype: np.dtype | None,
+    device: str,
+    context: int | None,
+    kv_memory: int | None,
+) -> tuple[Loaded, int]:
     """A model with a cache: (Loaded, pages of the cache), its state of the process found."""
     with process.in_use():
         # Take this rank's part of the node.
         process.threads = take_threads(grid.node)
-        device, process.direct = take_device(grid.comm, grid.node, device)
-        process.reducers = take_sums(grid, device)
+        own, process.direct = take_device(grid.comm, grid.node, device)
+        process.reducers = take_sums(grid, own)
 
         # Read the own shard, then share what others of the node have too.
-        read = partial(_read, path, grid, dtype, device, context, process.ledger)
+        read = partial(_read, path, grid, dtype, own, context, process.ledger)
         loaded = agree_all(grid.comm, read)
         _share_weights(loaded, grid)
 
@@ -67,7 +85,14 @@ def load_parts(path, grid, process, limits, dtype, device, context, kv_memory):
     return loaded, pages
 
 
-def _read(path, grid, dtype, device, context, ledger):
+def _read(
+    path: AnyPath,
+    grid: Grid,
+    dtype: np.dtype | None,
+    device: Device,
+    context: int | None,
+    ledger: Ledger,
+) -> Loaded:
     """This rank's shard of a model, as Loaded."""
     start_s = time.perf_counter()
     with open_checkpoint(path) as checkpoint:
@@ -75,7 +100,7 @@ def _read(path, grid, dtype, device, context, ledger):
         arch = read_architecture(checkpoint.config)
         refuse_unfit(arch, grid.layout)
         check(arch, checkpoint.tensors)
-        dtype = arch.dtype if dtype is None else array.parse_dtype(dtype)
+        dtype = arch.dtype if dtype is None else dtype
         context, text = _context(arch, context), Text(checkpoint)
 
         # Read the weights.
@@ -87,7 +112,7 @@ def _read(path, grid, dtype, device, context, ledger):
     return Loaded(path, model, text, context, *documents, stats)
 
 
-def _context(arch, context):
+def _context(arch: Architecture, context: int | None) -> int:
     """Positions to allow: the model's, or what the user asks for where the model can take it."""
     if context is None:
         return arch.context
@@ -99,12 +124,12 @@ def _context(arch, context):
     return context
 
 
-def _share_weights(loaded, grid):
+def _share_weights(loaded: Loaded, grid: Grid) -> None:
     """Let the ranks of a node have one copy of equal weights; read those that cannot be shared."""
     shared = loaded.model.share_weights()
     loaded.model.device.trim()
 
-    def read_alone():
+    def read_alone() -> None:
         if not shared:
             with open_checkpoint(loaded.path) as checkpoint:
                 loaded.model.read(checkpoint, alone=True)
@@ -113,7 +138,7 @@ def _share_weights(loaded, grid):
     agree_all(grid.comm, read_alone)
 
 
-def _pages(loaded, grid, limits, kv_memory):
+def _pages(loaded: Loaded, grid: Grid, limits: StepLimits, kv_memory: int | None) -> int:
     """Pages of every rank's cache, the most that all can hold.
 
     Raises
@@ -121,9 +146,10 @@ def _pages(loaded, grid, limits, kv_memory):
     ValueError
         On every rank, if one cannot hold a single page.
     """
+    # Find the memory of this rank's cache.
     model, comm = loaded.model, grid.comm
     local_bytes = kv_memory
-    if kv_memory is None:
+    if local_bytes is None:
         sharers = grid.node.size if model.device.name == "cpu" else 1
         local_bytes = int(_KV_SHARE * model.device.free_bytes()) // sharers
 

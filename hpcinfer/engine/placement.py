@@ -1,16 +1,25 @@
 """Cores for the ranks of a node, and advice where there are too few: they run, but slowly."""
 
-import socket
+from __future__ import annotations
 
-from hpcinfer import array, collectives, node
-from hpcinfer.grid import agree_all
+import socket
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from hpcinfer import array, collectives, node, staging
+from hpcinfer.array import Device
+from hpcinfer.collectives import Reducer
+from hpcinfer.grid import Grid, agree_all
 from hpcinfer.heartbeat import waiting
 from hpcinfer.node_sum import open_node_sums
 from hpcinfer.ops import dispatch
 from hpcinfer.stream_sum import open_stream_sums
 
+if TYPE_CHECKING:
+    from mpi4py.MPI import Comm
 
-def take_threads(on_node):
+
+def take_threads(on_node: Comm) -> int:
     """Give this rank's numerical libraries its share of the node's cores, unless the user has.
 
     Collective over `on_node`.
@@ -30,7 +39,7 @@ def take_threads(on_node):
     return threads
 
 
-def take_device(comm, on_node, choice):
+def take_device(comm: Comm, on_node: Comm, choice: str) -> tuple[Device, bool]:
     """The device of this rank, of whose memory it takes no more than its share.
 
     Collective over both communicators.
@@ -51,17 +60,20 @@ def take_device(comm, on_node, choice):
     ValueError
         On every rank, if one has no such device.
     """
+    # Share a GPU with the other ranks that have it.
     device = agree_all(comm, array.select_device, choice, on_node.rank)
     with waiting("allgather", on_node, "device"):
         identities = on_node.allgather(device.identity)
     device.share(identities.count(device.identity))
+
+    # Let MPI read its memory where that works.
     said = device.name == "cuda" and array.mpi_reads_device_memory()
     with waiting("allreduce", comm, "device"):
-        direct = collectives.use_device_memory(comm, device.xp, said)
+        direct = staging.use_device_memory(comm, device.xp, said)
     return device, direct
 
 
-def take_sums(grid, device):
+def take_sums(grid: Grid, device: Device) -> list[tuple[Comm, Reducer | None]]:
     """Let sums over the ranks of a node go through common memory, those of GPUs by NCCL if asked.
 
     Collective over the grid's communicators.
@@ -75,9 +87,12 @@ def take_sums(grid, device):
     ValueError, RuntimeError
         On every rank, if NCCL is asked for and cannot be used.
     """
+    # Begin without what another engine has on these communicators.
     comms = grid.tp, grid.tp_cp
     for comm in comms:
         collectives.use_reducer(comm, None)
+
+    # Open the sums of CPUs, or those that the user has asked for.
     if device.name == "cpu":
         open_node_sums(comms, grid.node, *_node_sum_kernels())
         return [(comm, collectives.reducer_of(comm)) for comm in comms]
@@ -92,7 +107,7 @@ def take_sums(grid, device):
     return [(comm, collectives.reducer_of(comm)) for comm in comms]
 
 
-def _node_sum_kernels():
+def _node_sum_kernels() -> tuple[ModuleType, Any] | tuple[None, None]:
     """Compiled sums over the ranks of a node and how they are called; None, None without."""
     if dispatch.chosen("numpy") is None:
         return None, None
@@ -101,7 +116,7 @@ def _node_sum_kernels():
     return node_sum, launch.call
 
 
-def advice(on_node, device):
+def advice(on_node: Comm, device: Device) -> str | None:
     """What to do about too many ranks, or threads, on the node of rank 0; on every rank.
 
     Collective over `on_node`.
@@ -115,7 +130,7 @@ def advice(on_node, device):
     -------
     str, one line, or None if there is nothing to say or the user wants to hear nothing
     """
-    # See what the ranks of the node have together.
+    # Gather what each rank of the node may use.
     threads = node.threads_per_rank()
     with waiting("allgather", on_node, "oversubscription"):
         of_ranks = on_node.allgather((node.cores(), device.identity, threads))
@@ -125,7 +140,7 @@ def advice(on_node, device):
     n_cores, ranks = min(len(cores), node.core_quota() or len(cores)), on_node.size
     n_threads = sum(threads or 1 for _, _, threads in of_ranks)
 
-    # Advise on the first of them that is too few.
+    # Compare it with what there is.
     if gpus != {None} and ranks > len(gpus):
         return (
             f"advice: got {ranks} ranks on {len(gpus)} GPUs of a node, need a GPU for each rank to "

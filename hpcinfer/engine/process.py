@@ -5,13 +5,20 @@ each engine keeps its own, and sets them when its work begins. Outside of engine
 in `ledger.ledger`, and kernels are those that `dispatch.use` chose.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from hpcinfer import collectives, node
+from hpcinfer import collectives, node, staging
+from hpcinfer.collectives import Reducer
 from hpcinfer.ledger import Ledger, entering
 from hpcinfer.ops import dispatch
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Comm
 
 
 @dataclass
@@ -31,7 +38,10 @@ class ProcessState:
     ledger: Ledger = field(default_factory=Ledger)
     threads: int = 0
     direct: bool = False
-    reducers: list = field(default_factory=list)
+    reducers: list[tuple[Comm, Reducer | None]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        dispatch.refuse_unknown(self.kernels)
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -39,9 +49,10 @@ class ProcessState:
 
         Threads, direct messages and reducers stay until another engine sets its own.
         """
+        # Change what another engine has left.
         if self.threads and self.threads != node.threads():
             node.use_threads(self.threads)
-        collectives.use_direct(self.direct)
+        staging.use_direct(self.direct)
         for comm, reducer in self.reducers:
             if collectives.reducer_of(comm) is not reducer:
                 collectives.use_reducer(comm, reducer)

@@ -11,11 +11,16 @@ turns. A step then takes its share of the sequences, and leaves those out whose 
 to be chosen.
 """
 
+from __future__ import annotations
+
 from collections import deque
 from dataclasses import dataclass
 
-from hpcinfer.engine.block_manager import block_hashes, pages_for
+from hpcinfer.engine.block_manager import BlockManager, block_hashes, pages_for
+from hpcinfer.engine.sequence import Sequence
+from hpcinfer.engine.task import Plan
 from hpcinfer.model.cache import PAGE
+from hpcinfer.ops.rope import Rope
 
 # Tokens of a micro-batch at least, as far as there are as many.
 _LEAST_TOKENS = 32
@@ -54,18 +59,20 @@ class Scheduler:
         allow
     """
 
-    def __init__(self, pages, limits, rope=None):
-        self.pages, self.limits, self.token_budget = pages, limits, None
+    def __init__(self, pages: BlockManager, limits: StepLimits, rope: Rope | None = None):
+        self.pages, self.limits = pages, limits
+        self.token_budget: int | None = None
         self.rope = rope if rope is not None and rope.depends_on_length else None
-        self.waiting, self.running = deque(), []
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
         self.preemptions = self.reused_tokens = self.tokens_under_way = self._added = 0
 
-    def add(self, sequence):
+    def add(self, sequence: Sequence) -> None:
         """Put a sequence at the end of the queue."""
         sequence.number, self._added = self._added, self._added + 1
         self.waiting.append(sequence)
 
-    def resume(self, sequence, computed, pages):
+    def resume(self, sequence: Sequence, computed: int, pages: list[int]) -> None:
         """Let a sequence run whose first `computed` tokens are in `pages`, which it holds."""
         sequence.number, self._added = self._added, self._added + 1
         sequence.computed, sequence.pages = computed, pages
@@ -73,46 +80,71 @@ class Scheduler:
         for page, block_hash in zip(pages, self._block_hashes(sequence, computed), strict=False):
             self.pages.register(page, block_hash)
 
-    def next_step(self):
+    def next_step(self) -> Plan:
         """Sequences of the next step with the number of tokens to compute of each.
 
         Returns
         -------
-        list of (Sequence, n), empty when nothing waits or runs
+        (sequence, n) of each, those with one token first, as in decoding; empty when nothing waits
+        or runs
         """
-        plan, preempted = [], False
+        plan: Plan = []
         most, budget = self._share()
+        left = self._go_on(plan, most, budget)
+        self._admit(plan, most, left)
+        return sorted(plan, key=lambda entry: entry[1] > 1)
 
-        # Go on with what runs; the youngest gives way where pages run out.
-        position = 0
+    @property
+    def held(self) -> int:
+        """Sequences that run or wait."""
+        return len(self.running) + len(self.waiting)
+
+    def _share(self) -> tuple[int, int]:
+        """Sequences and tokens of the next step at most."""
+        # Take all that the limits allow, unless several steps are to be under way.
+        limits, budget = self.limits, self.limits.tokens
+        if self.token_budget is not None:
+            budget = min(budget, self.token_budget)
+        if limits.parts == limits.chunks == 1:
+            return limits.sequences, budget
+
+        # Spread what runs over them, and the tokens that are still to be computed.
+        most = -(-min(self.held, limits.sequences) // limits.parts)
+        pending = sum(s.target - s.computed for s in (*self.running, *self.waiting))
+        share = -(-(pending + self.tokens_under_way) // limits.chunks)
+        return most, min(budget, max(_LEAST_TOKENS, share))
+
+    def _go_on(self, plan: Plan, most: int, budget: int) -> int:
+        """Go on with what runs, oldest first; the youngest gives way where pages run out.
+
+        Returns
+        -------
+        tokens that the step has left for what waits; none where pages ran out
+        """
+        position, enough = 0, True
         while position < len(self.running) and budget and len(plan) < most:
             sequence = self.running[position]
             n = min(budget, sequence.target - sequence.computed)
             if n == 0:  # its next token is under way
                 position += 1
                 continue
+
+            # Take the pages of the youngest, unless a step under way writes to them.
             if not self.pages.can_allocate(self._owners(sequence, sequence.computed + n)):
                 if self.running[-1].under_way:
-                    return self._in_order(plan)
+                    return 0
                 self._preempt(self.running.pop())
-                preempted = True
+                enough = False
                 continue
             self._plan(plan, sequence, n)
             budget -= n
             position += 1
+        return budget if enough else 0
 
-        if not preempted:
-            self._admit(plan, most, budget)
-        return self._in_order(plan)
-
-    @property
-    def held(self):
-        """Sequences that run or wait."""
-        return len(self.running) + len(self.waiting)
-
-    def _admit(self, plan, most, budget):
-        """Let what waits run, while there are pages for its whole text."""
+    def _admit(self, plan: Plan, most: int, budget: int) -> None:
+        """Let what waits run, as long as there are pages for its whole text."""
         while self.waiting and budget and len(self.running) < self.limits.sequences:
+            # Find the pages that hold the beginning of its text.
             sequence = self.waiting[0]
             if len(plan) >= most:
                 break
@@ -121,7 +153,7 @@ class Scheduler:
                 sequence.pages = []
                 break
 
-            # Go on behind the pages that hold its beginning already.
+            # Hold them, and compute the rest.
             self.waiting.popleft()
             self.running.append(sequence)
             self.pages.acquire(sequence.pages)
@@ -131,42 +163,25 @@ class Scheduler:
             self._plan(plan, sequence, n)
             budget -= n
 
-    def _share(self):
-        """Sequences and tokens of the next step at most."""
-        limits, budget = self.limits, self.limits.tokens
-        if self.token_budget is not None:
-            budget = min(budget, self.token_budget)
-        if limits.parts == limits.chunks == 1:
-            return limits.sequences, budget
-        most = -(-min(self.held, limits.sequences) // limits.parts)
-        pending = sum(s.target - s.computed for s in (*self.running, *self.waiting))
-        share = -(-(pending + self.tokens_under_way) // limits.chunks)
-        return most, min(budget, max(_LEAST_TOKENS, share))
-
-    @staticmethod
-    def _in_order(plan):
-        """Sequences with one token, as in decoding, stand first."""
-        return sorted(plan, key=lambda entry: entry[1] > 1)
-
-    def launch(self, plan):
+    def launch(self, plan: Plan) -> None:
         """Count a planned step as under way."""
         for sequence, n in plan:
             sequence.under_way += 1
             self.tokens_under_way += n
 
-    def complete(self, plan):
+    def complete(self, plan: Plan) -> None:
         """Count a step as over."""
         for sequence, n in plan:
             sequence.under_way -= 1
             self.tokens_under_way -= n
 
-    def finish(self, sequence):
+    def finish(self, sequence: Sequence) -> None:
         """Take a finished sequence out and release its pages."""
         self.running.remove(sequence)
         self.pages.free(sequence.pages)
         sequence.pages = []
 
-    def _plan(self, plan, sequence, n):
+    def _plan(self, plan: Plan, sequence: Sequence, n: int) -> None:
         """Enter n tokens of a sequence in the step, with the pages that they need."""
         end = sequence.computed + n
         sequence.pages += self.pages.allocate(self._owners(sequence, end))
@@ -179,7 +194,7 @@ class Scheduler:
         for page in range(sequence.computed // PAGE, len(known)):
             self.pages.register(sequence.pages[page], known[page])
 
-    def _owners(self, sequence, end):
+    def _owners(self, sequence: Sequence, end: int) -> list[int]:
         """Ranks that own the pages which a sequence still lacks for its first `end` tokens.
 
         Pages are dealt in turn, from the rank of the first page on.
@@ -190,16 +205,18 @@ class Scheduler:
         first = self.pages.owner(sequence.pages[0]) if have else self.pages.emptiest
         return [(first + page) % ranks for page in range(have, pages_for(end))]
 
-    def _found(self, sequence):
+    def _found(self, sequence: Sequence) -> list[int]:
         """Cached pages of a waiting sequence's beginning; its last token is always computed."""
         return self.pages.match_prefix(self._block_hashes(sequence, sequence.target - 1))
 
-    def _block_hashes(self, sequence, end):
+    def _block_hashes(self, sequence: Sequence, end: int) -> list[bytes]:
         """Hashes of the full pages in the first `end` tokens; none where pages are not shared."""
         if sequence.wants_all_hidden:
             return []
         if self.rope is not None:
             end = min(end, sequence.n_prompt)
+
+        # Compute those that were not needed before.
         if len(sequence.block_hashes) < end // PAGE:
             seed = b""
             if self.rope is not None:
@@ -207,7 +224,7 @@ class Scheduler:
             sequence.block_hashes = block_hashes(sequence.tokens[:end], sequence.block_hashes, seed)
         return sequence.block_hashes[: end // PAGE]
 
-    def _preempt(self, sequence):
+    def _preempt(self, sequence: Sequence) -> None:
         """Send a running sequence back to the head of the queue, without its pages."""
         self.pages.free(sequence.pages)
         sequence.pages, sequence.computed = [], 0

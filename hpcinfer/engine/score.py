@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hpcinfer import partition
 from hpcinfer.engine.sequence import Sequence
 from hpcinfer.engine.task import Deliver, Plan
 from hpcinfer.parallel import vocabulary
@@ -21,9 +20,6 @@ from hpcinfer.requests.request import Request, Score
 if TYPE_CHECKING:
     from hpcinfer.engine.api import Engine
     from hpcinfer.model.forward import Model
-
-# Logits in memory at a time, in bytes.
-_LOGITS_BYTES = 64 << 20
 
 # For each sequence of a step the tokens to score, and whether its text is then complete.
 Targets = list[tuple[Sequence, list[int], bool]]
@@ -85,9 +81,7 @@ class ScoreTask:
 
 def _log_probabilities(model: Model, hidden: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """log p(target) of every row: (T, D), (T,) -> (T,) float32, host."""
-    # Take as many rows at a time as the widest rank has room for.
-    widest = max(partition.counts(partition.block(model.arch.V, model.grid.tp_cp.size)))
-    block = max(1, _LOGITS_BYTES // (4 * widest))
+    block = vocabulary.rows_at_a_time(model.arch.V, model.grid.tp_cp.size)
     parts = [
         vocabulary.log_softmax_of(
             model.grid.tp_cp,

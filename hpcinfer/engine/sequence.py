@@ -1,6 +1,12 @@
 """A request under way: its tokens, its pages, and how far it is computed."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
+
+from hpcinfer.ops.sampling_batch import History
+from hpcinfer.requests.request import Request
+from hpcinfer.text.stream import TextStream
 
 
 @dataclass(eq=False)
@@ -31,20 +37,20 @@ class Sequence:
     number : sequences that were put in the queue before it
     """
 
-    request: object
+    request: Request
     sample: int
-    tokens: list
+    tokens: list[int]
     n_prompt: int
     wants_all_hidden: bool = False
     computes_last: bool = False
     computed: int = 0
-    pages: list = field(default_factory=list)
-    block_hashes: list = field(default_factory=list)
-    siblings: list = field(default_factory=list)
-    stream: object = None
-    stops: frozenset = frozenset()
-    history: object = None
-    logprobs: list = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    siblings: list[Sequence] = field(default_factory=list)
+    stream: TextStream | None = None
+    stops: frozenset[int] = frozenset()
+    history: History | None = None
+    logprobs: list[float] = field(default_factory=list)
     top_logprobs: list = field(default_factory=list)
     n_known: int = 0
     finish_reason: str | None = None
@@ -52,11 +58,11 @@ class Sequence:
     number: int = 0
 
     @property
-    def target(self):
+    def target(self) -> int:
         """Tokens to compute before the next is chosen; a scored text's last predicts nothing."""
         return len(self.tokens) - (self.wants_all_hidden and not self.computes_last)
 
     @property
-    def n_new(self):
+    def n_new(self) -> int:
         """Tokens generated so far."""
         return len(self.tokens) - self.n_prompt

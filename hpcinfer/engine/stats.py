@@ -1,10 +1,25 @@
 """What a run has cost: tokens, seconds, memory and messages, gathered into a short report."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hpcinfer import node
+from hpcinfer.ledger import Ledger
+
+if TYPE_CHECKING:
+    from hpcinfer.engine.api import Engine
+    from hpcinfer.grid import Grid
+    from hpcinfer.layout import Layout
+    from hpcinfer.model.architecture import Architecture
+    from hpcinfer.model.step import Step
+
+# What every rank has counted, by name; see `RunStats._counted`.
+Counts = list[dict[str, Any]]
 
 
 @dataclass
@@ -16,7 +31,7 @@ class PhaseStats:
     time_s: float = 0.0
 
     @property
-    def tokens_per_s(self):
+    def tokens_per_s(self) -> float:
         return self.tokens / self.time_s if self.time_s else 0.0
 
 
@@ -40,7 +55,7 @@ class RunStats:
         else
     """
 
-    def __init__(self, grid, ledger, bytes_read, file_bytes):
+    def __init__(self, grid: Grid, ledger: Ledger, bytes_read: int, file_bytes: int):
         self.grid, self.ledger = grid, ledger
         self.bytes_read, self.file_bytes = bytes_read, file_bytes
         self.load_s, self.kv_bytes = 0.0, 0
@@ -49,7 +64,7 @@ class RunStats:
         self.loop_s, self.empty_s, self.answered = 0.0, 0.0, 0
         self.written_bytes, self.write_s = 0, 0.0
 
-    def step(self, step, n_prompt, time_s, pages_held):
+    def step(self, step: Step, n_prompt: int, time_s: float, pages_held: int) -> None:
         """Count one step of `n_prompt` prompt tokens and others, which took `time_s` seconds."""
         if not step.n_tokens:
             self.empty_s += time_s
@@ -60,21 +75,44 @@ class RunStats:
         phase.time_s += time_s
         self.most_pages = max(self.most_pages, pages_held)
 
-    def report(self, engine):
+    def report(self, engine: Engine) -> list[str] | None:
         """The report's lines, on the root; every rank must call this. None elsewhere."""
-        # Gather the counters of all ranks on the first.
-        model, grid, scheduler = engine.model, self.grid, engine.scheduler
-        mine = {
+        # Gather what each rank has counted.
+        load, grid = engine.expert_load(), self.grid
+        ranks = grid.comm.gather(self._counted(engine), 0)
+        if ranks is None:
+            return None
+
+        # Say what belongs to every run, then what belongs to this one's layout and model.
+        lines = [
+            f"layout    {grid.layout} on {engine.model.device}, "
+            f"{engine.model.dtype}, threads per rank {engine.threads}",
+            f"load      {max(r['load_s'] for r in ranks):.2f} s; read per rank "
+            + _span([r["bytes_read"] for r in ranks])
+            + f"; sum {sum(r['bytes_read'] for r in ranks) / max(1, self.file_bytes):.2f} x the "
+            f"weights' {_size(self.file_bytes)}",
+            *_speed_lines(ranks),
+            _cache_line(ranks, engine.scheduler.pages.total),
+        ]
+        lines += _memory_lines(grid, ranks) + _balance_lines(grid.layout, ranks)
+        lines += _written_lines(ranks)
+        return lines + _expert_lines(load, engine.model.arch) + _ledger_lines(self.ledger)
+
+    def _counted(self, engine: Engine) -> dict[str, Any]:
+        """What this rank has counted, as it is sent to the root."""
+        # Take the rank's place, its memory, its time, then its work.
+        model, scheduler = engine.model, engine.scheduler
+        return {
             "bytes_read": self.bytes_read,
             "load_s": self.load_s,
             "peak_bytes": node.peak_memory_bytes(),
             "device_bytes": model.device.peak_bytes(),
             "cache_bytes": self.kv_bytes,
             "weight_bytes": model.weights.nbytes,
-            "side": grid.role,
-            "stage": grid.pp.rank,
-            "replica": grid.dp.rank,
-            "is_leader": grid.is_leader,
+            "side": self.grid.role,
+            "stage": self.grid.pp.rank,
+            "replica": self.grid.dp.rank,
+            "is_leader": self.grid.is_leader,
             "loop_s": self.loop_s,
             "idle_s": _waited_s(self.ledger),
             "empty_s": self.empty_s,
@@ -83,27 +121,9 @@ class RunStats:
             "cache": (self.most_pages, scheduler.reused_tokens, scheduler.preemptions),
             "tokens": [(p.tokens, p.steps, p.time_s) for p in (self.prefill, self.decode)],
         }
-        ranks, load = grid.comm.gather(mine, 0), engine.expert_load()
-        if ranks is None:
-            return None
-
-        # Put them into words.
-        lines = [
-            f"layout    {grid.layout} on {model.device}, "
-            f"{model.dtype}, threads per rank {node.threads()}",
-            f"load      {max(r['load_s'] for r in ranks):.2f} s; read per rank "
-            + _span([r["bytes_read"] for r in ranks])
-            + f"; sum {sum(r['bytes_read'] for r in ranks) / max(1, self.file_bytes):.2f} x the "
-            f"weights' {_size(self.file_bytes)}",
-            *_speed_lines(ranks),
-            _cache_line(ranks, scheduler.pages.total),
-        ]
-        lines += _memory_lines(grid, ranks) + _balance_lines(grid.layout, ranks)
-        lines += _written_lines(ranks)
-        return lines + _expert_lines(load, model.arch) + _ledger_lines(self.ledger)
 
 
-def _cache_line(ranks, total):
+def _cache_line(ranks: Counts, total: int) -> str:
     """Pages that any replica used, and what all replicas together reused and computed again."""
     pages, reused, preemptions = zip(*(r["cache"] for r in ranks if r["is_leader"]), strict=True)
     return (
@@ -112,8 +132,9 @@ def _cache_line(ranks, total):
     )
 
 
-def _memory_lines(grid, ranks):
+def _memory_lines(grid: Grid, ranks: Counts) -> list[str]:
     """Weights and cache of a rank, on each side where there are two; and the peak of all memory."""
+    # Add up neither: what one rank needs is what its memory must hold.
     lines = []
     for side in ("attention", "ffn") if grid.role else ("",):
         own = [r for r in ranks if r["side"] == side]
@@ -122,6 +143,8 @@ def _memory_lines(grid, ranks):
             f"memory    weights per rank {_span([r['weight_bytes'] for r in own])}, cache "
             f"{_span([r['cache_bytes'] for r in own])}{of_side}"
         )
+
+    # Say what is had together, and the peak of host and device.
     if grid.same_weights.size > 1 and grid.layout.zero == "off":
         lines.append(f"memory    ranks of a node that hold equal weights: {grid.same_weights.size}")
     if any(r["device_bytes"] for r in ranks):
@@ -129,7 +152,7 @@ def _memory_lines(grid, ranks):
     return [*lines, f"memory    peak per rank {_span([r['peak_bytes'] for r in ranks])}"]
 
 
-def _speed_lines(ranks):
+def _speed_lines(ranks: Counts) -> list[str]:
     """Tokens per second in prefill and in decode: of all replicas together."""
     leaders = [r["tokens"] for r in ranks if r["is_leader"]]
     lines = []
@@ -143,9 +166,9 @@ def _speed_lines(ranks):
     return lines
 
 
-def _balance_lines(layout, ranks):
+def _balance_lines(layout: Layout, ranks: Counts) -> list[str]:
     """How busy replicas, stages and sides were."""
-    # How long each replica had work, of the one that had it longest.
+    # Compare the replicas with the one that took longest.
     lines = []
     if layout.dp > 1:
         leaders = [r for r in ranks if r["is_leader"]]
@@ -157,8 +180,8 @@ def _balance_lines(layout, ranks):
             + " requests"
         )
 
-    # How long stages, or the two sides, waited for each other.
-    groups = []
+    # Say how long stages, or sides, waited for each other.
+    groups: list[tuple[str, Callable]] = []
     if layout.pp > 1:
         groups = [(f"stage {i}", lambda r, i=i: r["stage"] == i) for i in range(layout.pp)]
     elif layout.afd:
@@ -170,7 +193,7 @@ def _balance_lines(layout, ranks):
     return lines
 
 
-def _written_lines(ranks):
+def _written_lines(ranks: Counts) -> list[str]:
     """Activations that went to disk, and how fast each rank wrote its part."""
     written = [r["written"] for r in ranks if r["written"][0]]
     if not written:
@@ -182,7 +205,7 @@ def _written_lines(ranks):
     ]
 
 
-def _expert_lines(load, arch):
+def _expert_lines(load: np.ndarray, arch: Architecture) -> list[str]:
     """The busiest expert of a layer beside the mean, and experts that no token chose."""
     if not load.size or not load.sum():
         return []
@@ -196,7 +219,7 @@ def _expert_lines(load, arch):
     ]
 
 
-def _waited_s(ledger):
+def _waited_s(ledger: Ledger) -> float:
     """Seconds that this rank waited for another stage or side."""
     purposes = ("pipeline", "pipeline result", "disagg", "round")
     return sum(
@@ -206,11 +229,12 @@ def _waited_s(ledger):
     )
 
 
-def _percent(shares):
+def _percent(shares: Iterable[float]) -> str:
+    """Shares of 1 in whole percent."""
     return ", ".join(f"{100 * share:.0f} %" for share in shares)
 
 
-def _ledger_lines(ledger):
+def _ledger_lines(ledger: Ledger) -> list[str]:
     """One line per collective of the root's ledger; groups of one rank send nothing."""
     rows = sorted(item for item in ledger.entries.items() if item[1].sent_bytes)
     lines = []
@@ -222,13 +246,13 @@ def _ledger_lines(ledger):
     return lines
 
 
-def _span(sizes):
+def _span(sizes: Sequence[float]) -> str:
     """Least and largest of some sizes; one of them if they are equal."""
     low, high = _size(min(sizes)), _size(max(sizes))
     return low if low == high else f"{low} to {high}"
 
 
-def _size(n_bytes):
+def _size(n_bytes: float) -> str:
     """Bytes in the unit that leaves one to three digits before the point."""
     for unit in ("B", "kB", "MB", "GB"):
         if n_bytes < 1000:

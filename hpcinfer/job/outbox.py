@@ -6,6 +6,7 @@ import time
 import numpy as np
 
 from hpcinfer import collectives
+from hpcinfer.transfer import Outgoing
 
 _TAG, _POLL_S = 11, 0.002
 
@@ -21,7 +22,7 @@ class Outbox:
 
     def __init__(self, grid, write):
         self._grid, self._write = grid, write
-        self._outgoing = collectives.Outgoing()
+        self._outgoing = Outgoing()
         self._open = grid.layout.dp - 1
 
     def put(self, *message):

@@ -50,13 +50,23 @@ def use(choice):
         If the choice is neither.
     """
     global _choice
-    if choice not in CHOICES:
-        raise ValueError(f"kernels: got {choice!r}, need one of {', '.join(CHOICES)}")
+    refuse_unknown(choice)
     if choice == _choice:
         return
     _choice = choice
     for found in _found:
         found.clear()
+
+
+def refuse_unknown(choice):
+    """Refuse what `use` cannot choose.
+
+    Raises
+    ------
+    ValueError
+    """
+    if choice not in CHOICES:
+        raise ValueError(f"kernels: got {choice!r}, need one of {', '.join(CHOICES)}")
 
 
 def choice():

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hpcinfer import collectives, partition
+from hpcinfer import partition
+from hpcinfer.transfer import Counter
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Comm
@@ -45,7 +46,7 @@ class Queue:
         if n < 0:
             raise ValueError(f"data: got a queue of {n} items, need 0 or more")
         self.comm, self.n, self.remaining = comm, n, n
-        self._counter = collectives.Counter(comm)
+        self._counter = Counter(comm)
 
     def take(self, most: int, held: int = 0) -> tuple[int, int]:
         """Take the next block of numbers.

@@ -32,6 +32,7 @@ from numpy.typing import DTypeLike
 from hpcinfer import array, collectives, partition
 from hpcinfer.array import Array
 from hpcinfer.partition import ExpertShare
+from hpcinfer.transfer import Outgoing
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Comm
@@ -169,7 +170,7 @@ def ffn_side(
     ValueError
         If the two sides do not agree on D, k or dtype.
     """
-    joined, outgoing = _joined(comm, False), collectives.Outgoing()
+    joined, outgoing = _joined(comm, False), Outgoing()
     for n in layers:
         choices = [np.empty((0, k(n)), kind) for kind in (np.int32, np.float32)]
         like = (np.empty((0, D), dtype), *choices)

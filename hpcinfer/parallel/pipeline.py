@@ -22,6 +22,7 @@ import numpy as np
 
 from hpcinfer import collectives
 from hpcinfer.array import Array
+from hpcinfer.transfer import Outgoing
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Comm
@@ -44,7 +45,7 @@ class Pipeline:
     def __init__(self, comm: Comm, purpose: str = "pipeline"):
         self.comm, self.purpose = comm, purpose
         self.is_first, self.is_last = comm.rank == 0, comm.rank == comm.size - 1
-        self._outgoing = collectives.Outgoing()
+        self._outgoing = Outgoing()
 
     def forward(self, x: Array, compute: Callable) -> Array | None:
         """One micro-batch through this rank's layers.

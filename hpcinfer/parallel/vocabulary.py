@@ -44,8 +44,15 @@ if TYPE_CHECKING:
 CANDIDATES = 64  # offers of a rank in the first round
 GROWTH = 8
 GATHER_ITEMS = 1 << 20  # candidates in one Allgather: bounds the memory of rows that need many
+LOGITS_BYTES = 64 << 20  # logits of a rank in memory at a time, where many rows have them
 
 _BEST = np.dtype([("score", np.float64), ("token_id", np.int64)])
+
+
+def rows_at_a_time(V: int, P: int) -> int:
+    """Rows whose logits fit `LOGITS_BYTES` on the rank with the widest part of a vocabulary."""
+    widest = max(partition.counts(partition.block(V, P)))
+    return max(1, LOGITS_BYTES // (4 * widest))
 
 
 def embed(

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from mpi4py.MPI import Comm
 
 SMALL_BYTES = 1 << 16  # parameters below it are broadcast
-_ALIGN = 64  # every parameter begins at a multiple of this many bytes
+ALIGN = 64  # every parameter begins at a multiple of this many bytes
 
 
 @dataclass
@@ -94,7 +94,7 @@ def cut(
     for name, x in parameters.items():
         start = ends[name in large]
         specs[name] = start, x.shape, x.dtype
-        ends[name in large] = start + -(-x.nbytes // _ALIGN) * _ALIGN
+        ends[name in large] = start + -(-x.nbytes // ALIGN) * ALIGN
 
     # Lay the parameters end to end and keep the own bytes.
     ranges = partition.block(ends[True], comm.size)

@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 
 from hpcinfer.errors import integer, shown
+from hpcinfer.ops.sampling_batch import GREEDY_BELOW
 
 # Largest values of n and of logprobs; stop strings, characters of one, and stop ids
 MAX_SAMPLES, MAX_LOGPROBS = 128, 20
 MAX_STOPS, MAX_STOP_CHARACTERS, MAX_STOP_IDS = 16, 1024, 1024
-
-GREEDY_BELOW = 1e-5
 
 _REAL = int | float | np.integer | np.floating
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from hpcinfer import array, collectives
+from hpcinfer import array, staging
 from hpcinfer.collectives import (
     Allgather,
     Allreduce,
@@ -82,7 +82,7 @@ class Device(types.ModuleType):
 def device(request, monkeypatch):
     device = Device()
     monkeypatch.setitem(sys.modules, "cupy", device)
-    monkeypatch.setattr(collectives, "_direct", request.param == "direct")
+    monkeypatch.setattr(staging, "_direct", request.param == "direct")
     yield device
     array._copies.clear()
 
@@ -147,12 +147,12 @@ def test_the_device_is_waited_for(comm, device):
     if comm.size == 1:
         return
     Allreduce(comm, device.ones(3, np.float32))
-    assert bool(device.waits) == collectives._direct != bool(device.pinned)
+    assert bool(device.waits) == staging._direct != bool(device.pinned)
 
 
 def test_staged_sizes_are_few(comm, device):
     """Memory is asked for in powers of two, and what is copied still is kept."""
-    if collectives._direct or comm.size == 1:
+    if staging._direct or comm.size == 1:
         return
     for n in (3, 4, 5, 100):
         Allreduce(comm, device.ones(n, np.float32))
@@ -161,11 +161,11 @@ def test_staged_sizes_are_few(comm, device):
 
 
 def test_direct_messages_are_tried_first(comm, device, monkeypatch):
-    assert collectives.use_device_memory(comm, device, True)
-    assert not collectives.use_device_memory(comm, device, comm.rank != 0)
-    assert not collectives.use_device_memory(comm, np, True)
-    monkeypatch.setattr(collectives, "_device_memory_works", lambda *_: comm.rank != 0)
-    assert not collectives.use_device_memory(comm, device, True)
+    assert staging.use_device_memory(comm, device, True)
+    assert not staging.use_device_memory(comm, device, comm.rank != 0)
+    assert not staging.use_device_memory(comm, np, True)
+    monkeypatch.setattr(staging, "_device_memory_works", lambda *_: comm.rank != 0)
+    assert not staging.use_device_memory(comm, device, True)
 
 
 @pytest.mark.single

@@ -17,13 +17,13 @@ from reference.parity import on_root
 
 import hpcinfer
 from hpcinfer import partition
-from hpcinfer.engine import score as score_room
 from hpcinfer.engine.feed import Feed
 from hpcinfer.engine.generate import GenerateTask
 from hpcinfer.engine.loop import run
 from hpcinfer.errors import UsageError
 from hpcinfer.model.cache import page_bytes
 from hpcinfer.model.families import read_architecture
+from hpcinfer.parallel import vocabulary
 from hpcinfer.requests.request import BadRequest
 
 
@@ -298,7 +298,7 @@ def test_blocks_of_a_score_do_not_matter(comm, engine, monkeypatch):
     whole = engine.score(texts)
     chunked = load(comm, step_tokens=13)
     for rows in (1, 3, 17):
-        monkeypatch.setattr(score_room, "_LOGITS_BYTES", rows * 4 * 1024)
+        monkeypatch.setattr(vocabulary, "LOGITS_BYTES", rows * 4 * 1024)
         for other in (engine, chunked):
             for score, expected in zip(other.score(texts), whole, strict=True):
                 np.testing.assert_allclose(score.logprobs, expected.logprobs, atol=1e-4)
@@ -314,7 +314,7 @@ def test_a_long_text_needs_no_more_logits_than_a_block(comm, engine, monkeypatch
         return logits(hidden)
 
     monkeypatch.setattr(engine.model, "logits", watched)
-    monkeypatch.setattr(score_room, "_LOGITS_BYTES", 4 * 1024 * 10)
+    monkeypatch.setattr(vocabulary, "LOGITS_BYTES", 4 * 1024 * 10)
     engine.score([list(range(500))])
     assert max(seen) <= 10 * comm.size and sum(seen) == 499
 

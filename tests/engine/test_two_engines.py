@@ -7,6 +7,9 @@ from mpi4py import MPI
 
 import hpcinfer
 from hpcinfer import node
+from hpcinfer.errors import is_agreed
+from hpcinfer.grid import Grid, grid_of
+from hpcinfer.layout import parse_layout
 from hpcinfer.ledger import ledger
 from hpcinfer.ops import dispatch
 
@@ -94,6 +97,26 @@ def test_kernels_and_threads_are_those_of_the_engine(comm, monkeypatch):
     b.close()
 
 
+def test_reports_of_interleaved_calls(comm, monkeypatch):
+    """Each tells of its own tokens, messages and threads, whoever worked last."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with shipped(comm) as a:
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        with shipped(comm) as b:
+            for engine in (a, b, a, b, b):
+                answer(engine)
+                engine.score([PROMPT])
+            reports = [engine.stats.report(engine) for engine in (a, b)]
+            assert a.stats.answered == 4 and b.stats.answered == 6
+            assert a.stats.decode.steps * 3 == b.stats.decode.steps * 2
+            calls = [engine.ledger.calls("Allreduce", "tp", "log_softmax") for engine in (a, b)]
+            assert calls[0] * 3 == calls[1] * 2
+    node.use_threads(1)
+    if comm.rank == 0:
+        for threads, lines in enumerate(reports, 1):
+            assert lines[0].endswith(f"threads per rank {threads}")
+
+
 def test_a_closed_engine_says_so(comm):
     engine = shipped(comm)
     engine.close()
@@ -101,6 +124,8 @@ def test_a_closed_engine_says_so(comm):
     for call in (engine.generate, engine.score, engine.extract):
         with pytest.raises(RuntimeError, match=r"^engine: got a call after close"):
             call([PROMPT])
+    with pytest.raises(RuntimeError, match=r"^engine: got a call after close"):
+        engine.stats.report(engine)
 
 
 def test_an_error_does_not_wait_for_the_others(comm):
@@ -119,10 +144,39 @@ def test_communicators_are_given_back(comm):
         with shipped(comm, layout) as second:
             assert second.grid.tp is first.grid.tp
         assert answer(first)
-    alone = comm.Dup()
-    for _ in range(300):
-        hpcinfer.grid.grid_of(alone, hpcinfer.layout.parse_layout(layout, comm.size)).release()
+    alone, parsed = comm.Dup(), parse_layout(layout, comm.size)
+    for make in (grid_of, Grid):
+        for _ in range(300):
+            grid = make(alone, parsed)
+            grid.release()
+            grid.release()
+            assert grid.comm == MPI.COMM_NULL
     alone.Free()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"layout": "tp=0"},
+        {"kernels": "quick"},
+        {"dtype": "int3"},
+        {"seed": -1.5},
+        {"kv_memory": 1},
+        {"context": 0},
+    ],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_a_load_that_fails_keeps_nothing(comm, wrong):
+    """All ranks refuse alike, so that the communicators are given back, if there were any."""
+    own = comm.Dup()
+    layout = parse_layout(None, comm.size)
+    with pytest.raises(ValueError) as raised:
+        shipped(own, **wrong)
+    assert is_agreed(raised.value)
+    grid = grid_of(own, layout)
+    grid.release()
+    assert grid.comm == MPI.COMM_NULL
+    own.Free()
 
 
 @pytest.mark.mpi(min_size=2)

@@ -27,20 +27,20 @@ from hpcinfer.model import forward
 
 whole_layer, count = forward.layer, 0
 
-def layer(model, n, x, *others):
+def layer(p, n, x, *others):
     global count
     count += 1
     if launcher_rank() == 1 and count == 7:
         {trouble}
-    return whole_layer(model, n, x, *others)
+    return whole_layer(p, n, x, *others)
 
 forward.layer = layer
 main(sys.argv[1:])
 """
 SLEEPS = "time.sleep(300)"
 STOPS = "os.kill(os.getpid(), signal.SIGSTOP)"
-OTHER_CALL = "model.grid.comm.Set_name('other'); from hpcinfer import collectives; "
-OTHER_CALL += "collectives.Recv(model.grid.comm, x, 0, purpose='lost')"
+OTHER_CALL = "p.model.grid.comm.Set_name('other'); from hpcinfer import collectives; "
+OTHER_CALL += "collectives.Recv(p.model.grid.comm, x, 0, purpose='lost')"
 SLOW = "time.sleep(5)"
 
 
@@ -153,8 +153,8 @@ def test_a_rank_knows_the_call_that_it_is_in(comm, monkeypatch):
     import numpy as np
 
     seen, before = [], here.calls
-    real = collectives._to_host
-    monkeypatch.setattr(collectives, "_to_host", lambda x: seen.append(here.call) or real(x))
+    real = collectives.to_host
+    monkeypatch.setattr(collectives, "to_host", lambda x: seen.append(here.call) or real(x))
     collectives.Allreduce(comm, np.zeros(3), purpose="test")
     transfer = collectives.Shift(comm, np.zeros(3), np.empty(3), purpose="ring")
     assert here.call is None

@@ -4,9 +4,9 @@ import time
 
 import pytest
 
-from hpcinfer import collectives
 from hpcinfer.ledger import ledger
 from hpcinfer.parallel.data import Queue
+from hpcinfer.transfer import Counter
 
 
 @pytest.fixture(autouse=True)
@@ -173,7 +173,7 @@ def test_refuses_on_every_rank(comm):
 
 
 def test_a_counter_gives_every_rank_its_own_range(comm):
-    counter = collectives.Counter(comm)
+    counter = Counter(comm)
     before = [counter.add(3, "test") for _ in range(50)]
     starts = sorted(sum(comm.allgather(before), []))
     assert starts == list(range(0, 150 * comm.size, 3))

@@ -11,6 +11,7 @@ import pytest
 from hpcinfer import array, collectives
 from hpcinfer.array import BFLOAT16
 from hpcinfer.ledger import axis_name, ledger
+from hpcinfer.transfer import Outgoing
 
 TYPES = [np.float32, np.int64, np.uint8, BFLOAT16]
 
@@ -147,7 +148,7 @@ def test_send_and_receive(comm, dtype, rows):
 def test_tags_tell_messages_apart(comm):
     """The second is received first; what is sent twice under one tag keeps its order."""
     right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
-    outgoing = collectives.Outgoing()
+    outgoing = Outgoing()
     for value, tag in ((1, 7), (2, 8), (3, 7)):
         outgoing.add(collectives.Isend(comm, np.full(3, value, np.uint8), right, tag))
     received = [collectives.Recv(comm, np.empty(3, np.uint8), left, tag)[0] for tag in (8, 7, 7)]
@@ -172,7 +173,7 @@ def test_a_message_of_any_length(comm, rows):
 def test_outgoing_messages_are_entered_when_they_have_left(comm, n):
     """Once each, whether they left during a test or the wait."""
     right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
-    outgoing = collectives.Outgoing()
+    outgoing = Outgoing()
     for i in range(n):
         outgoing.add(collectives.Isend(comm, np.full(1000 * i, i, np.uint8), right))
         outgoing.test()

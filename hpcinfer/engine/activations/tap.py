@@ -21,12 +21,10 @@ from hpcinfer.io.parts import ColumnShare, Field
 from hpcinfer.model.step import Step, part_order
 from hpcinfer.model.token_owners import At, holders
 from hpcinfer.parallel.ulysses import to_heads
+from hpcinfer.parallel.vocabulary import rows_at_a_time
 
 if TYPE_CHECKING:
     from hpcinfer.model.forward import Model
-
-# Logits in memory at a time, in bytes.
-_LOGITS_BYTES = 64 << 20
 
 
 @dataclass
@@ -136,8 +134,7 @@ class Tap:
             return
         xp = array.namespace(hidden)
         hidden = self._pooled("logits", hidden[xp.asarray(self._wanted(step))], step)
-        V, ranks = self._model.arch.V, self._model.grid.tp_cp.size
-        block = max(1, _LOGITS_BYTES // (4 * max(partition.counts(partition.block(V, ranks)))))
+        block = rows_at_a_time(self._model.arch.V, self._model.grid.tp_cp.size)
         for start in range(0, len(hidden), block):
             self._put("logits", self._model.logits(hidden[start : start + block]))
 

@@ -17,6 +17,7 @@ import numpy as np
 from hpcinfer import node
 from hpcinfer.grid import Grid
 from hpcinfer.model.weights.parameters import Layer, Weights
+from hpcinfer.model.weights.table import EXPERT_KEYS
 from hpcinfer.ops.quantize import QuantFormat, form_of, from_arrays, to_arrays
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 _ALIGN = 64
 _OUTSIDE = ("embed", "positions", "final_norm", "final_norm_bias")
-_EXPERTS = frozenset(("experts_up", "experts_down"))
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def private_keys(grid: Grid) -> frozenset:
     if over_cp:
         own |= {"head"}
     if grid.experts is not None and (over_cp or grid.layout.experts_over_dp):
-        own |= _EXPERTS
+        own |= {*EXPERT_KEYS}
     return own
 
 

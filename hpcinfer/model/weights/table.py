@@ -18,6 +18,8 @@ FFN_KEYS = frozenset(
     + ("experts_up", "experts_down", "shared_up", "shared_down")
 )
 
+# Parameters that every expert of a layer has its own of
+EXPERT_KEYS = ("experts_up", "experts_down")
 
 # Parameters that a file may hold quantised. `kv` of latent attention is none, as it is multiplied
 # from both sides.

@@ -16,10 +16,9 @@ import numpy as np
 from hpcinfer.array import Array
 from hpcinfer.grid import Grid
 from hpcinfer.model.weights.parameters import Layer, Parameters
+from hpcinfer.model.weights.table import EXPERT_KEYS
 from hpcinfer.ops.quantize import form_of, from_arrays, to_arrays
 from hpcinfer.parallel import zero
-
-_EXPERTS = ("experts_up", "experts_down")
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class ZeroWeights(Parameters):
         parameters = {f.name: x for f in fields(Layer) if (x := getattr(layer, f.name)) is not None}
         apart, experts = {}, None
         if self._experts_apart:
-            apart = {name: parameters.pop(name) for name in _EXPERTS if name in parameters}
+            apart = {name: parameters.pop(name) for name in EXPERT_KEYS if name in parameters}
         owner = n - self._layers.start
         common = self._cut(self._all, parameters, owner)
         if self._experts_alike:

@@ -1,7 +1,7 @@
 """How this package's functions are compiled: once per machine, into a folder of the user's.
 
-The folder's name follows from the sources of this package, since Numba by itself would see a change
-of the file of a function only, and not of those it is built from. Ranks that start at once compile
+The folder's name follows from the sources that functions are built from, since Numba by itself
+would see a change of a function's own file only. Ranks that start at once compile
 one after the other, so that those that come later find what the first has kept; they write whole
 files and rename them, so that none reads another's half.
 """
@@ -57,10 +57,15 @@ def folder() -> Path:
     return node.cache_folder() / f"kernels-{_digest()[:16]}"
 
 
+def sources():
+    """Files that compiled functions are built from: those of ops, but for ops/cuda."""
+    ops = Path(__file__).parents[2]
+    return sorted(path for path in ops.rglob("*.py") if ops / "cuda" not in path.parents)
+
+
 @functools.cache
 def _digest():
-    sources = sorted(Path(__file__).parents[2].rglob("*.py"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources())).hexdigest()
 
 
 @contextlib.contextmanager
