@@ -74,7 +74,7 @@ def measured(comm, device, dtype, width, kernels="auto"):
     ----------
     dtype : element type of weights
     width : D, of the Allreduce
-    kernels : choice of `hpcinfer.ops.dispatch` to go back to: the limit is that of the fast forms
+    kernels : choice of `hpcinfer.ops.dispatch` to go back to: the limit is that of kernels
     """
     before = dispatch.choice()
     dispatch.use("auto")

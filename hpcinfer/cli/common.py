@@ -142,7 +142,7 @@ def add_device_options(parser: ArgumentParser | Group) -> None:
         "--kernels",
         choices=("auto", "plain"),
         default="auto",
-        help="the fast forms of functions where there are any, or the plain ones (default auto)",
+        help="kernels where there are any, or the plain functions alone (default auto)",
     )
 
 

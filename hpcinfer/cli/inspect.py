@@ -28,8 +28,8 @@ def add(commands: _SubParsersAction) -> ArgumentParser:
     parser.add_argument(
         "--machine",
         action="store_true",
-        help="show processor, memory, GPUs and MPI of this machine, which fast forms of functions "
-        "run on it and what is missing, and with how many ranks to start",
+        help="show processor, memory, GPUs and MPI of this machine, which kernels run "
+        "on it and what is missing, and with how many ranks to start",
     )
     return parser
 

@@ -88,7 +88,7 @@ def _mpi():
 
 
 def _kernels(what, package):
-    """Lines about the fast forms of functions for a device."""
+    """Lines about the kernels for a device."""
     word, reason = f"{what} forms", package.missing()
     if reason is not None:
         return [(word, f"plain only: {reason}")]
