@@ -7,6 +7,7 @@ whatever it reads.
 
 import os
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -22,7 +23,6 @@ from hpcinfer.engine.generate import GenerateTask
 from hpcinfer.engine.loop import run as run_loop
 from hpcinfer.engine.loop import sequences_of
 from hpcinfer.engine.scheduler import Scheduler
-from hpcinfer.engine.stats import RunStats
 from hpcinfer.errors import UsageError, agreed
 from hpcinfer.grid import agree_all
 from hpcinfer.requests.request import BadRequest
@@ -150,7 +150,6 @@ class Bench:
             kernels=setting.kernels,
         )  # fmt: skip
         self.load_s, self.bytes_read = engine.stats.load_s, engine.stats.bytes_read
-        engine.stats = _Steps(engine.grid, engine.ledger, 0, 0)
         self.arch, self.model, self.grid = engine.model.arch, engine.model, engine.grid
         self.most_pages = engine.scheduler.pages.n
         self.allocate(min(1, self.most_pages))
@@ -239,8 +238,8 @@ class Bench:
         return partition.counts(partition.block(batch, self.grid.layout.dp))[self.grid.dp.rank]
 
     def _run(self, batch, context, max_tokens, cached):
-        engine, own = self.engine, self.own(batch)
-        engine.stats.steps = []
+        engine, own, steps = self.engine, self.own(batch), []
+        engine.observers = [partial(_keep, steps)]
         engine.scheduler = Scheduler(
             BlockManager(self._pages, self.model.pools), engine.limits, self.arch.rope
         )
@@ -252,7 +251,7 @@ class Bench:
                 engine.scheduler.add(sequence)
         with engine.in_use(), Feed(self.grid, iter(()), 0) as feed:
             run_loop(engine, feed, _refuse, todo)
-        return Spent(engine.stats.steps, own)
+        return Spent(steps, own)
 
     def _sequences(self, todo, n, context, max_tokens):
         """Sequences of random prompts, each with its own."""
@@ -277,15 +276,10 @@ class Bench:
         self.engine.scheduler.resume(sequence, computed, pages.allocate(owners))
 
 
-class _Steps(RunStats):
-    """A record that keeps every step."""
-
-    steps = ()
-
-    def step(self, step, n_prompt, time_s, pages_held):
-        super().step(step, n_prompt, time_s, pages_held)
-        if step.n_tokens:
-            self.steps.append((step.n_tokens, n_prompt, time_s))
+def _keep(steps, micro, time_s):
+    """Add a step that computed anything to those of `Spent`."""
+    if micro.step.n_tokens:
+        steps.append((micro.step.n_tokens, micro.n_prompt, time_s))
 
 
 def _refuse(outcome):

@@ -28,6 +28,7 @@ from hpcinfer.engine.build_step import build_step
 from hpcinfer.engine.feed import Feed
 from hpcinfer.engine.generate import GenerateTask
 from hpcinfer.engine.loading import Loaded, load_parts
+from hpcinfer.engine.loop import MicroBatch
 from hpcinfer.engine.loop import run as run_loop
 from hpcinfer.engine.process import ProcessState
 from hpcinfer.engine.scheduler import Scheduler, StepLimits
@@ -144,6 +145,7 @@ class Engine:
     ledger : Ledger, what it has sent
     threads : of this rank's own kernels and of its libraries
     seed : of requests that do not give their own
+    observers : functions (MicroBatch, seconds), called on ranks with sequences after each step
     depth : rounds of micro-batches under way at a time, one for each stage of the pipeline
     width : micro-batches of a round
     """
@@ -174,6 +176,7 @@ class Engine:
         # Begin with nothing sent, found or cached.
         self.ledger, self.threads, self._process = process.ledger, process.threads, process
         self.ahead = Ahead(self)
+        self.observers: list[Callable[[MicroBatch, float], None]] = []
         self._stops: dict[Sampling, frozenset[int]] = {}
         self.stats.kv_bytes = pages * self.model.page_bytes
         self._forget(pages)

@@ -130,9 +130,7 @@ def _steps(
 
         # Count its time, which is what has passed since the one before.
         now_s = time.perf_counter()
-        share_s = (now_s - before_s) / len(batch)
-        for micro in batch:
-            engine.stats.step(micro.step, micro.n_prompt, share_s, held)
+        _count(engine, batch, (now_s - before_s) / len(batch), held)
         if stop is not None:
             stop.pace.step(max(micro.step.n_tokens for micro in batch), now_s - before_s)
         before_s = now_s
@@ -140,6 +138,14 @@ def _steps(
             between()
     if engine.grid.role == "attention":
         _announce_round(engine, 0)
+
+
+def _count(engine: Engine, batch: list[MicroBatch], time_s: float, held: int) -> None:
+    """Count micro-batches of `time_s` seconds each, and tell who observes the engine."""
+    for micro in batch:
+        engine.stats.step(micro.step, micro.n_prompt, time_s, held)
+        for observe in engine.observers:
+            observe(micro, time_s)
 
 
 def _plan(

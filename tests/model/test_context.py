@@ -40,14 +40,10 @@ def test_a_context_beyond_one_rank_fits_on_several(comm, shared_path):
 def test_cache_memory_is_divided(comm, shared_path):
     """The pages of one long text are dealt evenly: each rank holds 1/P of them."""
     engine = context(comm, shared_path)
-    held = []
-    pages, step = engine.scheduler.pages, engine.stats.step
-
-    def watch(*arguments):
-        held.append([pages.n - pages.n_free(rank) for rank in range(pages.ranks)])
-        step(*arguments)
-
-    engine.stats.step = watch
+    pages, held = engine.scheduler.pages, []
+    engine.observers.append(
+        lambda *_: held.append([pages.n - pages.n_free(rank) for rank in range(pages.ranks)])
+    )
     greedy(engine, [models.tokens(CASE, 4 * PAGE * comm.size - 4)], 2)
     assert len(held[0]) == comm.size
     assert set(held[0]) == {4}
@@ -85,8 +81,8 @@ def test_queries_travel_when_they_are_fewer_bytes(comm, shared_path):
 def test_decoding_divides_columns(comm, shared_path):
     """In a step of few sequences every rank computes all tokens with its part of the columns."""
     engine = context(comm, shared_path)
-    build, steps = engine.build_step, []
-    engine.build_step = lambda plan: steps.append(build(plan)) or steps[-1]
+    steps = []
+    engine.observers.append(lambda micro, _: steps.append(micro.step))
     greedy(engine, [models.tokens(CASE, n) for n in (7, 33)], 4)
     assert [step.columns for step in steps] == [False] + 3 * [comm.size > 1]
     assert sum(comm.allgather(len(steps[0].mine))) == 40
