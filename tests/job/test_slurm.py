@@ -42,7 +42,7 @@ OPTIONS = ("--dtype", "float32", "--kv-memory", "32M", "--seed", "5")
 COMMAND = f"""#!{sys.executable}
 import os, time
 from hpcinfer.cli.main import main
-from hpcinfer.engine import api
+from hpcinfer.engine import loading
 from hpcinfer.model.forward import Model
 
 def slow(owner, name, delay_s):
@@ -54,7 +54,7 @@ def slow(owner, name, delay_s):
 
 if int(os.environ.get("SLURM_RESTART_COUNT", 0)) < int(os.environ.get("SLOW_RUNS", 1)):
     slow(Model, "forward", float(os.environ.get("STEP_S", 0)))
-    slow(api, "open_checkpoint", float(os.environ.get("LOAD_S", 0)))
+    slow(loading, "open_checkpoint", float(os.environ.get("LOAD_S", 0)))
 main()
 """
 
