@@ -140,6 +140,7 @@ class Engine:
     grid : Grid
     path : where the model was read from
     context : positions that a sequence may have
+    shares_weights : False on a rank that has read weights alone which others share
     scheduler : Scheduler
     stats : RunStats, what the run has cost so far
     ledger : Ledger, what it has sent
@@ -167,6 +168,7 @@ class Engine:
         self.path, self.context, self.stats = loaded.path, loaded.context, loaded.stats
         self.model, self.text, self.checksum = loaded.model, loaded.text, loaded.checksum
         self.generation_config = loaded.generation_config
+        self.shares_weights = loaded.shares_weights
 
         # Take the ranks, and how many rounds they have under way.
         self.grid, self.limits, self.seed = grid, limits, seed

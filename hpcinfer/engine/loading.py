@@ -45,6 +45,7 @@ class Loaded:
     generation_config : dict, what the model recommends
     checksum : of the checkpoint
     stats : RunStats
+    shares_weights : False on a rank that has read weights alone which others share
     """
 
     path: AnyPath
@@ -54,6 +55,7 @@ class Loaded:
     generation_config: dict
     checksum: str
     stats: RunStats
+    shares_weights: bool = True
 
 
 def load_parts(
@@ -126,11 +128,11 @@ def _context(arch: Architecture, context: int | None) -> int:
 
 def _share_weights(loaded: Loaded, grid: Grid) -> None:
     """Let the ranks of a node have one copy of equal weights; read those that cannot be shared."""
-    shared = loaded.model.share_weights()
+    loaded.shares_weights = loaded.model.share_weights()
     loaded.model.device.trim()
 
     def read_alone() -> None:
-        if not shared:
+        if not loaded.shares_weights:
             with open_checkpoint(loaded.path) as checkpoint:
                 loaded.model.read(checkpoint, alone=True)
                 loaded.stats.bytes_read += checkpoint.bytes_read
