@@ -55,7 +55,7 @@ def run(arguments: Namespace) -> None:
     if arguments.plot:
         from hpcinfer.bench.plot import draw, refuse_missing
 
-        refuse_missing()
+        agree(comm, refuse_missing)
 
     # Measure, and show what was found.
     with Watchdog(comm, arguments.hang_timeout):
