@@ -193,7 +193,6 @@ def test_modules_import_in_no_circle():
 def test_constants_that_stand_twice_are_equal():
     """The command line and requests name them without importing the mathematics."""
     from hpcinfer import array
-    from hpcinfer.bench.drive import QUANTIZED_BITS
     from hpcinfer.cli import common, convert, extract
     from hpcinfer.engine.activations.selection import POINTS
     from hpcinfer.ops import quantize, sampling_batch
@@ -204,7 +203,7 @@ def test_constants_that_stand_twice_are_equal():
     assert extract._POINTS.split(", ") == list(POINTS)
     assert convert.GROUPS == quantize.GROUPS
     assert sorted(convert.CODES.values()) == sorted(quantize.BITS)
-    assert convert.CODES == QUANTIZED_BITS
+    assert convert.CODES == {f"int{bits}": bits for bits in quantize.BITS}
 
 
 def test_floors_are_drawn_as_they_are_held():

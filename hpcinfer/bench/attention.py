@@ -129,7 +129,7 @@ def _timed(comm, problem, attend):
 
 def _row(shape, device, tokens, strategy, ranks, time_s, flop_per_s):
     """Row of one rank, or of a ring before what only a ring has."""
-    # Scores and weighted sums of every query with the keys up to its own.
+    # Count the scores and weighted sums of every query with the keys up to its own.
     limit_s = 2 * shape.H * shape.K * tokens * (tokens + 1) / flop_per_s
     return {
         "bench": "attention",

@@ -27,9 +27,6 @@ from hpcinfer.errors import UsageError, agreed
 from hpcinfer.grid import agree_all
 from hpcinfer.requests.request import BadRequest
 
-# Bits of a weight by the name of its quantisation on the command line.
-QUANTIZED_BITS = {"int8": 8, "int4": 4}
-
 _BLOCK = 1 << 20  # numbers of the cache that are written at a time
 
 
@@ -65,7 +62,8 @@ class Setting:
         """
         # Not every bench has all of them.
         given = {name: getattr(options, name, None) for name in ("layout", "quantize", "group")}
-        bits, group = QUANTIZED_BITS.get(given["quantize"]), given["group"]
+        codes, group = given["quantize"], given["group"]
+        bits = None if codes is None else int(codes.removeprefix("int"))
         if group and not bits:
             raise UsageError(
                 f"bench: got --group {group} alone, need --quantize int8 or int4 with it"

@@ -142,6 +142,7 @@ _RANDOM = [
     ),
 ]
 _STEP = number("step-tokens", 2048, "tokens of one step at most")
+_MODEL = [*_RANDOM, _LAYOUT, _STEP]
 
 BENCHES = {
     "attention": BenchCommand(
@@ -260,9 +261,7 @@ BENCHES = {
         "of a prompt's. Beside it the limit: every weight read once a step and the cache of all "
         "sequences, or the products, whichever takes longer.",
         [
-            *_RANDOM,
-            _LAYOUT,
-            _STEP,
+            *_MODEL,
             number("batch", "1,8,32", "sequences that are decoded together"),
             number("context", "512,4096", "tokens of each"),
             _REPEAT,
@@ -281,9 +280,7 @@ BENCHES = {
         "Prompt tokens per second, by the engine's own steps, for every number of "
         "prompts of every length. Beside it the limit: the matrix products of all tokens.",
         [
-            *_RANDOM,
-            _LAYOUT,
-            _STEP,
+            *_MODEL,
             number("batch", "1", "prompts that are computed together"),
             number("context", "512,4096", "tokens of each"),
             _REPEAT,
