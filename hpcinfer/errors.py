@@ -63,9 +63,11 @@ def one_line(error: BaseException) -> str:
 
 
 def integer(value: Any) -> int | None:
-    """Value as a plain int, or None if its type is no whole number (bool and float are none)."""
+    """Value as a plain int, None if it is no whole number (bool is none, 4.0 is 4)."""
     if type(value).__name__.rstrip("_") == "bool":  # Python's, or NumPy's
         return None
+    if isinstance(value, float) and value.is_integer():  # as some writers of JSON have it
+        return int(value)
     try:
         return operator.index(value)
     except TypeError:

@@ -8,6 +8,7 @@ import stat
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from hpcinfer.errors import integer, shown
 from hpcinfer.io.atomic import AnyPath
 
 MAX_JSON_BYTES = 50_000_000
@@ -52,7 +53,9 @@ def read_directory(folder: AnyPath) -> Metadata:
         raise ValueError(
             f"checkpoint: got {folder} without config.json, need a Hugging Face model directory"
         )
-    tokenizer_config = read_object("tokenizer_config.json")
+    tokenizer_config = _with_added_tokens(
+        read_object("tokenizer_config.json"), read_object("added_tokens.json")
+    )
 
     # The template has a file of its own, of two possible kinds, or stands in the tokenizer's config
     template = read_text(os.path.join(folder, "chat_template.jinja"))
@@ -69,6 +72,25 @@ def read_directory(folder: AnyPath) -> Metadata:
         tokenizer_json=read_text(os.path.join(folder, "tokenizer.json"), MAX_TOKENIZER_BYTES),
         chat_template=template,
     )
+
+
+def _with_added_tokens(config: dict[str, Any], added: dict[str, Any]) -> dict[str, Any]:
+    """tokenizer_config with the older added_tokens.json (token -> id) in its present place.
+
+    As in transformers, the file counts where `added_tokens_decoder` is absent.
+    """
+    if not added or config.get("added_tokens_decoder") is not None:
+        return config
+    listed: dict[str, Any] = {}
+    for token, token_id in added.items():
+        number = integer(token_id)
+        if number is None or number < 0 or str(number) in listed:
+            raise ValueError(
+                f"checkpoint: got id {shown(token_id)} for {shown(token)} in added_tokens.json, "
+                "need a whole number for each token; correct the file"
+            )
+        listed[str(number)] = {"content": token, "normalized": True, "special": False}
+    return {**config, "added_tokens_decoder": listed}
 
 
 def pick_template(value: Any) -> str | None:
@@ -94,7 +116,7 @@ def read_text(path: AnyPath, limit: int = MAX_JSON_BYTES) -> str | None:
         if size > limit:
             raise ValueError(f"checkpoint: got {path} of {size} bytes, need at most {limit}")
         try:
-            return file.read().decode()
+            return file.read().decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise ValueError(f"checkpoint: got {path} with {error}, need UTF-8 text") from None
 

@@ -250,7 +250,7 @@ def _token_ids(value: Any, name: str, limits: PromptLimits, reserved: int) -> tu
 
 
 def _messages(value: Any) -> list[dict[str, Any]]:
-    """Messages with their text parts joined, checked as far as every template relies on."""
+    """Messages, checked as far as every template relies on."""
     if not isinstance(value, list | tuple) or not value:
         raise refusal(f"messages {shown(value)}", "a list of messages", "correct the field")
     messages = []
@@ -258,20 +258,22 @@ def _messages(value: Any) -> list[dict[str, Any]]:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             got = f"the message {shown(message)}"
             raise refusal(got, "an object with role", "correct messages")
-        messages.append({**message, "content": _content(message.get("content"))})
+        content = message.get("content")
+        if isinstance(content, dict):  # a part alone
+            message = {**message, "content": [content]}
+        _check_content(message.get("content"))
+        messages.append(message)
     _clean_all("messages", messages)
     return messages
 
 
-def _content(content: Any) -> str | None:
-    """Text of a message; OpenAI also allows a list of parts, of which text is understood."""
+def _check_content(content: Any) -> None:
+    """Refuse a message that is neither text nor a list of parts that are text."""
     if content is None or isinstance(content, str):
-        return content
-    parts = content if isinstance(content, list | tuple) else [content]
-    texts = [part["text"] for part in parts if _is_text(part)]
-    if not texts or len(texts) < len(parts):
+        return
+    parts = content if isinstance(content, list | tuple) else []
+    if not parts or not all(map(_is_text, parts)):
         raise refusal(f"content {shown(content)}", "text or text parts", "correct messages")
-    return "\n".join(texts)
 
 
 def _is_text(part: Any) -> bool:

@@ -18,6 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 from hpcinfer.errors import shown
+from hpcinfer.text.conversation import first_rendered, forms_of, reads_of
 
 # Characters of a template, and what one rendering may take: steps, characters or items produced,
 # and the largest number as a width or count
@@ -48,9 +49,22 @@ class ChatTemplate:
         self._sandbox = _Sandbox()
         try:
             tree = _Metered().visit(self._sandbox.parse(source))
+            self._reads = reads_of(tree)
             self._template = self._sandbox.from_string(tree)
         except Exception as error:
             raise ValueError(_template_line(error)) from None
+
+    def render_chat(self, messages: list[dict[str, Any]], **variables: Any) -> str:
+        """Text of a conversation, in the first of its forms that the template takes.
+
+        Raises
+        ------
+        ValueError
+            If it takes none, with what it says of the first.
+        """
+        return first_rendered(
+            lambda form: self.render(messages=form, **variables), forms_of(messages, self._reads)
+        )
 
     def render(self, **variables: Any) -> str:
         """Text that the template makes of the variables, with the whole budget."""

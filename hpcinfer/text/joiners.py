@@ -29,19 +29,14 @@ class Joiner(Protocol):
         """Bytes that one token stands for."""
 
 
-def joiner_of(tokenizer_json: str, tokenizer: Tokenizer) -> Callable[[bool], Joiner]:
+def joiner_of(tokenizer: Tokenizer) -> Callable[[bool], Joiner]:
     """Function that makes joiners for the decoder of a tokenizer.
-
-    Parameters
-    ----------
-    tokenizer_json : content of tokenizer.json
-    tokenizer : what the library made of it
 
     Returns
     -------
     function of whether the text follows other text, which gives a Joiner
     """
-    decoder = json.loads(tokenizer_json).get("decoder")
+    decoder = json.loads(tokenizer.decoder.__getstate__()) if tokenizer.decoder else None
     if decoder and decoder["type"] == "Sequence" and len(decoder["decoders"]) == 1:
         decoder = decoder["decoders"][0]
     kind = decoder["type"] if decoder else None

@@ -10,8 +10,10 @@ from hpcinfer.text.tokenizer import Text
 class TextStream:
     """Text of a growing sequence, and the first place where a stop string stands in it.
 
-    A stop string counts from the token with which the text so far contains it. A character that is
-    still incomplete is not looked at. Without stop strings a push costs one list append.
+    A stop string counts from the token with which the text so far contains it. One that holds a
+    special token, which is no part of the text, is looked for in the text as it is written with
+    them. A character that is still incomplete is not looked at. Without stop strings a push costs
+    one list append.
 
     Parameters
     ----------
@@ -26,10 +28,14 @@ class TextStream:
         self._after_text = after_text
         self._ids: list[int] = []
         self._joiner = text.joiner(after_text) if self._stop else None
-        self._reach = max(map(len, self._stop), default=1) - 1
-        self._window = ""
-        self._before = 0
         self._end: int | None = None
+
+        # Look in the text, and where a stop asks for it in the text with its special tokens
+        reach = max(map(len, self._stop), default=1) - 1
+        self._windows = [_Window(reach)]
+        self._with_special = any(map(text.holds_special, self._stop))
+        if self._with_special:
+            self._windows.append(_Window(reach))
 
     def push(self, token_id: int, may_stop: bool = True) -> bool:
         """Take the next token; True if a stop string now stands in the text.
@@ -39,25 +45,58 @@ class TextStream:
         self._ids.append(token_id)
         if self._joiner is None or self._end is not None:
             return self._end is not None
-        token = self._text.token(token_id)
+        token, special = self._text.token(token_id), ""
         if token is None:
-            return False
+            if not self._with_special:
+                return False
+            special = self._text.token(token_id, skip_special_tokens=False) or ""
 
-        # Search the new text and the few characters before it that a stop string may begin in
-        self._window += self._joiner.feed(token)
-        visible = self._window + self._joiner.pending()
-        found = [at for at in map(visible.find, self._stop) if at >= 0] if may_stop else []
-        if found:
-            self._end = self._before + min(found)
-            return True
-
-        # Keep what may be the beginning of a stop string
-        keep = min(self._reach, len(self._window)) if may_stop else 0
-        self._before += len(self._window) - keep
-        self._window = self._window[len(self._window) - keep :]
-        return False
+        # Add what the token settles, and the special token where it counts
+        settled = "" if token is None else self._joiner.feed(token)
+        pending, ends = self._joiner.pending(), []
+        for window, written in zip(self._windows, ("", special), strict=False):
+            window.add(settled)
+            if may_stop:
+                ends.append(window.find(self._stop, pending, written))
+            window.add(written, in_text=False)
+            window.shorten(keep=may_stop)
+        self._end = min((end for end in ends if end is not None), default=None)
+        return self._end is not None
 
     def text(self) -> str:
         """Text of all tokens so far, up to the stop string if there is one."""
         whole = self._text.decode(self._ids, after_text=self._after_text)
         return whole if self._end is None else whole[: self._end]
+
+
+class _Window:
+    """The end of a text, in which a stop string may begin or stand.
+
+    Parameters
+    ----------
+    reach : characters before the newest ones that a stop string may begin in
+    """
+
+    def __init__(self, reach: int) -> None:
+        self._reach, self._before = reach, 0
+        self._written, self._in_text = "", b""  # with 1 for a character of the text, else 0
+
+    def add(self, written: str, in_text: bool = True) -> None:
+        """Take what the next token wrote, which is part of the text or not."""
+        self._written += written
+        self._in_text += bytes([in_text]) * len(written)
+
+    def find(self, stops: Sequence[str], pending: str, special: str) -> int | None:
+        """Characters of the text before the first stop string, with what is not settled yet."""
+        searched = self._written + pending + special
+        found = [at for at in map(searched.find, stops) if at >= 0]
+        if not found:
+            return None
+        in_text = self._in_text + b"\1" * len(pending) + bytes(len(special))
+        return self._before + sum(in_text[: min(found)])
+
+    def shorten(self, keep: bool) -> None:
+        """Forget all but what may be the beginning of a stop string; all of it unless `keep`."""
+        drop = len(self._written) - (min(self._reach, len(self._written)) if keep else 0)
+        self._before += sum(self._in_text[:drop])
+        self._written, self._in_text = self._written[drop:], self._in_text[drop:]

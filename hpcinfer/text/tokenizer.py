@@ -14,21 +14,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import Tokenizer
 
 from hpcinfer.errors import integer, shown
+from hpcinfer.text.added_tokens import extra_special_tokens, missing_tokens, special_tokens
 from hpcinfer.text.chat_template import ChatTemplate
 from hpcinfer.text.joiners import Joiner, joiner_of
-
-SPECIAL_NAMES = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
+from hpcinfer.text.prefix_space import set_prefix_space
 
 # Characters that are always read, and how many times its length a text may have before it is
 # normalised
@@ -67,16 +59,16 @@ class Text:
     """
 
     def __init__(self, ckpt: TextFiles) -> None:
-        self.special_tokens = _special_tokens(ckpt.tokenizer_config, ckpt.special_tokens_map)
+        self.special_tokens = special_tokens(ckpt.tokenizer_config, ckpt.special_tokens_map)
         self._tokenizer: Tokenizer | None = None
         self._hidden: set[str] = set()
 
         # Make the tokenizer, and note which tokens leave no trace in a text
         if ckpt.tokenizer_json is not None:
-            extra = _extra_special_tokens(ckpt.tokenizer_config)
+            extra = extra_special_tokens(ckpt.tokenizer_config, ckpt.special_tokens_map)
             special = [*self.special_tokens.values(), *extra]
             self._tokenizer = _tokenizer(ckpt.tokenizer_json, ckpt.tokenizer_config, special)
-            self._make_joiner = joiner_of(ckpt.tokenizer_json, self._tokenizer)
+            self._make_joiner = joiner_of(self._tokenizer)
             added = self._tokenizer.get_added_tokens_decoder().values()
             self._hidden = {token.content for token in added if token.special} | set(special)
         self.available = self._tokenizer is not None
@@ -132,7 +124,8 @@ class Text:
 
         Parameters
         ----------
-        messages : each with `role`, and `content` as a rule; fields that are None are left out
+        messages : each with `role`, and `content` as a rule: a text, a list of parts or None;
+            other fields that are None are left out. See `hpcinfer.text.conversation`
         add_generation_prompt : whether to open the assistant's answer at the end
 
         Raises
@@ -149,10 +142,9 @@ class Text:
         # Compile the template once, and fill it in
         if self._template is None:
             self._template = ChatTemplate(self._template_source)
-        plain = [{k: v for k, v in message.items() if v is not None} for message in messages]
-        return self._template.render(
+        return self._template.render_chat(
+            messages,
             **self.special_tokens,
-            messages=plain,
             tools=None,
             documents=None,
             add_generation_prompt=add_generation_prompt,
@@ -220,6 +212,10 @@ class Text:
             self._pieces[token_id] = None if token in self._hidden else token
         return self._pieces[token_id]
 
+    def holds_special(self, text: str) -> bool:
+        """True if a special token is written out in a text."""
+        return any(token in text for token in self._hidden)
+
     def joiner(self, after_text: bool) -> Joiner:
         """A new joiner of tokens to one text; `after_text` is as in `decode`."""
         self._needed()
@@ -281,78 +277,32 @@ def _tokenizer(content: str, config: dict[str, Any], special: list[str]) -> Toke
     tokenizer.no_padding()
     tokenizer.no_truncation()
 
-    # Add what tokenizer_config names and tokenizer.json lacks, in the order of the ids
-    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    listed = _of_type(config, "added_tokens_decoder", dict) or {}
-    extra = [_added_token(token) for _, token in sorted(listed.items(), key=_id_of)]
-    tokenizer.add_tokens([token for token in extra if token.content not in known])
-    tokenizer.add_special_tokens([_added_token(token) for token in special])
+    # Take what the companions say of spaces and of special tokens that are written out
+    set_prefix_space(tokenizer, config)
+    if config.get("split_special_tokens") is True:
+        tokenizer.encode_special_tokens = True
+
+    # Add the tokens that tokenizer.json lacks, each under the id that its companions give it
+    for token, token_id in missing_tokens(tokenizer, config, special):
+        (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
+        if token_id not in (None, tokenizer.token_to_id(token.content)):
+            raise ValueError(
+                f"tokenizer: got id {token_id} for the token {shown(token.content)} that "
+                f"tokenizer.json lacks, need {tokenizer.token_to_id(token.content)}, the next "
+                "free one; save the tokenizer again with tokenizer.json"
+            )
     return tokenizer
 
 
 def _ids_in(name: str, value: Any) -> tuple[int, ...]:
     """Token ids, each once, of the eos_token_id of file `name`."""
-    given = value if isinstance(value, list) else [value]
-    ids = [i for i in map(integer, given) if i is not None and i >= 0]
-    if len(ids) < len(given):
+    ids = [integer(one) for one in (value if isinstance(value, list) else [value])]
+    if None in ids:
         raise ValueError(
             f"{name}: got eos_token_id {shown(value)}, need a token id or a list of them; "
             "correct the file"
         )
-    return tuple(dict.fromkeys(ids))
-
-
-def _special_tokens(config: dict[str, Any], special_tokens_map: dict[str, Any]) -> dict[str, str]:
-    """Named special tokens: tokenizer_config, else the older special_tokens_map."""
-    tokens = {}
-    for name in SPECIAL_NAMES:
-        value = config.get(name) or special_tokens_map.get(name)
-        if value:
-            tokens[name] = _added_token(value).content
-    return tokens
-
-
-def _extra_special_tokens(config: dict[str, Any]) -> list[str]:
-    """Special tokens without a name of their own."""
-    extra = _of_type(config, "extra_special_tokens", list | dict)
-    extra = extra or _of_type(config, "additional_special_tokens", list) or []
-    values = extra.values() if isinstance(extra, dict) else extra
-    return [_added_token(value).content for value in values]
-
-
-def _of_type(config: dict[str, Any], name: str, types: Any) -> Any:
-    """Value of a field, None if absent."""
-    value = config.get(name)
-    if value is not None and not isinstance(value, types):
-        raise ValueError(
-            f"tokenizer_config: got {name} {shown(value)}, need a list or an object of tokens; "
-            "correct the file"
-        )
-    return value
-
-
-def _added_token(value: Any) -> AddedToken:
-    """AddedToken of a string, or of an object with its `content` and flags."""
-    content = value.get("content") if isinstance(value, dict) else value
-    if not isinstance(content, str):
-        raise ValueError(
-            f"tokenizer_config: got a special token {shown(value)}, need a string or an object "
-            "with a string as content; correct the file"
-        )
-    flags = value if isinstance(value, dict) else {"special": True, "normalized": False}
-    names = ("single_word", "lstrip", "rstrip", "normalized", "special")
-    return AddedToken(content, **{name: bool(flags[name]) for name in names if name in flags})
-
-
-def _id_of(entry: tuple[str, Any]) -> int:
-    """Token id of an entry of added_tokens_decoder, whose keys are ids written as strings."""
-    try:
-        return int(entry[0])
-    except ValueError:
-        raise ValueError(
-            f"tokenizer_config: got a token id {shown(entry[0])} in added_tokens_decoder, "
-            "need a whole number; correct the file"
-        ) from None
+    return tuple(dict.fromkeys(i for i in ids if i is not None and i >= 0))  # -1 stands for none
 
 
 def _library_line(error: BaseException, need: str) -> str:

@@ -84,7 +84,7 @@ def test_text_lines_and_items():
 def test_text_parts_of_a_message_are_joined():
     parts = [{"type": "text", "text": "x"}, {"type": "text", "text": "y"}]
     request = parse({"messages": [{"role": "user", "content": parts}]})
-    assert TEXT.decode(request.token_ids) == "u:x\ny\na:"
+    assert TEXT.decode(request.token_ids) == "u:xy\na:"
 
 
 def test_the_answer_is_cut_to_the_context_window():
@@ -150,7 +150,7 @@ BAD_LINES = {
     "id too large": ({"prompt_token_ids": [1, 258]}, "got token id 258 in prompt_token_ids"),
     "id below": ({"prompt_token_ids": [-1]}, "got token id -1"),
     "id type": ({"prompt_token_ids": [True]}, "got token id True"),
-    "id float": ({"prompt": [1.0]}, "got token id 1.0"),
+    "id float": ({"prompt": [1.5]}, "got token id 1.5"),
     "id text": ({"prompt_token_ids": "ab"}, "got prompt_token_ids 'ab'"),
     "too many": ({"prompt": "a" * 64}, "got a prompt of 64 tokens, need at most 63"),
     "unknown": ({"prompt": "a", "beam": 2}, "got the unknown field 'beam'"),

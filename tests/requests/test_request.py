@@ -30,7 +30,7 @@ pytestmark = pytest.mark.single
         ("presence_penalty", 2.5),
         ("frequency_penalty", -2.5),
         ("top_k", -2),
-        ("top_k", 1.0),
+        ("top_k", 1.5),
         ("n", 0),
         ("n", 129),
         ("n", True),
@@ -85,7 +85,8 @@ def test_request_is_picklable():
 
 def test_integer_by_type():
     assert integer(np.int64(5)) == 5 and type(integer(np.uint8(5))) is int
-    assert [integer(x) for x in (True, np.bool_(True), 1.0, "1", None)] == [None] * 5
+    assert [integer(x) for x in (True, np.bool_(True), 1.5, "1", None)] == [None] * 5
+    assert integer(4.0) == 4 and integer(float("inf")) is integer(float("nan")) is None
 
 
 def test_shown_is_short_for_anything():

@@ -88,6 +88,17 @@ def test_a_stop_string_does_not_count_below_min_tokens():
     assert seen[-1] and not any(seen[:half]) and stream.text() == "stop now "
 
 
+def test_a_stop_may_be_or_hold_a_special_token():
+    text = text_of(byte_level(), special_tokens_map={"additional_special_tokens": ["<end>"]})
+    ids = text.encode("one<end> two")
+    for stop, written in (("<end>", "one"), ("e<end>", "on"), ("<end> t", "one"), ("e two", "on")):
+        stream = TextStream(text, [stop])
+        seen = [stream.push(token_id) for token_id in ids]
+        assert seen[-1] and stream.text() == written, stop
+    stream = TextStream(text, ["<end>"])
+    assert [stream.push(i, may_stop=False) for i in ids] == [False] * len(ids)
+
+
 def test_text_that_follows_keeps_its_space():
     text = text_of(byte_fallback())
     he, space = text._tokenizer.token_to_id("▁he"), text._tokenizer.token_to_id("▁")
@@ -117,13 +128,14 @@ def test_padding_and_truncation_of_the_file_are_switched_off():
 
 
 def test_tokens_that_only_the_companion_files_name():
-    config = {
-        "eos_token": "<end>",
-        "added_tokens_decoder": {"500": {"content": "<late>"}, "90": {"content": "<early>"}},
-        "additional_special_tokens": ["<think> x"],
-    }
     tokenizer = byte_level()
     size = tokenizer.get_vocab_size()
+    late, early = {"content": "<late>"}, {"content": "<early>"}
+    config = {
+        "eos_token": "<end>",
+        "added_tokens_decoder": {str(size + 1): late, str(size): early},
+        "additional_special_tokens": ["<think> x"],
+    }
     text = text_of(tokenizer, tokenizer_config=config, special_tokens_map={"bos_token": "<s>"})
     assert text.encode("<early><late><end>") == [size, size + 1, size + 2]
     assert text.decode(text.encode("a<think> x<end>b")) == "ab"
@@ -139,7 +151,9 @@ def test_eos_ids_from_the_first_file_that_names_them():
     assert text_of(byte_level(), config=config).eos_ids == (3,)
     assert text_of(byte_level()).eos_ids == (1,)
     assert text_of(None).eos_ids == ()
-    for wrong in ("2", True, [1, None], -1, 1.0):
+    assert text_of(None, config={"eos_token_id": -1}).eos_ids == ()
+    assert text_of(None, config={"eos_token_id": [3.0, -1]}).eos_ids == (3,)
+    for wrong in ("2", True, [1, None], 1.5):
         with pytest.raises(ValueError, match="^config: got eos_token_id .*; correct the file$"):
             text_of(None, config={"eos_token_id": wrong})
 
