@@ -36,10 +36,11 @@ def joiner_of(tokenizer: Tokenizer) -> Callable[[bool], Joiner]:
     -------
     function of whether the text follows other text, which gives a Joiner
     """
-    decoder = json.loads(tokenizer.decoder.__getstate__()) if tokenizer.decoder else None
+    state = tokenizer.decoder.__getstate__() if tokenizer.decoder else "null"
+    decoder: dict[str, Any] = json.loads(state) or {}
     if decoder and decoder["type"] == "Sequence" and len(decoder["decoders"]) == 1:
         decoder = decoder["decoders"][0]
-    kind = decoder["type"] if decoder else None
+    kind = decoder.get("type")
 
     # Take the joiner that settles a token as soon as that kind of decoder allows
     if kind == "ByteLevel":

@@ -32,10 +32,10 @@ class TextStream:
 
         # Look in the text, and where a stop asks for it in the text with its special tokens
         reach = max(map(len, self._stop), default=1) - 1
-        self._windows = [_Window(reach)]
+        self._tails = [_Tail(reach)]
         self._with_special = any(map(text.holds_special, self._stop))
         if self._with_special:
-            self._windows.append(_Window(reach))
+            self._tails.append(_Tail(reach))
 
     def push(self, token_id: int, may_stop: bool = True) -> bool:
         """Take the next token; True if a stop string now stands in the text.
@@ -54,12 +54,12 @@ class TextStream:
         # Add what the token settles, and the special token where it counts
         settled = "" if token is None else self._joiner.feed(token)
         pending, ends = self._joiner.pending(), []
-        for window, written in zip(self._windows, ("", special), strict=False):
-            window.add(settled)
+        for tail, written in zip(self._tails, ("", special), strict=False):
+            tail.add(settled)
             if may_stop:
-                ends.append(window.find(self._stop, pending, written))
-            window.add(written, in_text=False)
-            window.shorten(keep=may_stop)
+                ends.append(tail.find(self._stop, pending, written))
+            tail.add(written, in_text=False)
+            tail.shorten(keep=may_stop)
         self._end = min((end for end in ends if end is not None), default=None)
         return self._end is not None
 
@@ -69,7 +69,7 @@ class TextStream:
         return whole if self._end is None else whole[: self._end]
 
 
-class _Window:
+class _Tail:
     """The end of a text, in which a stop string may begin or stand.
 
     Parameters
