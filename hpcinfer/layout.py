@@ -10,7 +10,7 @@ from hpcinfer.errors import UsageError
 
 AXES = ("pp", "dp", "cp", "tp")
 
-_STRATEGIES = {
+STRATEGIES = {
     "prefill": ("ring", "ulysses", "split-q"),
     "decode": ("tree", "gather", "ring"),
     "sp": ("off", "on"),
@@ -18,7 +18,7 @@ _STRATEGIES = {
     "stages": ("layers", "memory", "time"),
 }
 
-_WORDS = (*AXES, "ep", "afd", *_STRATEGIES)
+_WORDS = (*AXES, "ep", "afd", *STRATEGIES)
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Layout:
         shown |= {"ep": self.ep > 1 or self.afd is not None, "afd": self.afd is not None}
         shown |= {"prefill": self.cp > 1, "decode": self.cp > 1}
         shown |= {
-            word: getattr(self, word) != _STRATEGIES[word][0] for word in ("sp", "zero", "stages")
+            word: getattr(self, word) != STRATEGIES[word][0] for word in ("sp", "zero", "stages")
         }
 
         # Write it as it is parsed.
@@ -127,9 +127,9 @@ def parse_layout(text: str | None, size: int) -> Layout:
 def _value(word: str, value: str, item: str) -> str | int | tuple[int, int]:
     """Value of one word of a layout."""
     # Take a strategy, the two numbers of sides, or a length.
-    if word in _STRATEGIES:
-        if value not in _STRATEGIES[word]:
-            known = ", ".join(_STRATEGIES[word])
+    if word in STRATEGIES:
+        if value not in STRATEGIES[word]:
+            known = ", ".join(STRATEGIES[word])
             raise UsageError(f"layout: got {item!r}, need {word} one of {known}")
         return value
     if word == "afd":

@@ -9,7 +9,7 @@ import pytest
 from helpers.paths import ROOT
 
 from hpcinfer.cli import main
-from hpcinfer.layout import parse_layout
+from hpcinfer.layout import STRATEGIES, parse_layout
 from hpcinfer.model.families import FAMILIES
 
 pytestmark = pytest.mark.single
@@ -73,6 +73,12 @@ def test_every_strategy_is_drawn():
     files = {path.name for path in (ROOT / "hpcinfer" / "parallel").glob("[a-z]*.py")}
     titles = "".join(line for line in LAYOUTS.splitlines() if line.startswith("### "))
     assert {name for name in files if f"`{name}`" not in titles} == set()
+
+
+@pytest.mark.parametrize("word", STRATEGIES)
+def test_every_value_of_a_layout_is_in_its_row(word):
+    values = "\\|".join(STRATEGIES[word])
+    assert f"| `{word}={values}` |" in LAYOUTS
 
 
 @pytest.mark.parametrize(("words", "parser"), [p for p in parsers() if p[0][0] != "bench"])

@@ -67,16 +67,15 @@ class CachedAttention:
 
         # Take the strategies that the layout names.
         prefill, decode = grid.layout.prefill, grid.layout.decode
-        self.by_columns = (
-            grid.cp.size > 1 and self.sharers == 1 and decode != "ring" and arch.mla is None
-        )
         self._prefill = {
             "ring": self._ring,
             "split-q": self._split_q,
             "ulysses": self._ulysses,
         }[prefill]
-        self._decode = self._ring if decode == "ring" else self._merged
-        self._merge_parts = gather if decode == "gather" else tree_by_size
+        self._merge_parts = {"tree": tree_by_size, "gather": gather, "ring": None}[decode]
+        merges = self._merge_parts is not None
+        self._decode = self._merged if merges else self._ring
+        self.by_columns = grid.cp.size > 1 and self.sharers == 1 and merges and arch.mla is None
 
     def attend(self, p: Pass, n: int, q: Array) -> Array:
         """Attention of this rank's tokens and query heads to all keys of their sequences.

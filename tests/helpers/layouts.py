@@ -7,17 +7,17 @@ import random
 from reference import models
 
 from hpcinfer.errors import UsageError
-from hpcinfer.layout import AXES, parse_layout
+from hpcinfer.layout import AXES, STRATEGIES, parse_layout
 from hpcinfer.model.families import read_architecture
 from hpcinfer.model.layout_check import refuse_unfit
 
-STRATEGIES = {
-    "prefill": ("ring", "ulysses", "split-q"),
-    "decode": ("tree", "gather", "ring"),
-    "sp": ("off", "on"),
-    "zero": ("off", "broadcast", "allgather"),
-    "stages": ("layers", "memory", "time"),
-}
+_PREFILL, _DECODE = STRATEGIES["prefill"], STRATEGIES["decode"]
+
+# Pairs (prefill, decode) that have every mode of both.
+MODES = [
+    (_PREFILL[i % len(_PREFILL)], _DECODE[i % len(_DECODE)])
+    for i in range(max(len(_PREFILL), len(_DECODE)))
+]
 
 
 def axes_of(size):

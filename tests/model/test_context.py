@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from helpers.layouts import STRATEGIES
 from helpers.parity import load
 from mpi4py import MPI
 from reference import models
@@ -86,6 +87,20 @@ def test_decoding_divides_columns(comm, shared_path):
     greedy(engine, [models.tokens(CASE, n) for n in (7, 33)], 4)
     assert [step.columns for step in steps] == [False] + 3 * [comm.size > 1]
     assert sum(comm.allgather(len(steps[0].mine))) == 40
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("word", ["prefill", "decode"])
+def test_every_mode_is_run_by_its_name(comm, shared_path, word):
+    """No mode is another one under its name: each sends messages that no other does."""
+    found = {}
+    for mode in STRATEGIES[word]:
+        engine = context(comm, shared_path, modes=f",{word}={mode}")
+        engine.ledger.clear()
+        greedy(engine, [models.tokens(CASE, 33)], 3)
+        messages = frozenset((verb, purpose) for verb, _, purpose in engine.ledger.entries)
+        assert messages not in found, f"{word}={mode} runs as {found[messages]}"
+        found[messages] = mode
 
 
 def test_keys_are_cut_rather_than_copied(comm, shared_path):

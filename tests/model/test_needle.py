@@ -7,6 +7,7 @@ ranks' results it fails.
 import random
 
 import pytest
+from helpers.layouts import MODES
 from helpers.paths import SHIPPED
 from helpers.shipped import accuracy, corpus
 
@@ -16,7 +17,6 @@ from hpcinfer.model import attention
 from hpcinfer.parallel import ring
 
 MODEL = SHIPPED
-MODES = (("ring", "tree"), ("ulysses", "gather"), ("split-q", "ring"))
 
 
 def load(comm, prefill="ring", decode="tree"):

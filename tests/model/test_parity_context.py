@@ -1,13 +1,13 @@
 """Context parallelism equals transformers: every prefill and decode mode, alone and with tp."""
 
 import pytest
+from helpers.layouts import MODES
 from helpers.parity import assert_equals_record, load
 
 DENSE = ("llama-gqa", "qwen2", "mistral-window", "gpt_neox")
 ONE_KV_HEAD = ("deepseek_v2", "deepseek_v3")
 CASES = (*DENSE, "qwen2_moe-step", "olmoe", *ONE_KV_HEAD)
 CHUNKED = ("llama-gqa", "mistral-window", "deepseek_v3")
-MODES = (("ring", "tree"), ("ulysses", "gather"), ("split-q", "ring"))
 
 
 def layouts(size):

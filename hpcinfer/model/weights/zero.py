@@ -50,7 +50,7 @@ class ZeroWeights(Parameters):
 
     def __init__(self, grid: Grid, layers: range, xp: ModuleType, load: Callable):
         self._layers, self._xp = layers, xp
-        self._small = np.inf if grid.layout.zero == "broadcast" else zero.SMALL_BYTES
+        self._small = {"broadcast": np.inf, "allgather": zero.SMALL_BYTES}[grid.layout.zero]
         self._all, self._dp, self._output = grid.dp_cp, grid.dp, None
 
         # Find who has equal experts: fewer ranks than have the rest alike, or none.
