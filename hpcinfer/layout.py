@@ -81,7 +81,7 @@ class Layout:
         return ",".join(f"{word}={values[word]}" for word, show in shown.items() if show)
 
 
-def parse_layout(text: str | None, size: int) -> Layout:
+def parse_layout(text: str | None, size: int, fault: Fault | None = None) -> Layout:
     """Layout written as ``dp=1,pp=1,cp=1,tp=2`` for `size` ranks.
 
     Axes that are left out are 1; where none is named all ranks (of the attention side) are along
@@ -119,8 +119,8 @@ def parse_layout(text: str | None, size: int) -> Layout:
             f"start {layout.size} ranks or write --layout tp={size}"
         )
     if layout.afd:
-        _refuse_sides(layout, *layout.afd, text, size)
-    refuse(layout, senseless)
+        _refuse_sides(layout, *layout.afd, text, size, fault or senseless)
+    refuse(layout, fault or senseless)
     return layout
 
 
@@ -142,7 +142,9 @@ def _value(word: str, value: str, item: str) -> str | int | tuple[int, int]:
     return int(value)
 
 
-def _refuse_sides(layout: Layout, attention: int, ffn: int, text: str | None, size: int) -> None:
+def _refuse_sides(
+    layout: Layout, attention: int, ffn: int, text: str | None, size: int, fault: Fault
+) -> None:
     """Refuse sides that are not the ranks launched and the axes' product."""
     if attention + ffn != size:
         raise UsageError(
@@ -153,7 +155,7 @@ def _refuse_sides(layout: Layout, attention: int, ffn: int, text: str | None, si
     # The axes are of the attention side alone.
     axes = layout.pp * layout.dp * layout.cp * layout.tp
     if axes != attention:
-        nearest = nearest_without(senseless, replace(layout, pp=1, dp=1, cp=1, tp=attention))
+        nearest = nearest_without(fault, replace(layout, pp=1, dp=1, cp=1, tp=attention))
         raise UsageError(
             f"layout: got {text!r}, whose axes make {axes} ranks, need {attention}, the attention "
             f"side of afd={attention}:{ffn}; try --layout {nearest}"

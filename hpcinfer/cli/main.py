@@ -7,7 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from typing import IO, NoReturn
+from typing import IO, Any, NoReturn
 
 from hpcinfer import __version__
 from hpcinfer.cli import bench, convert, extract, generate, inspect, score, verify
@@ -22,7 +22,10 @@ _GRACE_S, _REPORTED_S = 1.0, 5.0
 
 
 class Parser(argparse.ArgumentParser):
-    """Parser whose errors are exceptions, and which speaks on the first rank only."""
+    """Parser of whole names, whose errors are exceptions; it speaks on the first rank only."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False} | options)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see {self.prog} --help")

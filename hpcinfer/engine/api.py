@@ -7,7 +7,9 @@
         print(result.choices[0].text)
     print(model.score(["Once there was a shy hare"])[0].perplexity)
 
-Every rank makes the same calls and gets the same answers. The input of the first rank counts.
+Every rank makes the same calls and gets the same answers; calls that differ are refused. Ranks that
+have no items of their own pass None, and get the answers to the first rank's. Where each rank has
+prompts of its own, each loads a model for itself: comm=MPI.COMM_SELF.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from hpcinfer.engine import nonfinite
 from hpcinfer.engine.activations.extract import ExtractTask, activations_of, gathered
 from hpcinfer.engine.activations.selection import Selection
 from hpcinfer.engine.ahead import Ahead
+from hpcinfer.engine.alike import compare, digest, refuse_different
 from hpcinfer.engine.block_manager import BlockManager
 from hpcinfer.engine.build_step import build_step
 from hpcinfer.engine.feed import Feed
@@ -34,11 +37,15 @@ from hpcinfer.engine.process import ProcessState
 from hpcinfer.engine.scheduler import Scheduler, StepLimits
 from hpcinfer.engine.score import ScoreTask
 from hpcinfer.engine.task import Outcome, Plan, Task
-from hpcinfer.errors import agreed, is_agreed
-from hpcinfer.grid import Grid, grid_of
+from hpcinfer.errors import UsageError, agreed, is_agreed
+from hpcinfer.grid import Grid, agree, grid_of
 from hpcinfer.io.atomic import AnyPath
+from hpcinfer.io.models import open_checkpoint
 from hpcinfer.launcher import world
 from hpcinfer.layout import Layout, parse_layout
+from hpcinfer.model.architecture import Architecture
+from hpcinfer.model.families import read_architecture
+from hpcinfer.model.layout_check import fault_of
 from hpcinfer.model.step import Step
 from hpcinfer.ops import dispatch
 from hpcinfer.requests.fields import PromptLimits
@@ -51,6 +58,7 @@ if TYPE_CHECKING:
 
 # A text, its token ids, or a dict as in a line of JSONL input.
 Item = str | Sequence[int] | dict[str, Any]
+Items = str | dict[str, Any] | Iterable[Item] | None
 
 # Micro-batches of the two sides' turns, and of prompts for each stage of a pipeline.
 _MICRO_BATCHES, _CHUNKS_PER_STAGE = 2, 4
@@ -104,7 +112,10 @@ def load(
     """
     # Refuse wrong arguments before there is anything to give back.
     comm = world() if comm is None else comm
-    parsed_layout = parse_layout(layout, comm.size)
+    choices = (layout, None if dtype is None else str(dtype), kernels, check_weights)
+    bounds = (kv_memory, step_tokens, sequences, context, seed, micro_batches)
+    refuse_different(comm, "arguments of load", choices, bounds)
+    parsed_layout = _parsed(layout, comm, path)
     try:
         process = ProcessState(dispatch.choice() if kernels is None else kernels)
         of_weights = None if dtype is None else array.parse_dtype(dtype)
@@ -121,6 +132,7 @@ def load(
         loaded, pages = load_parts(
             path, grid, process, limits, of_weights, device, context, kv_memory
         )
+        refuse_different(comm, "model", loaded.checksum)
     except Exception as error:
         if is_agreed(error):
             grid.release()
@@ -179,7 +191,6 @@ class Engine:
         self.ledger, self.threads, self._process = process.ledger, process.threads, process
         self.ahead = Ahead(self)
         self.observers: list[Callable[[MicroBatch, float], None]] = []
-        self._stops: dict[Sampling, frozenset[int]] = {}
         self.stats.kv_bytes = pages * self.model.page_bytes
         self._forget(pages)
 
@@ -226,18 +237,16 @@ class Engine:
 
     def stops(self, sampling: Sampling) -> frozenset[int]:
         """Token ids that end a sequence with this sampling."""
-        stops = self._stops.get(sampling)
-        if stops is None:
-            eos = () if sampling.ignore_eos else self.text.eos_ids
-            stops = self._stops[sampling] = frozenset(eos) | frozenset(sampling.stop_token_ids)
-        return stops
+        eos = () if sampling.ignore_eos else self.text.eos_ids
+        return frozenset(eos) | frozenset(sampling.stop_token_ids)
 
-    def generate(self, items: Iterable[Item], **sampling: Any) -> list[Result]:
+    def generate(self, items: Items, **sampling: Any) -> list[Result]:
         """Answer prompts.
 
         Parameters
         ----------
-        items : list of str, of lists of token ids, or of dicts as in a line of JSONL input
+        items : str, or list of str, of lists of token ids, or of dicts as in a line of JSONL
+            input; None on ranks that leave them to the first one
         sampling : fields of `hpcinfer.requests.sampling.Sampling`, for items that do not say
 
         Returns
@@ -247,26 +256,29 @@ class Engine:
         Raises
         ------
         ValueError
-            If an item cannot be used.
+            On every rank, if an item cannot be used, or differs from rank to rank.
         """
+        items = self._alike(items, sampling)
         return self._run(GenerateTask, self.reader(sampling), items)
 
-    def score(self, items: Iterable[Item]) -> list[Score]:
+    def score(self, items: Items) -> list[Score]:
         """Log-probabilities of texts.
 
         Parameters
         ----------
-        items : list of str, of lists of token ids, or of dicts as in a line of JSONL input
+        items : str, or list of str, of lists of token ids, or of dicts as in a line of JSONL
+            input; None on ranks that leave them to the first one
 
         Returns
         -------
         list of Score in the order of `items`, on every rank
         """
+        items = self._alike(items)
         return self._run(ScoreTask, self.reader({}, score=True), items)
 
     def extract(
         self,
-        items: Iterable[Item],
+        items: Items,
         layers: Iterable[int] | None = None,
         what: str | Iterable[str] = ("residual",),
         pool: str | None = None,
@@ -275,7 +287,8 @@ class Engine:
 
         Parameters
         ----------
-        items : list of str, of lists of token ids, or of dicts as in a line of JSONL input
+        items : str, or list of str, of lists of token ids, or of dicts as in a line of JSONL
+            input; None on ranks that leave them to the first one
         layers : numbers of layers, negative ones counted from the end; None for all
         what : some of `hpcinfer.engine.activations.selection.POINTS`
         pool : "last" or "mean" for one row for each text; None for one for each token
@@ -290,9 +303,9 @@ class Engine:
         ValueError
             If an item cannot be used, or this model has no such point or layer.
         """
-        self._refuse_closed()
         layers = None if layers is None else tuple(layers)
         what = (what,) if isinstance(what, str) else tuple(what)
+        items = self._alike(items, layers, what, pool)
         work = ExtractTask(self, Selection(what, layers, pool))
         with work.into_memory() as memory:
             outcomes = self._run(lambda engine: work, self.reader({}, score=True), items)
@@ -347,15 +360,28 @@ class Engine:
         block_table = BlockManager(pages, self.model.pools)
         self.scheduler = Scheduler(block_table, self.limits, self.model.arch.rope)
 
+    def _alike(self, items: Items, *options: Any) -> list[Item]:
+        """Items on the first rank, [] elsewhere, once all ranks are known to be called alike."""
+        self._refuse_closed()
+        comm = self.grid.comm
+        refuse_different(comm, "options", *options)
+        if isinstance(items, str | dict):
+            items = [items]
+
+        # Only the first rank keeps them: there may be many.
+        kept = list(items) if items is not None and self.grid.is_root else items
+        compare(comm, "items", None if kept is None else digest(kept))
+        return list(kept or ()) if self.grid.is_root else []
+
     def _run(
-        self, make: Callable[[Engine], Task], reader: RequestReader, items: Iterable[Item]
+        self, make: Callable[[Engine], Task], reader: RequestReader, items: list[Item]
     ) -> list:
         """Outcomes of all items, in their order, on every rank."""
         with self.in_use():
             return self._outcomes(make, reader, items)
 
     def _outcomes(
-        self, make: Callable[[Engine], Task], reader: RequestReader, items: Iterable[Item]
+        self, make: Callable[[Engine], Task], reader: RequestReader, items: list[Item]
     ) -> list:
         finished: dict[int, Outcome] = {}
         grid = self.grid
@@ -366,7 +392,6 @@ class Engine:
             self.stats.answered += 1
 
         # Every replica reads what the first rank was given.
-        items = list(items) if grid.is_root else []
         n = grid.comm.bcast(len(items))
         if grid.is_leader and grid.layout.dp > 1:
             items = grid.dp.bcast(items)
@@ -388,6 +413,23 @@ class Engine:
             if isinstance(outcome, BadRequest):
                 raise agreed(ValueError(f"item {outcome.index}: {outcome.message}"))
         return outcomes
+
+
+def _parsed(layout: str | None, comm: Intracomm, path: AnyPath) -> Layout:
+    """The layout that a text means; one that makes no sense is refused with one for this model."""
+    try:
+        return parse_layout(layout, comm.size)
+    except UsageError as error:
+        try:
+            arch = agree(comm, _architecture, path)
+        except ValueError:
+            raise error from None
+        return parse_layout(layout, comm.size, fault_of(arch))
+
+
+def _architecture(path: AnyPath) -> Architecture:
+    with open_checkpoint(path) as checkpoint:
+        return read_architecture(checkpoint.config)
 
 
 def _limits(

@@ -140,8 +140,7 @@ def _rows(engine: Engine, ready: list[Sequence]) -> SamplingBatch:
             s.request.sampling.repetition_penalty,
             s.request.sampling.presence_penalty,
             s.request.sampling.frequency_penalty,
-            engine.seed if s.request.sampling.seed is None else s.request.sampling.seed,
-            s.request.key,
+            *_seed_and_key(engine, s.request),
             s.sample,
             -1 if s.request.sampling.logprobs is None else s.request.sampling.logprobs,
         )
@@ -155,6 +154,16 @@ def _rows(engine: Engine, ready: list[Sequence]) -> SamplingBatch:
         history=[s.history for s in ready],
         **dict(zip(names, map(list, zip(*columns, strict=True)), strict=True)),
     )
+
+
+def _seed_and_key(engine: Engine, request: Request) -> tuple[int, int]:
+    """What the random numbers of a request follow from.
+
+    A request's own seed means the same numbers whatever its name is, as in OpenAI's interface. The
+    engine's seed is spread by request, since all would draw alike.
+    """
+    own = request.sampling.seed
+    return (engine.seed, request.key) if own is None else (own, 0)
 
 
 def _tokens(token_ids: list[int], logprobs: list[float], top_logprobs: list) -> Iterable[tuple]:

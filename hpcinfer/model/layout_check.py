@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hpcinfer.layout import Layout, refuse, senseless
+from hpcinfer.layout import Fault, Layout, refuse, senseless
 from hpcinfer.model.architecture import Architecture
 
 
@@ -22,10 +22,15 @@ def refuse_unfit(arch: Architecture, layout: Layout) -> None:
     UsageError
         On every rank, as it follows from the config and the command line alone.
     """
-    refuse(layout, lambda other: senseless(other) or _unfit(arch, other))
+    refuse(layout, fault_of(arch))
 
 
-def _unfit(arch, layout):
+def fault_of(arch: Architecture) -> Fault:
+    """Function that finds what a layout has that makes no sense at all, or none for this model."""
+    return lambda layout: senseless(layout) or _unfit(arch, layout)
+
+
+def _unfit(arch: Architecture, layout: Layout) -> tuple[str, Layout] | None:
     """Why a layout is none for this model, and one that is better; None if it is one."""
     sharers = key_sharers(arch, layout)
     if layout.ep > 1 and not arch.E and not layout.afd:

@@ -12,7 +12,7 @@ from reference.parity import on_root
 import hpcinfer
 from hpcinfer.errors import UsageError, is_agreed
 from hpcinfer.layout import Layout, parse_layout
-from hpcinfer.model.layout_check import refuse_unfit
+from hpcinfer.model.layout_check import fault_of, refuse_unfit
 
 CASES = ("llama-gqa", "mixtral", "deepseek_v3", "gpt2", "gpt_neox")
 SIZES = (1, 2, 3, 4, 6, 8, 12)
@@ -66,12 +66,17 @@ def test_no_suggestion_is_refused_in_turn(case):
     rng, arch, refused = random.Random(case), layouts.architecture(case), 0
     for _ in range(2000):
         size = rng.choice(SIZES)
-        text = random_text(rng, size)
+        text = text_before = random_text(rng, size)
         message = refusal(parse_layout, text, size)
         if message:
             refused += 1
             text = suggestion(message)
             assert not refusal(parse_layout, text, size), f"{message}, which is refused"
+
+            # With the model at hand the offer is one that it takes
+            message = refusal(parse_layout, text_before, size, fault_of(arch))
+            offered = parse_layout(suggestion(message), size)
+            assert not refusal(refuse_unfit, arch, offered), f"{message}, which is refused"
         message = refusal(refuse_unfit, arch, parse_layout(text, size))
         if message:
             text = suggestion(message)
@@ -157,6 +162,15 @@ def test_every_rank_raises_the_same(comm, shared_path, words):
     assert is_agreed(raised.value)
     assert len(set(comm.allgather(str(raised.value)))) == 1
     assert layouts.is_legal(suggestion(str(raised.value)), comm.size)
+
+
+def test_a_senseless_layout_is_answered_with_one_for_the_model(comm, shared_path):
+    path = on_root(comm, partial(models.write_model, "llama-gqa", shared_path / "model"))
+    with pytest.raises(UsageError, match="need another") as raised:
+        hpcinfer.load(path, comm, f"tp={comm.size},ep={comm.size},zero=allgather")
+    assert "ep=" not in suggestion(str(raised.value))
+    with pytest.raises(UsageError, match="both are 1"):
+        hpcinfer.load(shared_path / "nothing", comm, f"tp={comm.size},zero=allgather")
 
 
 def test_a_model_without_experts_refuses_them_on_every_rank(comm, shared_path):
