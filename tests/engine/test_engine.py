@@ -83,7 +83,7 @@ def test_seeds_and_samples_are_different_draws(engine):
     drawn = [
         tuple(engine.generate([item | {"seed": seed}])[0].choices[0].token_ids) for seed in seeds
     ]
-    (result,) = engine.generate([item | {"n": 4}])
+    (result,) = engine.generate([item | {"n": 4, "seed": SEED}])
     samples = [tuple(choice.token_ids) for choice in result.choices]
     assert [choice.index for choice in result.choices] == [0, 1, 2, 3]
     assert len(set(samples + drawn[1:])) == 7
@@ -360,13 +360,6 @@ def test_bad_items_are_refused_on_every_rank(comm, engine, item, message):
     refused = error_on_all_ranks(comm, lambda: engine.generate(["A", item], max_tokens=2))
     assert message in refused
     assert engine.scheduler.pages.held == 0
-
-
-def test_the_input_of_the_first_rank_counts(comm, engine):
-    mine = ["What is 2 + 3?"] if comm.rank == 0 else ["of another rank", "and one more"]
-    (result,) = engine.generate(mine, max_tokens=3)
-    expected = engine.text.encode("What is 2 + 3?")
-    assert same_on_all_ranks(comm, list(result.request.token_ids)) == list(expected)
 
 
 def test_an_engine_goes_on_after_an_error(comm, monkeypatch):
