@@ -34,6 +34,7 @@ from hpcinfer.engine.process import ProcessState
 from hpcinfer.engine.scheduler import Scheduler, StepLimits
 from hpcinfer.engine.score import ScoreTask
 from hpcinfer.engine.task import Outcome, Plan, Task
+from hpcinfer.engine.uncaught import end_all_ranks
 from hpcinfer.errors import agreed, is_agreed
 from hpcinfer.grid import Grid, grid_of
 from hpcinfer.io.atomic import AnyPath
@@ -104,6 +105,8 @@ def load(
     """
     # Refuse wrong arguments before there is anything to give back.
     comm = world() if comm is None else comm
+    if comm.size > 1:
+        end_all_ranks()
     parsed_layout = parse_layout(layout, comm.size)
     try:
         process = ProcessState(dispatch.choice() if kernels is None else kernels)
@@ -121,7 +124,7 @@ def load(
         loaded, pages = load_parts(
             path, grid, process, limits, of_weights, device, context, kv_memory
         )
-    except Exception as error:
+    except BaseException as error:
         if is_agreed(error):
             grid.release()
         raise
