@@ -7,6 +7,7 @@ form ``<module>: got X, need Y; remedy``. `UsageError` is a ValueError about the
 from __future__ import annotations
 
 import operator
+import pickle
 import reprlib
 from typing import Any, TypeVar
 
@@ -30,6 +31,19 @@ class Stopped(RuntimeError):
 def agreed(error: _Error) -> _Error:
     """`error`, marked as raised on every rank, so that all can end in order; returns it."""
     error.agreed = True  # type: ignore[attr-defined]
+    return error
+
+
+def portable(error: BaseException) -> BaseException:
+    """`error` if other ranks can be sent it, else one of the same text.
+
+    Libraries raise what cannot be: errors whose class no module holds, as a panic is, or which
+    carry what their making does not take.
+    """
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(one_line(error))
     return error
 
 
@@ -59,7 +73,7 @@ def one_line(error: BaseException) -> str:
         return f"memory: {text or 'allocation refused'}; use more ranks or a smaller --kv-memory"
     if isinstance(error, OSError) and error.filename:
         return f"file: {error.strerror or text}: {error.filename}"
-    return f"{type(error).__name__}: {text}"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def integer(value: Any) -> int | None:

@@ -17,7 +17,7 @@ from copy import copy
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
-from hpcinfer.errors import UsageError, agreed
+from hpcinfer.errors import UsageError, agreed, portable
 from hpcinfer.heartbeat import waiting
 from hpcinfer.layout import AXES, Layout
 
@@ -231,8 +231,8 @@ def agree(comm: Comm, function: Callable, *arguments: Any) -> Any:
     if comm.rank == 0:
         try:
             outcome = function(*arguments)
-        except Exception as raised:
-            error = raised
+        except BaseException as raised:
+            error = portable(raised)
 
     # Hear how it went.
     with waiting("bcast", comm, "agree"):
@@ -248,8 +248,8 @@ def agree_all(comm: Comm, function: Callable, *arguments: Any) -> Any:
     outcome = error = None
     try:
         outcome = function(*arguments)
-    except Exception as raised:
-        error = raised
+    except BaseException as raised:
+        error = portable(raised)
     with waiting("allgather", comm, "agree"):
         errors = [e for e in comm.allgather(error) if e is not None]
     if errors:

@@ -20,6 +20,9 @@ _FORWARD_S, _ABORT_S = 0.3, 1.0
 _RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 _SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
+# What they tell begins so; a process that is no rank must not take itself for one.
+_LAUNCHERS = ("PMI", "OMPI_", "PRTE", "HYD", "MPI", "PALS_", "SLURM_")
+
 
 def launcher_rank() -> int:
     """Rank of this process as its launcher says, without starting MPI; 0 outside a launcher."""
@@ -49,6 +52,13 @@ def abort(code: int) -> NoReturn:
         last.start()
         MPI.COMM_WORLD.Abort(code)
     os._exit(code)
+
+
+def environment_of_child() -> dict[str, str]:
+    """Environment for a process that this one starts: the same modules, but no rank."""
+    kept = {name: v for name, v in os.environ.items() if not name.startswith(_LAUNCHERS)}
+    folders = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
+    return kept | {"PYTHONPATH": folders}
 
 
 def world() -> Intracomm:

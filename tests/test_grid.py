@@ -128,9 +128,22 @@ def messages(comm, function, *arguments):
     """Each rank's result of a call, or (type, message, agreed) of its error; gathered."""
     try:
         mine = function(comm, *arguments)
-    except Exception as error:
+    except BaseException as error:
         mine = (type(error), str(error), is_agreed(error))
     return comm.allgather(mine)
+
+
+def panic(*ranks, comm):
+    """Raise on the given ranks what is no Exception and cannot be sent."""
+    if comm.rank in ranks:
+        raise type("PanicException", (BaseException,), {})("called unwrap")
+
+
+def test_a_panic_is_agreed_on(comm):
+    error = (RuntimeError, "PanicException: called unwrap", True)
+    assert messages(comm, agree, lambda: panic(0, comm=comm)) == [error] * comm.size
+    last = comm.size - 1
+    assert messages(comm, agree_all, lambda: panic(last, comm=comm)) == [error] * comm.size
 
 
 def test_agree_gives_the_root_to_all(comm):

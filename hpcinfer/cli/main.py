@@ -58,13 +58,16 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         arguments = parser().parse_args(argv)
         arguments.command_line = ["hpcinfer", *argv]
         arguments.run(arguments)
-    except Exception as error:
+    except BaseException as error:
+        # Whatever its kind, as others may wait for this rank; --help ends by itself.
+        if isinstance(error, SystemExit) and not _in_parallel():
+            raise
         _end(error, "--debug" in argv)
     sys.stdout.flush()
     sys.exit(DONE)
 
 
-def _end(error: Exception, debug: bool) -> None:
+def _end(error: BaseException, debug: bool) -> None:
     """Report an error once and end the whole job with its code."""
     # Let the first rank speak where it may, or another one that reports this very error.
     alone = is_agreed(error) or not _in_parallel()

@@ -37,6 +37,7 @@ from hpcinfer.engine.process import ProcessState
 from hpcinfer.engine.scheduler import Scheduler, StepLimits
 from hpcinfer.engine.score import ScoreTask
 from hpcinfer.engine.task import Outcome, Plan, Task
+from hpcinfer.engine.uncaught import end_all_ranks
 from hpcinfer.errors import UsageError, agreed, is_agreed
 from hpcinfer.grid import Grid, agree, grid_of
 from hpcinfer.io.atomic import AnyPath
@@ -112,6 +113,8 @@ def load(
     """
     # Refuse wrong arguments before there is anything to give back.
     comm = world() if comm is None else comm
+    if comm.size > 1:
+        end_all_ranks()
     choices = (layout, None if dtype is None else str(dtype), kernels, check_weights)
     bounds = (kv_memory, step_tokens, sequences, context, seed, micro_batches)
     refuse_different(comm, "arguments of load", choices, bounds)
@@ -133,7 +136,7 @@ def load(
             path, grid, process, limits, of_weights, device, context, kv_memory
         )
         refuse_different(comm, "model", loaded.checksum)
-    except Exception as error:
+    except BaseException as error:
         if is_agreed(error):
             grid.release()
         raise

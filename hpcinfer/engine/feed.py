@@ -65,7 +65,7 @@ class Feed:
         """
         try:
             block, self._remaining = agree(self._grid.replica, self._take, held)
-        except Exception as error:
+        except BaseException as error:
             # Other replicas know nothing of it; its leader alone reports it.
             error.agreed = self._grid.replica.size == self._grid.comm.size
             error.reported = not self._grid.is_leader

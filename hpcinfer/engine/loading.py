@@ -17,7 +17,9 @@ from hpcinfer.engine.scheduler import StepLimits
 from hpcinfer.engine.stats import RunStats
 from hpcinfer.errors import agreed
 from hpcinfer.grid import Grid, agree_all
+from hpcinfer.heartbeat import waiting
 from hpcinfer.io.atomic import AnyPath
+from hpcinfer.io.checkpoint import Checkpoint
 from hpcinfer.io.models import open_checkpoint
 from hpcinfer.ledger import Ledger
 from hpcinfer.model.architecture import Architecture
@@ -26,7 +28,8 @@ from hpcinfer.model.ffn_rank import FfnRank
 from hpcinfer.model.forward import Model
 from hpcinfer.model.layout_check import refuse_unfit
 from hpcinfer.model.weights.check import check
-from hpcinfer.text.tokenizer import Text
+from hpcinfer.text.text import Text
+from hpcinfer.text.worker import shared_worker
 
 # Share of the free memory that the cache takes where --kv-memory does not say.
 _KV_SHARE = 0.5
@@ -70,14 +73,22 @@ def load_parts(
 ) -> tuple[Loaded, int]:
     """A model with a cache: (Loaded, pages of the cache), its state of the process found."""
     with process.in_use():
+        # Begin with the process that encodes, which takes a moment to be there.
+        if grid.is_leader:
+            shared_worker().start()
+
         # Take this rank's part of the node.
         process.threads = take_threads(grid.node)
         own, process.direct = take_device(grid.comm, grid.node, device)
         process.reducers = take_sums(grid, own)
 
         # Read the own shard, then share what others of the node have too.
-        read = partial(_read, path, grid, dtype, own, context, process.ledger)
-        loaded = agree_all(grid.comm, read)
+        start_s = time.perf_counter()
+        with agree_all(grid.comm, open_checkpoint, path) as checkpoint:
+            text = _text(checkpoint, grid)
+            read = partial(_read, path, checkpoint, text, grid, dtype, own, context, process.ledger)
+            loaded = agree_all(grid.comm, read)
+        loaded.stats.load_s = time.perf_counter() - start_s
         _share_weights(loaded, grid)
 
         # Give every rank the same number of pages, and forget what loading has sent.
@@ -87,8 +98,18 @@ def load_parts(
     return loaded, pages
 
 
+def _text(checkpoint: Checkpoint, grid: Grid) -> Text:
+    """The checkpoint's text: leaders, which encode, read the tokenizer; others take its tables."""
+    text = agree_all(grid.comm, lambda: Text(checkpoint) if grid.is_leader else None)
+    with waiting("bcast", grid.comm, "text"):
+        tables = grid.comm.bcast(text and text.tables)
+    return text or Text(checkpoint, tables)
+
+
 def _read(
     path: AnyPath,
+    checkpoint: Checkpoint,
+    text: Text,
     grid: Grid,
     dtype: np.dtype | None,
     device: Device,
@@ -96,21 +117,18 @@ def _read(
     ledger: Ledger,
 ) -> Loaded:
     """This rank's shard of a model, as Loaded."""
-    start_s = time.perf_counter()
-    with open_checkpoint(path) as checkpoint:
-        # Refuse what cannot be loaded before the first weight is read.
-        arch = read_architecture(checkpoint.config)
-        refuse_unfit(arch, grid.layout)
-        check(arch, checkpoint.tensors)
-        dtype = arch.dtype if dtype is None else dtype
-        context, text = _context(arch, context), Text(checkpoint)
+    # Refuse what cannot be loaded before the first weight is read.
+    arch = read_architecture(checkpoint.config)
+    refuse_unfit(arch, grid.layout)
+    check(arch, checkpoint.tensors)
+    dtype = arch.dtype if dtype is None else dtype
+    context = _context(arch, context)
 
-        # Read the weights.
-        part = FfnRank if grid.role == "ffn" else Model
-        model = part(arch, checkpoint, grid, device, dtype, ExpertLoad(arch))
-        stats = RunStats(grid, ledger, checkpoint.bytes_read, checkpoint.file_bytes)
-        documents = checkpoint.generation_config, checkpoint.checksum
-    stats.load_s = time.perf_counter() - start_s
+    # Read the weights.
+    part = FfnRank if grid.role == "ffn" else Model
+    model = part(arch, checkpoint, grid, device, dtype, ExpertLoad(arch))
+    stats = RunStats(grid, ledger, checkpoint.bytes_read, checkpoint.file_bytes)
+    documents = checkpoint.generation_config, checkpoint.checksum
     return Loaded(path, model, text, context, *documents, stats)
 
 

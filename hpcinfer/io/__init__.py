@@ -19,6 +19,7 @@
     read_parts   what such a file holds so far, and whether it is sound
     rows         reports: tables to print, and JSON
     trace        the ledger's calls as a timeline
+    bounds       how much memory reading metadata may take
     atomic       a file appears whole under its name or not at all
 
 Nothing is imported here, so that h5py is loaded only where a file needs it.

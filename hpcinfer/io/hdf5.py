@@ -320,9 +320,11 @@ def _crc32(metadata: Metadata) -> int:
 
 def _attribute(item: h5py.HLObject, name: str) -> Any:
     """Scalar attribute of a file or dataset as str or int; None if there is none of that kind."""
-    if name not in item.attrs or item.attrs.get_id(name).shape != ():
+    attribute = item.attrs.get_id(name) if name in item.attrs else None
+    if attribute is None or attribute.shape != ():
         return None
-    value = item.attrs[name]
+    large = attribute.get_type().get_size() > MAX_JSON_BYTES
+    value = None if large else item.attrs[name]
     if isinstance(value, np.integer):
         return int(value)
     return value if isinstance(value, str) else None
@@ -348,6 +350,7 @@ def _read_text(path: str, group: h5py.Group | None, name: str) -> str | None:
         or data.shape != ()
         or h5py.check_string_dtype(data.dtype) is None
         or data.id.get_create_plist().get_external_count()
+        or data.id.get_type().get_size() > MAX_TOKENIZER_BYTES
     ):
         raise ValueError(f"checkpoint: got /tokenizer/{name} in {path} which is no text, need one")
     text = data[()]

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from hpcinfer.io import integrity
 from hpcinfer.io.atomic import AnyPath
+from hpcinfer.io.bounds import bounded_memory
 from hpcinfer.io.checkpoint import SCALES, Checkpoint, TensorInfo
-from hpcinfer.io.models import has_hdf5_signature, open_checkpoint
+from hpcinfer.io.models import METADATA_MEMORY, has_hdf5_signature, open_checkpoint
 
 if TYPE_CHECKING:
     import h5py
@@ -66,7 +67,8 @@ def describe(path: AnyPath, check: bool = False) -> str:
             try:
                 describe_file = describers.get(hdf5.file_format(file))
                 if describe_file is not None:
-                    return "\n".join(describe_file(path, file))
+                    with bounded_memory(METADATA_MEMORY):
+                        return "\n".join(describe_file(path, file))
             except Exception as error:
                 # What is not said here is the library's, which raises errors of many kinds
                 reason = " ".join(str(error).split())[:500]

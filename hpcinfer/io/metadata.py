@@ -11,8 +11,10 @@ from typing import Any, BinaryIO
 from hpcinfer.errors import integer, shown
 from hpcinfer.io.atomic import AnyPath
 
-MAX_JSON_BYTES = 50_000_000
-MAX_TOKENIZER_BYTES = 500_000_000
+# Largest files, some times the largest that are known: a tokenizer_config.json of 1.2 MB, a
+# tokenizer.json of 33 MB. Lists without end take some 25 times their JSON in memory.
+MAX_JSON_BYTES = 4_000_000
+MAX_TOKENIZER_BYTES = 100_000_000
 
 
 @dataclass(frozen=True)

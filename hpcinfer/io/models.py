@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 
 from hpcinfer.io.atomic import AnyPath
+from hpcinfer.io.bounds import bounded_memory
 from hpcinfer.io.checkpoint import HDF5_SIGNATURE, Checkpoint
 from hpcinfer.io.metadata import open_regular
+
+# Bytes that config, tokenizer and the table of tensors may take while they are read
+METADATA_MEMORY = 1 << 30
 
 
 def open_checkpoint(path: AnyPath | Checkpoint) -> Checkpoint:
@@ -24,7 +28,18 @@ def open_checkpoint(path: AnyPath | Checkpoint) -> Checkpoint:
     if isinstance(path, Checkpoint):
         return path
     path = os.fspath(path)
+    try:
+        with bounded_memory(METADATA_MEMORY):
+            return _open(path)
+    except MemoryError:
+        raise ValueError(
+            f"checkpoint: got {path} whose metadata needs more than {METADATA_MEMORY >> 20} MiB of "
+            "memory, need less; fetch the model again"
+        ) from None
 
+
+def _open(path: str) -> Checkpoint:
+    """The model, of whichever kind."""
     # h5py is imported only where there is an .h5
     if os.path.isdir(path):
         from hpcinfer.io.safetensors import open_directory

@@ -19,7 +19,9 @@ from hpcinfer.io import metadata
 from hpcinfer.io.atomic import AnyPath
 from hpcinfer.io.checkpoint import Checkpoint, TensorInfo, table_entry
 
-MAX_HEADER_BYTES = 100_000_000
+# Bytes of a header, of the index, and of all headers of a model; bytes of an entry for each list or
+# object in it, as in `"a":{"dtype":"F32","shape":[],"data_offsets":[0,0]},`
+MAX_HEADER_BYTES, MAX_ALL_HEADERS_BYTES, ENTRY_BYTES = 32_000_000, 64_000_000, 16
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 DTYPES = {
@@ -111,7 +113,18 @@ def _read_json(path: AnyPath) -> tuple[dict[str, Any], int, int]:
         text = file.read(length)
     if len(text) != length or text[:1] != b"{":
         raise ValueError(f"checkpoint: got {path} without a safetensors header, need one")
-    return metadata.parse_object(text, f"the header of {path}"), 8 + length, file_size
+    return _parse_table(text, f"the header of {path}"), 8 + length, file_size
+
+
+def _parse_table(text: bytes, source: str) -> dict[str, Any]:
+    """The JSON object of a header or index, unless it is made of more lists than a table is."""
+    n = text.count(b"[") + text.count(b"{")
+    if n > len(text) // ENTRY_BYTES + 8:
+        raise ValueError(
+            f"checkpoint: got {n} lists and objects in the {len(text)} bytes of {source}, need a "
+            "table of tensors; fetch the file again"
+        )
+    return metadata.parse_object(text, source)
 
 
 def _parse_entry(path: AnyPath, name: str, entry: Any) -> tuple[np.dtype, list[int], int, int]:
@@ -138,6 +151,21 @@ def _is_naturals(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
 
 
+def _read_headers(folder: str, names: list[str]) -> dict[str, dict[str, TensorInfo]]:
+    """Table of each file, as long as all are of a bounded length together."""
+    tables, n_bytes = {}, 0
+    for name in names:
+        path = os.path.join(folder, name)
+        tables[name] = read_header(path)
+        n_bytes += min((i.offset for i in tables[name].values()), default=8)
+        if n_bytes > MAX_ALL_HEADERS_BYTES:
+            raise ValueError(
+                f"checkpoint: got more than {MAX_ALL_HEADERS_BYTES} bytes of headers up to {path}, "
+                "need less; remove the files that do not belong to the model"
+            )
+    return tables
+
+
 def _read_all(folder: str) -> dict[str, TensorInfo]:
     """Tensors of model.safetensors, or of every *.safetensors file if that is not there."""
     names = sorted(n for n in os.listdir(folder) if n.endswith(".safetensors"))
@@ -151,8 +179,8 @@ def _read_all(folder: str) -> dict[str, TensorInfo]:
 
     # Put the tables of the files together
     tensors: dict[str, TensorInfo] = {}
-    for name in names:
-        for tensor, info in read_header(os.path.join(folder, name)).items():
+    for table in _read_headers(folder, names).values():
+        for tensor, info in table.items():
             if tensor in tensors:
                 raise ValueError(
                     f"checkpoint: got {tensor!r} in both {tensors[tensor].file} and {info.file}, "
@@ -165,7 +193,7 @@ def _read_all(folder: str) -> dict[str, TensorInfo]:
 def _read_indexed(folder: str, index_path: str) -> dict[str, TensorInfo]:
     """Tensors that the index names, each from the file that it names."""
     text = metadata.read_text(index_path, MAX_HEADER_BYTES) or ""
-    weight_map = metadata.parse_object(text, index_path).get("weight_map")
+    weight_map = _parse_table(text.encode(), index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"checkpoint: got {index_path} without weight_map, need tensor: file")
 
@@ -178,7 +206,7 @@ def _read_indexed(folder: str, index_path: str) -> dict[str, TensorInfo]:
             )
 
     # Look each tensor up in the file that is named for it
-    headers = {name: read_header(os.path.join(folder, name)) for name in set(weight_map.values())}
+    headers = _read_headers(folder, sorted(set(weight_map.values())))
     for tensor, name in weight_map.items():
         if tensor not in headers[name]:
             raise ValueError(

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 if TYPE_CHECKING:
     from hpcinfer.engine.stats import RunStats
-    from hpcinfer.text.tokenizer import Text
+    from hpcinfer.text.text import Text
 
 # Seconds between two lines of progress: on a terminal, and in the log of a job.
 _TERMINAL_S, _LOG_S = 0.2, 10.0

@@ -13,7 +13,7 @@ from typing import Any
 
 from hpcinfer.errors import integer, shown
 from hpcinfer.requests.sampling import Sampling
-from hpcinfer.text.tokenizer import Text
+from hpcinfer.text.text import Text
 
 MAX_CUSTOM_ID = 512
 KINDS = {"/v1/completions": "completion", "/v1/chat/completions": "chat"}

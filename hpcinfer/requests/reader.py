@@ -30,7 +30,7 @@ from hpcinfer.requests.fields import (
 )
 from hpcinfer.requests.request import BadRequest, Request
 from hpcinfer.requests.sampling import Sampling
-from hpcinfer.text.tokenizer import Text
+from hpcinfer.text.text import Text
 
 
 class RequestReader:

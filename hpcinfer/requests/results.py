@@ -7,7 +7,7 @@ from hashlib import blake2b
 from typing import Any
 
 from hpcinfer.requests.request import BadRequest, Choice, Extracted, Request, Result, Score
-from hpcinfer.text.tokenizer import Text
+from hpcinfer.text.text import Text
 
 LOWEST_LOGPROB = -9999.0
 

@@ -5,9 +5,14 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Protocol
 
-from tokenizers import Tokenizer
+from hpcinfer.errors import shown
+from hpcinfer.text.library import library_errors
+
+# Characters of what a decoder writes in the place of a string, such as a space for a mark
+MAX_REPLACEMENT = 8
 
 
 class Joiner(Protocol):
@@ -29,20 +34,30 @@ class Joiner(Protocol):
         """Bytes that one token stands for."""
 
 
-def joiner_of(tokenizer: Tokenizer) -> Callable[[bool], Joiner]:
-    """Function that makes joiners for the decoder of a tokenizer.
+def joiner_of(decoder: dict[str, Any] | None) -> Callable[[bool], Joiner]:
+    """Function that makes joiners for a decoder.
+
+    Parameters
+    ----------
+    decoder : of tokenizer.json, None if it has none
 
     Returns
     -------
     function of whether the text follows other text, which gives a Joiner
+
+    Raises
+    ------
+    ValueError
+        If the decoder could make a text much longer than its tokens, or run for long.
     """
-    state = tokenizer.decoder.__getstate__() if tokenizer.decoder else "null"
-    decoder: dict[str, Any] = json.loads(state) or {}
+    _refuse_growth(decoder)
     if decoder and decoder["type"] == "Sequence" and len(decoder["decoders"]) == 1:
         decoder = decoder["decoders"][0]
-    kind = decoder.get("type")
+    kind = decoder["type"] if decoder else None
 
     # Take the joiner that settles a token as soon as that kind of decoder allows
+    if decoder is None or kind is None:
+        return lambda after_text: WholeJoiner(after_text, " ".join)
     if kind == "ByteLevel":
         return ByteLevelJoiner
     if kind == "Metaspace":
@@ -52,7 +67,7 @@ def joiner_of(tokenizer: Tokenizer) -> Callable[[bool], Joiner]:
         return lambda after_text: MetaspaceJoiner(after_text, mark, drops_first)
     if kind == "Sequence" and (steps := _byte_fallback_steps(decoder["decoders"])):
         return lambda after_text: ByteFallbackJoiner(after_text, *steps)
-    join = tokenizer.decoder.decode if decoder else " ".join
+    join = _library_decode(decoder)
     return lambda after_text: WholeJoiner(after_text, join)
 
 
@@ -74,7 +89,7 @@ class ByteLevelJoiner:
     def token_bytes(self, token: str) -> bytes:
         # A character outside the alphabet marks an added token that is written as plain text
         try:
-            return bytes(map(_BYTE_OF.__getitem__, token))
+            return _bytes_of(token)
         except KeyError:
             return token.encode()
 
@@ -200,6 +215,12 @@ def _byte_alphabet() -> dict[str, int]:
 _BYTE_OF = _byte_alphabet()
 
 
+@cache
+def _bytes_of(token: str) -> bytes:
+    """Bytes that the characters of a token stand for; KeyError if one stands for none."""
+    return bytes(map(_BYTE_OF.__getitem__, token))
+
+
 def _fallback_byte(piece: str) -> int | None:
     """Byte that "<0xE4>" stands for; None for any other piece."""
     if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
@@ -229,3 +250,34 @@ def _byte_fallback_steps(
     if any(not old for old, _ in replace) or strip["stop"] != 0:
         return None
     return replace, (strip["content"], strip["start"])
+
+
+def _refuse_growth(decoder: dict[str, Any] | None) -> None:
+    """Refuse a decoder with a long replacement, or one of what a regular expression finds."""
+    waiting = [decoder] if decoder else []
+    while waiting:
+        step = waiting.pop()
+        waiting += step.get("decoders", [])
+        if step["type"] == "Replace":
+            if "String" not in step["pattern"] or len(step["content"]) > MAX_REPLACEMENT:
+                raise ValueError(
+                    f"tokenizer: got the decoder {shown(step)}, need one that replaces strings by "
+                    f"at most {MAX_REPLACEMENT} characters; check tokenizer.json"
+                )
+
+
+def _library_decode(decoder: dict[str, Any]) -> Callable[[list[str]], str]:
+    """Function of the library that makes text of tokens as a decoder says."""
+    from tokenizers import Tokenizer
+
+    # A tokenizer needs a model, which the decoder has no use for
+    model = {"type": "WordLevel", "vocab": {}, "unk_token": ""}
+    with library_errors("a decoder"):
+        library = Tokenizer.from_str(json.dumps({"model": model, "decoder": decoder})).decoder
+
+    def decode(tokens: list[str]) -> str:
+        with library_errors("tokens that the decoder joins"):
+            text = library.decode(tokens)
+        return text
+
+    return decode

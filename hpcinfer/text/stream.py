@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hpcinfer.text.tokenizer import Text
+from hpcinfer.text.text import Text
 
 
 class TextStream:

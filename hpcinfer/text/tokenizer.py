@@ -1,55 +1,41 @@
-"""Text and token ids: encoding, decoding, and what ends a text.
+"""Text to token ids: the tokenizer and the chat template of a checkpoint.
 
 The tokenizer is the tokenizer.json of the checkpoint, run by the `tokenizers` library. Its
 post-processor alone says where special tokens are added: transformers, too, takes no notice of
 `add_bos_token` where there is a tokenizer.json. A checkpoint without a tokenizer works with token
 ids alone: its texts are empty, and asking for an encoding is an error.
 
-The tokenizer and the chat template come with the checkpoint and are not trusted. The template runs
-in jinja2's sandbox with a budget of steps and characters, so a hostile one ends in a ValueError.
+Both come with the checkpoint and are not trusted. They run here as they are: this module is used in
+`hpcinfer.text.child`, which bounds them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+import json
+from typing import Any
 
 from tokenizers import Tokenizer
 
 from hpcinfer.errors import integer, shown
 from hpcinfer.text.added_tokens import extra_special_tokens, missing_tokens, special_tokens
 from hpcinfer.text.chat_template import ChatTemplate
-from hpcinfer.text.joiners import Joiner, joiner_of
+from hpcinfer.text.library import library_errors
 from hpcinfer.text.prefix_space import set_prefix_space
 
 # Characters that are always read, and how many times its length a text may have before it is
 # normalised
 SHORT_TEXT, NORMALISED = 1 << 16, 4
 
-
-class TextFiles(Protocol):
-    """What an open checkpoint says of text: contents of its small files, {} or None if absent."""
-
-    tokenizer_json: str | None
-    tokenizer_config: dict[str, Any]
-    special_tokens_map: dict[str, Any]
-    chat_template: str | None
-    generation_config: dict[str, Any]
-    config: dict[str, Any]
+# Characters of a token, of which an answer may have many
+MAX_TOKEN = 1 << 12
 
 
-class Text:
+class Encoder:
     """The tokenizer of a checkpoint, and its chat template.
 
     Parameters
     ----------
-    ckpt : open checkpoint
-
-    Attributes
-    ----------
-    available : whether there is a tokenizer
-    special_tokens : the named ones that there are, "bos_token", "eos_token", ...
-    eos_ids : token ids that end a text, from generation_config, else config, else the tokenizer
+    files : what a checkpoint says of text, by the names of `hpcinfer.text.text.TextFiles`
 
     Raises
     ------
@@ -58,27 +44,53 @@ class Text:
         when it is first used, so a broken one does not hinder plain prompts.
     """
 
-    def __init__(self, ckpt: TextFiles) -> None:
-        self.special_tokens = special_tokens(ckpt.tokenizer_config, ckpt.special_tokens_map)
+    def __init__(self, files: dict[str, Any]) -> None:
+        companions = files["tokenizer_config"], files["special_tokens_map"]
+        self._special_tokens = special_tokens(*companions)
         self._tokenizer: Tokenizer | None = None
+        self._decoder: dict[str, Any] | None = None
         self._hidden: set[str] = set()
 
         # Make the tokenizer, and note which tokens leave no trace in a text
-        if ckpt.tokenizer_json is not None:
-            extra = extra_special_tokens(ckpt.tokenizer_config, ckpt.special_tokens_map)
-            special = [*self.special_tokens.values(), *extra]
-            self._tokenizer = _tokenizer(ckpt.tokenizer_json, ckpt.tokenizer_config, special)
-            self._make_joiner = joiner_of(self._tokenizer)
+        if files["tokenizer_json"] is not None:
+            special = [*self._special_tokens.values(), *extra_special_tokens(*companions)]
+            self._tokenizer = _tokenizer(files["tokenizer_json"], companions[0], special)
+            if self._tokenizer.decoder is not None:
+                self._decoder = json.loads(self._tokenizer.decoder.__getstate__())
             added = self._tokenizer.get_added_tokens_decoder().values()
             self._hidden = {token.content for token in added if token.special} | set(special)
-        self.available = self._tokenizer is not None
-        self.eos_ids = self._eos_ids(ckpt.generation_config, ckpt.config)
+        self._eos = self._eos_ids(files["generation_config"], files["config"])
 
         # Leave to later what a text without template or of usual length does not need
-        self._template_source = ckpt.chat_template
+        self._template_source = files["chat_template"]
         self._template: ChatTemplate | None = None
-        self._pieces: dict[int, str | None] = {}
         self._longest: int | None = None
+
+    def tables(self) -> dict[str, Any]:
+        """What the other side needs to make text of tokens.
+
+        Returns
+        -------
+        dict: decoder, of tokenizer.json; special_tokens, the named ones; eos_ids; hidden, tokens
+        that leave no trace in a text; ids and tokens, those of the vocabulary, in the same order
+        """
+        ids: list[int] = []
+        if self._tokenizer is not None:
+            ids = sorted(set(self._tokenizer.get_vocab().values()))
+        tokens = [self._needed().id_to_token(token_id) or "" for token_id in ids]
+        if (longest := max(map(len, tokens), default=0)) > MAX_TOKEN:
+            raise ValueError(
+                f"tokenizer: got a token of {longest} characters, need at most {MAX_TOKEN}; check "
+                "tokenizer.json"
+            )
+        return {
+            "decoder": self._decoder,
+            "special_tokens": self._special_tokens,
+            "eos_ids": self._eos,
+            "hidden": sorted(self._hidden),
+            "ids": ids,
+            "tokens": tokens,
+        }
 
     def encode(
         self, text: str, add_special_tokens: bool = True, limit: int | None = None
@@ -89,20 +101,24 @@ class Text:
         ----------
         text : what to read
         add_special_tokens : whether to add those that the tokenizer's post-processor adds
-        limit : tokens that are of use: a text that is sure to have more is not read to its end
+        limit : tokens that it may have: a text that is sure to have more is not read to its end
 
         Raises
         ------
         ValueError
-            If there is no tokenizer, it cannot encode the text, or the text is far too long.
+            If there is no tokenizer, it cannot encode the text, or the text is too long.
         """
         tokenizer = self._needed()
         if limit is not None and len(text) > SHORT_TEXT:
             self._refuse_long(text, limit)
-        try:
-            return tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-        except Exception as error:
-            raise ValueError(_library_line(error, "a text that the tokenizer encodes")) from None
+        with library_errors("a text that the tokenizer encodes"):
+            ids = tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        if limit is not None and len(ids) > limit:
+            raise ValueError(
+                f"request: got a prompt of {len(ids)} tokens, need at most the {limit} of the "
+                "context window; shorten the prompt"
+            )
+        return ids
 
     def encode_chat(
         self,
@@ -144,82 +160,11 @@ class Text:
             self._template = ChatTemplate(self._template_source)
         return self._template.render_chat(
             messages,
-            **self.special_tokens,
+            **self._special_tokens,
             tools=None,
             documents=None,
             add_generation_prompt=add_generation_prompt,
         )
-
-    def decode(
-        self, ids: Sequence[int], skip_special_tokens: bool = True, after_text: bool = False
-    ) -> str:
-        """Text of token ids, "" without a tokenizer.
-
-        Parameters
-        ----------
-        ids : any, also such as the tokenizer does not know
-        skip_special_tokens : whether special tokens leave no trace
-        after_text : whether the text follows other text: a tokenizer that marks words with a
-            leading space then keeps the first one, so that prompt + text reads on
-        """
-        if self._tokenizer is None:
-            return ""
-        if after_text:
-            joiner = self.joiner(True)
-            tokens = (self.token(int(i), skip_special_tokens) for i in ids)
-            return "".join(joiner.feed(t) for t in tokens if t is not None) + joiner.finish()
-        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens)
-
-    def token_text(self, token_id: int) -> str:
-        r"""One token as a readable string, for reports of log-probabilities.
-
-        Bytes that are no whole character appear as OpenAI writes them, "bytes:\xe4\xbd"; without a
-        tokenizer, or for an id it does not know, the string is "token_id:7".
-        """
-        data = self.token_bytes(token_id)
-        if data is None:
-            return f"token_id:{token_id}"
-        try:
-            return data.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
-
-    def token_bytes(self, token_id: int) -> bytes | None:
-        """UTF-8 bytes one token stands for inside a text; None if the id is unknown."""
-        token = None if self._tokenizer is None else self._tokenizer.id_to_token(int(token_id))
-        return None if token is None else self.joiner(True).token_bytes(token)
-
-    def offsets(self, ids: Sequence[int], after_text: bool = False) -> list[int]:
-        """Characters of the decoded text that stand before each token; zeros without a tokenizer.
-
-        A character made of several tokens begins where its first token does, and so do the others.
-        """
-        if self._tokenizer is None:
-            return [0] * len(ids)
-        joiner, settled, offsets = self.joiner(after_text), 0, []
-        for token_id in ids:
-            offsets.append(settled + len(joiner.pending()))
-            token = self.token(int(token_id))
-            settled += 0 if token is None else len(joiner.feed(token))
-        return offsets
-
-    def token(self, token_id: int, skip_special_tokens: bool = True) -> str | None:
-        """Token as the vocabulary writes it; None if it leaves no trace in the text."""
-        if not skip_special_tokens:
-            return self._needed().id_to_token(token_id)
-        if token_id not in self._pieces:
-            token = self._needed().id_to_token(token_id)
-            self._pieces[token_id] = None if token in self._hidden else token
-        return self._pieces[token_id]
-
-    def holds_special(self, text: str) -> bool:
-        """True if a special token is written out in a text."""
-        return any(token in text for token in self._hidden)
-
-    def joiner(self, after_text: bool) -> Joiner:
-        """A new joiner of tokens to one text; `after_text` is as in `decode`."""
-        self._needed()
-        return self._make_joiner(after_text)
 
     def _needed(self) -> Tokenizer:
         """The tokenizer, where nothing goes without it."""
@@ -253,7 +198,7 @@ class Text:
             value = source.get("eos_token_id")
             if value is not None:
                 return _ids_in(name, value)
-        eos = self.special_tokens.get("eos_token")
+        eos = self._special_tokens.get("eos_token")
         if self._tokenizer is None or not eos:
             return ()
         eos_id = self._tokenizer.token_to_id(eos)
@@ -265,13 +210,8 @@ class Text:
 
 def _tokenizer(content: str, config: dict[str, Any], special: list[str]) -> Tokenizer:
     """Tokenizer of a tokenizer.json, with the special tokens that only its companions name."""
-    try:
+    with library_errors("a tokenizer.json"):
         tokenizer = Tokenizer.from_str(content)
-    except BaseException as error:
-        # A panic of the library is no Exception; only the user's own interruptions pass
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            raise
-        raise ValueError(_library_line(error, "a tokenizer.json")) from None
 
     # Lengths are the engine's business
     tokenizer.no_padding()
@@ -303,8 +243,3 @@ def _ids_in(name: str, value: Any) -> tuple[int, ...]:
             "correct the file"
         )
     return tuple(dict.fromkeys(i for i in ids if i is not None and i >= 0))  # -1 stands for none
-
-
-def _library_line(error: BaseException, need: str) -> str:
-    reason = " ".join(str(error).split())[:200]
-    return f"tokenizer: got {reason or type(error).__name__}, need {need}; check tokenizer.json"

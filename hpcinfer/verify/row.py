@@ -175,7 +175,7 @@ def run_case(comm, row, rng, put=np.asarray):
     trial, error = None, None
     try:
         trial = row.function(own, rng, put)
-    except Exception as raised:
+    except BaseException as raised:
         error = raised
     _meet(comm, error)
     own.Free()

@@ -34,6 +34,7 @@ from helpers.paths import SHIPPED
 from pytest import approx
 
 from hpcinfer import partition
+from hpcinfer.cli import main as main_module
 from hpcinfer.io.models import open_checkpoint
 from hpcinfer.model.families import read_architecture
 from hpcinfer.model.weights.table import table
@@ -457,8 +458,35 @@ def test_one_rank_that_cannot_read_the_model_ends_all(mpirun, tmp_path, rank):
     refused(done, 1, "file: Input/output error: model.safetensors")
 
 
-@pytest.mark.parametrize("rank", [0, 2])
-def test_one_rank_that_fails_in_a_step_ends_all(mpirun, tmp_path, rank):
+def test_an_exit_of_one_rank_ends_all(monkeypatch, capsys):
+    """As a library may do: only where others wait is it more than an exit."""
+    monkeypatch.setattr(main_module.inspect, "run", lambda _: sys.exit(3))
+    with pytest.raises(SystemExit, match="3"):
+        main_module.main(["inspect"])
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(main_module, "_in_parallel", lambda: True)
+    monkeypatch.setattr(main_module, "abort", lambda code: sys.exit(f"abort {code}"))
+    with pytest.raises(SystemExit, match="abort 1"):
+        main_module.main(["inspect"])
+    assert capsys.readouterr().err == "hpcinfer: SystemExit: 3\n"
+
+
+PANIC = 'type("PanicException", (BaseException,), {})("called unwrap")'
+
+
+@pytest.mark.parametrize(
+    ("rank", "error", "line"),
+    [
+        (
+            0,
+            'MemoryError("got a full device")',
+            "hpcinfer: memory: got a full device; use more ranks or a smaller --kv-memory",
+        ),
+        (2, PANIC, "hpcinfer (rank 2): PanicException: called unwrap"),
+    ],
+    ids=["error", "panic"],
+)
+def test_one_rank_that_fails_in_a_step_ends_all(mpirun, tmp_path, rank, error, line):
     """The others wait for it in a collective: the job is aborted."""
     done = run_failing(
         mpirun,
@@ -466,14 +494,10 @@ def test_one_rank_that_fails_in_a_step_ends_all(mpirun, tmp_path, rank):
         rank=rank,
         imports="from hpcinfer.model.cache import Cache",
         target="Cache.place_heads",
-        error='MemoryError("got a full device")',
+        error=error,
     )
-    assert done.returncode != 0
-    lines = [line for line in done.stderr.splitlines() if line.startswith("hpcinfer")]
-    where = "" if rank == 0 else " (rank 2)"
-    assert lines == [
-        f"hpcinfer{where}: memory: got a full device; use more ranks or a smaller --kv-memory"
-    ]
+    assert done.returncode != 0 and done.seconds < 20
+    assert [text for text in done.stderr.splitlines() if text.startswith("hpcinfer")] == [line]
     assert "Traceback" not in done.stderr
 
 

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from hpcinfer.requests.fields import PromptLimits
 from hpcinfer.requests.sampling import Sampling
-from hpcinfer.text.tokenizer import Text
+from hpcinfer.text.text import Text
 
 SAMPLE = "hello world, the code of the river is 4821. ▁ naïve café 你好 😀 "
 
@@ -157,23 +157,25 @@ DEFAULTS = Sampling(temperature=0.5, max_tokens=8)
 USER = {"role": "user", "content": "hi"}
 
 
+def bytes_only() -> str:
+    """Content of a tokenizer.json whose tokens are the bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<s>": 0, "</s>": 1} | {byte: i for i, byte in enumerate(alphabet, 2)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    return tokenizer.to_str()
+
+
 def make_text(tokenizer: bool = True) -> Text:
     """Text of a tokenizer whose tokens are the bytes, with a template of one line per message."""
-    content = None
-    if tokenizer:
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        vocab = {"<s>": 0, "</s>": 1} | {byte: i for i, byte in enumerate(alphabet, 2)}
-        bytes_only = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-        bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        bytes_only.decoder = decoders.ByteLevel()
-        bytes_only.add_special_tokens(["<s>", "</s>"])
-        content = bytes_only.to_str()
     template = (
         "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}"
         "{{ 'a:' if add_generation_prompt }}"
     )
     checkpoint = SimpleNamespace(
-        tokenizer_json=content,
+        tokenizer_json=bytes_only() if tokenizer else None,
         tokenizer_config={"bos_token": "<s>", "eos_token": "</s>"},
         special_tokens_map={},
         chat_template=template,

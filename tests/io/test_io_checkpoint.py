@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from hpcinfer.io import models, safetensors
 from hpcinfer.io.checkpoint import blocks
 from hpcinfer.io.convert import convert
 from hpcinfer.io.models import open_checkpoint
 from hpcinfer.io.safetensors import read_header
+from hpcinfer.node import peak_memory_bytes
 
 pytestmark = pytest.mark.single
 
@@ -251,8 +253,8 @@ def test_broken_config(tmp_path, text):
 
 def test_config_too_large_or_no_file(tmp_path):
     folder = write_directory(tmp_path / "model", {"w": np.ones(3)})
-    os.truncate(folder / "config.json", 50_000_001)
-    assert_refused(folder, "at most 50000000")
+    os.truncate(folder / "config.json", 4_000_001)
+    assert_refused(folder, "at most 4000000")
     (folder / "config.json").unlink()
     os.mkfifo(folder / "config.json")
     assert_refused(folder, "no regular file")
@@ -323,7 +325,10 @@ def entry(dtype="F32", shape=(2,), begin=0, end=8):
     (b" {}", 0, "without a safetensors header"),
     (b'{"a": ', 0, "invalid JSON"),
     (b'{"a": "\xff"}', 0, "invalid JSON"),
-    (b'{"a":' + b"[" * 100_000, 0, "invalid JSON"),
+    (b'{"a":' + b"[" * 5_000 + b" " * 100_000, 0, "invalid JSON"),
+    (b'{"a":' + b"[" * 100_000, 0, "got 100001 lists and objects in the 100005 bytes of the head"),
+    (b'{"a":[' + b"[]," * 1_000_000 + b"[]]}", 0, "got 1000003 lists and objects"),
+    (b'{"a":[' + b"0," * 16_000_000 + b"0]}", 0, "with a header of 32000009 bytes"),
 ])  # fmt: skip
 def test_broken_headers(tmp_path, header, data_bytes, word):
     path = write_raw(tmp_path / "model.safetensors", header, bytes(data_bytes))
@@ -409,6 +414,17 @@ def _put(name, value):
     return spoil
 
 
+def _fixed(name, n_bytes):
+    """A text of so many bytes that takes none in the file."""
+
+    def spoil(file):
+        if name in file:
+            del file[name]
+        file.create_dataset(name, (), f"S{n_bytes}")
+
+    return spoil
+
+
 def _attribute(name, value):
     return lambda file: file.attrs.__setitem__(name, value)
 
@@ -427,6 +443,7 @@ def _attribute(name, value):
     (_put("weights", 5), "/weights"),
     (_put("tokenizer", 5), "/tokenizer"),
     (_put("tokenizer/tokenizer_json", 5), "no text"),
+    (_fixed("tokenizer/tokenizer_json", 2_000_000_000), "no text"),
     (_put("weights", h5py.ExternalLink("other.h5", "/weights")), "/weights"),
     (_put("weights/half", h5py.ExternalLink("other.h5", "/x")), "no dataset of this file"),
     (_put("weights/half", h5py.SoftLink("/weights/ids")), "no dataset of this file"),
@@ -445,6 +462,43 @@ def test_spoiled_h5(model_h5, spoil, word):
     with h5py.File(model_h5, "r+") as file:
         spoil(file)
     assert_refused(model_h5, word)
+
+
+LONG = "x" * 100_000_000
+
+
+@pytest.mark.parametrize(
+    "spoil", [_attribute("config", LONG), _put("tokenizer/chat_template", LONG)]
+)
+def test_h5_with_a_long_text(model_h5, spoil, monkeypatch):
+    """How long it is only the library knows, which is refused the memory."""
+    with h5py.File(model_h5, "r+") as file:
+        spoil(file)
+    monkeypatch.setattr(models, "METADATA_MEMORY", 50_000_000)
+    before = peak_memory_bytes()
+    assert_refused(model_h5, "damaged .*memory")
+    assert peak_memory_bytes() - before < 60_000_000
+
+
+def test_metadata_that_needs_much_memory(tmp_path, monkeypatch):
+    """Python is refused it, too; afterwards it may have more again."""
+
+    def much(path):
+        return np.ones(50_000_000)
+
+    monkeypatch.setattr(models, "_open", much)
+    monkeypatch.setattr(models, "METADATA_MEMORY", 30 << 20)
+    assert_refused(tmp_path, "whose metadata needs more than 30 MiB of memory")
+    assert much(tmp_path).sum() == 50_000_000
+
+
+def test_headers_that_are_long_together(tmp_path, monkeypatch):
+    folder = write_directory(tmp_path / "model", {"w": np.ones(3)})
+    os.rename(folder / "model.safetensors", folder / "a.safetensors")
+    save_file({"v": np.ones(3)}, folder / "b.safetensors")
+    assert open_checkpoint(folder).tensors.keys() == {"v", "w"}
+    monkeypatch.setattr(safetensors, "MAX_ALL_HEADERS_BYTES", 100)
+    assert_refused(folder, "more than 100 bytes of headers up to .*b.safetensors")
 
 
 def test_h5_that_declares_more_than_it_holds(model_h5):

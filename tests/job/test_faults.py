@@ -218,3 +218,60 @@ def test_lines_that_cannot_run_do_not_hold_up_the_others(tmp_path):
     for record, word in zip(records, words, strict=False):
         assert word in record["error"]["message"]
     assert len(records) == len(lines) and records[-1]["error"] is None
+
+
+def stranger(folder, regex=None, template=None):
+    """The shipped model with another expression that cuts its words, or with a chat template."""
+    shutil.copytree(SHIPPED, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    if regex is not None:
+        cut = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated"}
+        tokenizer["pre_tokenizer"] = cut | {"invert": False}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+@pytest.mark.single
+def test_what_a_stranger_wrote_costs_only_the_line_that_meets_it(tmp_path):
+    """A panic of the tokenizer and a template beyond its memory; other lines are answered."""
+    template = "{{ 'a' * (10 ** 11 if messages[0].content == 'much' else 9) }}"
+    path = stranger(tmp_path / "model", "(a|aa)+$", template)
+    chat = [{"messages": [{"role": "user", "content": word}]} for word in ("much", "little")]
+    lines = [{"prompt": "a" * 60 + "b"}, {"prompt": "fine"}, *chat]
+    (tmp_path / "in.jsonl").write_text(
+        "\n".join(json.dumps(line | {"max_tokens": 2}) for line in lines)
+    )
+    out = tmp_path / "out.jsonl"
+    done = run_job(
+        2, *HPCINFER, "generate", path, "--input", tmp_path / "in.jsonl", "--output", out,
+        "--kv-memory", "32M",
+    )  # fmt: skip
+    assert done.returncode == 0 and done.seconds < 20, done.stderr
+    assert "panicked" not in done.stderr and "Traceback" not in done.stderr
+    records = {r["custom_id"]: r["error"] for r in map(json.loads, out.read_text().splitlines())}
+    errors = [records[f"request-{i}"] for i in range(4)]
+    assert errors[1] is errors[3] is None
+    assert "tokenizer: got Onig: Regex search error" in errors[0]["message"]
+    assert re.match("chat template: got more than 1.. GiB of memory for", errors[2]["message"])
+
+
+PROGRAM = """
+import sys
+import hpcinfer
+from mpi4py import MPI
+model = hpcinfer.load(sys.argv[1], kv_memory=1 << 24)
+if MPI.COMM_WORLD.rank == 1:
+    raise type("PanicException", (BaseException,), {})("called unwrap")
+model.generate(["a"])
+"""
+
+
+@pytest.mark.single
+def test_a_program_that_fails_on_one_rank_ends_on_all(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    done = run_job(2, sys.executable, tmp_path / "program.py", SHIPPED)
+    assert done.returncode != 0 and done.seconds < 20
+    lines = [line for line in done.stderr.splitlines() if line.startswith("hpcinfer")]
+    assert lines == ["hpcinfer: rank 1 ends all: PanicException: called unwrap"]

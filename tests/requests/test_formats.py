@@ -234,8 +234,8 @@ def test_odd_items_of_the_python_interface(item):
 def test_a_message_that_holds_itself_ends():
     messages = [dict(USER)]
     messages[0]["more"] = messages
-    reader = RequestReader(TEXT, DEFAULTS, LIMITS)
-    assert isinstance(reader.parse_item({"messages": messages}), Request)
+    bad = RequestReader(TEXT, DEFAULTS, LIMITS).parse_item({"messages": messages})
+    assert bad.message.startswith("request: got a value that JSON cannot hold (Circular ")
 
 
 # --- The whole input -----------------------------------------------------------------------------

@@ -30,8 +30,8 @@ from helpers.texts import (
     DEFAULTS,
     LIMITS,
     LLAMA3,
-    TEXT,
     TOKENIZERS,
+    bytes_only,
     make_text,
     mutated,
 )
@@ -51,9 +51,13 @@ from hpcinfer.model.weights.check import check
 from hpcinfer.node import peak_memory_bytes
 from hpcinfer.requests.reader import RequestReader, defaults_from
 from hpcinfer.requests.request import BadRequest, Request
-from hpcinfer.text.tokenizer import Text
+from hpcinfer.text.text import Text
+from hpcinfer.text.worker import Budget, Worker
 
 pytestmark = [pytest.mark.single, pytest.mark.timeout(300)]
+
+# Reads tokenizers and templates, with little to spend
+WORKER = Worker(Budget(memory_bytes=1 << 28, seconds=0.3))
 
 CASE_S, HANG_S = 5.0, 60.0
 MEMORY_BYTES = 512 << 20
@@ -180,6 +184,7 @@ def memory():
     """What all cases that run in this process have added to its largest size."""
     before = peak_memory_bytes()
     yield
+    WORKER.close()
     assert peak_memory_bytes() - before < MEMORY_BYTES
 
 
@@ -193,7 +198,7 @@ def tiny(tmp_path_factory):
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(save(tensors(), {"format": "pt"}))
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    (folder / "tokenizer.json").write_text(TEXT._tokenizer.to_str())
+    (folder / "tokenizer.json").write_text(bytes_only())
     tokens = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": CHATML}
     (folder / "tokenizer_config.json").write_text(json.dumps(tokens))
     return folder
@@ -273,7 +278,7 @@ def test_tokenizers():
     """What is accepted encodes and decodes."""
     rng = random.Random(4)
     originals = [json.loads(make().to_str()) for make in TOKENIZERS.values()]
-    originals.append(json.loads(TEXT._tokenizer.to_str()))
+    originals.append(json.loads(bytes_only()))
     for case in range(1000):
         content = text_mutation(rng, rng.choice(originals)).decode("utf-8", "replace")
         with limited(("tokenizer", case)):
@@ -284,7 +289,7 @@ def test_tokenizers():
 
 def test_companions_of_a_tokenizer():
     """tokenizer_config, special_tokens_map, generation_config, and the ends that config names."""
-    content, rng = TEXT._tokenizer.to_str(), random.Random(5)
+    content, rng = bytes_only(), random.Random(5)
     files = {
         "tokenizer_config": {
             "bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False},
@@ -309,7 +314,7 @@ def text_with(**files):
     empty = dict.fromkeys(
         ("tokenizer_config", "special_tokens_map", "generation_config", "config"), {}
     )
-    return Text(SimpleNamespace(**({"chat_template": None} | empty | files)))
+    return Text(SimpleNamespace(**({"chat_template": None} | empty | files)), worker=WORKER)
 
 
 HOSTILE = [

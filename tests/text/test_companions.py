@@ -12,7 +12,7 @@ from helpers.texts import byte_fallback
 from tokenizers import Tokenizer, normalizers
 
 from hpcinfer.io.metadata import read_directory
-from hpcinfer.text.tokenizer import Text
+from hpcinfer.text.text import Text
 
 pytestmark = pytest.mark.single
 

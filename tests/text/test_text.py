@@ -9,12 +9,13 @@ from helpers.texts import CHATML, CONTROLS, LLAMA3, TOKENIZERS, byte_fallback, b
 from tokenizers import Tokenizer
 
 from hpcinfer.text.stream import TextStream
-from hpcinfer.text.tokenizer import Text
+from hpcinfer.text.text import Text
+from hpcinfer.text.worker import Budget, Worker
 
 pytestmark = pytest.mark.single
 
 
-def text_of(tokenizer: Tokenizer | None, **files) -> Text:
+def text_of(tokenizer: Tokenizer | None, worker: Worker | None = None, **files) -> Text:
     checkpoint = {
         "tokenizer_json": None if tokenizer is None else tokenizer.to_str(),
         "tokenizer_config": {"bos_token": "<s>", "eos_token": {"content": "</s>"}},
@@ -23,7 +24,7 @@ def text_of(tokenizer: Tokenizer | None, **files) -> Text:
         "generation_config": {},
         "config": {},
     }
-    return Text(SimpleNamespace(**(checkpoint | files)))
+    return Text(SimpleNamespace(**(checkpoint | files)), worker=worker)
 
 
 def random_ids(text: Text, size: int, rng: random.Random) -> list[int]:
@@ -100,8 +101,9 @@ def test_a_stop_may_be_or_hold_a_special_token():
 
 
 def test_text_that_follows_keeps_its_space():
-    text = text_of(byte_fallback())
-    he, space = text._tokenizer.token_to_id("▁he"), text._tokenizer.token_to_id("▁")
+    tokenizer = byte_fallback()
+    text = text_of(tokenizer)
+    he, space = tokenizer.token_to_id("▁he"), tokenizer.token_to_id("▁")
     assert text.decode([he, space, he]) == "he  he"
     assert text.decode([he, space, he], after_text=True) == " he  he"
     stream = TextStream(text, [" he"], after_text=True)
@@ -110,8 +112,9 @@ def test_text_that_follows_keeps_its_space():
 
 def test_special_tokens_are_added_once_and_hidden():
     template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
-    text = text_of(byte_fallback(), chat_template=template)
-    he = text._tokenizer.token_to_id("▁he")
+    tokenizer = byte_fallback()
+    text = text_of(tokenizer, chat_template=template)
+    he = tokenizer.token_to_id("▁he")
     assert text.encode("he")[0] == 1 and 1 not in text.encode("he", add_special_tokens=False)
     chat = text.encode_chat([{"role": "user", "content": "he"}])
     assert chat[0] == 1 and chat.count(1) == 1
@@ -159,21 +162,23 @@ def test_eos_ids_from_the_first_file_that_names_them():
 
 
 def test_token_strings_and_offsets():
-    text = text_of(byte_level())
+    tokenizer = byte_level()
+    text = text_of(tokenizer)
     ids = text.encode("a你")
     assert text.token_text(ids[0]) == "a" and text.token_bytes(ids[0]) == b"a"
     assert b"".join(map(text.token_bytes, ids)) == "a你".encode()
-    split = text._tokenizer.token_to_id("ä")
+    split = tokenizer.token_to_id("ä")
     assert text.token_text(split) == "bytes:\\xe4"
     assert text.token_text(99999) == "token_id:99999" and text.token_bytes(99999) is None
     assert text.offsets(ids) == [0] + [1] * (len(ids) - 1)
-    fallback = text_of(byte_fallback())
-    ids = [fallback._tokenizer.token_to_id(piece) for piece in ("▁he", "▁")]
-    ids += [fallback._tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in "😀".encode()] + ids[:1]
+    tokenizer = byte_fallback()
+    fallback = text_of(tokenizer)
+    ids = [tokenizer.token_to_id(piece) for piece in ("▁he", "▁")]
+    ids += [tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in "😀".encode()] + ids[:1]
     assert fallback.decode(ids) == "he 😀 he"
     assert fallback.offsets(ids) == [0, 2, 3, 3, 3, 3, 4]
     assert fallback.offsets(ids, after_text=True) == [0, 3, 4, 4, 4, 4, 5]
-    assert fallback.token_bytes(fallback._tokenizer.token_to_id("<0xF0>")) == b"\xf0"
+    assert fallback.token_bytes(tokenizer.token_to_id("<0xF0>")) == b"\xf0"
 
 
 def test_without_a_tokenizer():
@@ -283,7 +288,7 @@ HOSTILE = {
     "range": "{% for i in range(10000000) %}{% endfor %}",
     "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "repeats": "{{ 'a' * 10000000000 }}",
-    "power": "{{ 10 ** 10 ** 10 }}",
+    "power": "{{ 9 ** (9 ** 9) }}",
     "factorial": "{% set ns = namespace(x=10**60) %}{% for i in range(999) %}"
     "{% set ns.x = ns.x * ns.x %}{% endfor %}",
     "doubles": "{% set ns = namespace(x='aa') %}{% for i in range(60) %}"
@@ -309,9 +314,17 @@ HOSTILE = {
 }
 
 
+@pytest.fixture(scope="module")
+def small():
+    """A worker with little to spend."""
+    worker = Worker(Budget(memory_bytes=1 << 28, seconds=0.2))
+    yield worker
+    worker.close()
+
+
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_template_is_one_line(name):
-    text = text_of(None, chat_template=HOSTILE[name])
+def test_a_hostile_template_is_one_line(name, small):
+    text = text_of(None, small, chat_template=HOSTILE[name])
     with pytest.raises(ValueError, match="^chat template: got .*, need .*; ") as caught:
         text.render_chat([{"role": "user", "content": "a"}])
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
