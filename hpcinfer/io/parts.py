@@ -32,7 +32,7 @@ import numpy as np
 
 from hpcinfer import __version__
 from hpcinfer.array import BFLOAT16
-from hpcinfer.io.atomic import AnyPath, writing
+from hpcinfer.io.atomic import AnyPath, try_to_write, writing
 from hpcinfer.io.checkpoint import raw
 from hpcinfer.io.hdf5 import FILE_TYPES, MODEL_OPTIONS, replacing_h5
 
@@ -99,6 +99,20 @@ def part_names(path: AnyPath) -> list[tuple[tuple[int, ...], str]]:
 def next_generation(path: AnyPath) -> int:
     """Number for the parts of a new run into `path`."""
     return 1 + max((generation for (generation, *_), _ in part_names(path)), default=0)
+
+
+def try_parts(path: AnyPath, rank: int) -> None:
+    """Make the folder of the parts, and make sure that this rank can write there.
+
+    Raises
+    ------
+    RuntimeError
+        If it cannot.
+    """
+    folder = parts_folder(path)
+    with writing(folder):
+        os.makedirs(folder, exist_ok=True)
+    try_to_write(os.path.join(folder, f"try-{rank}"))
 
 
 def clear_parts(path: AnyPath) -> None:

@@ -179,7 +179,8 @@ def test_a_job_survives_every_fault(tmp_path):
         assert a["token_ids"][:].tolist() == b["token_ids"][:].tolist()
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {
-        "in.jsonl", "log", "slow.py", "out.jsonl", "out.h5", "straight.jsonl", "straight.h5"
+        "in.jsonl", "log", "slow.py", "out.jsonl", "out.jsonl.done", "out.h5", "straight.jsonl",
+        "straight.jsonl.done", "straight.h5",
     }  # fmt: skip
 
 
