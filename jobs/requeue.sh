@@ -10,7 +10,8 @@
 # Preemption, node failure and scontrol requeue need nothing: there SLURM itself requeues the job.
 
 launch_again() {
-    local state=$1 launcher code heard before told=
+    local state launcher code heard before told=
+    state=$(readlink -f "${1%.state}").state # an output that is a link has its files where it leads to
     shift
     before=$(cksum 2>/dev/null <"$state") || true
 

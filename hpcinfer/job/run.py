@@ -25,6 +25,7 @@ from hpcinfer.io.trace import write_trace
 from hpcinfer.job.files import JobOutputs
 from hpcinfer.job.kv_state import KvState
 from hpcinfer.job.outbox import Outbox
+from hpcinfer.job.progress import ornament
 from hpcinfer.job.receipt import write_receipt
 from hpcinfer.job.state import RunState, identity_of_model, under_way, unfinished
 from hpcinfer.job.stop import Stop, stopped
@@ -139,7 +140,8 @@ class Job:
         """Write the trace, and print what the run has cost on the root; every rank calls this."""
         lines = self._engine.stats.report(self._engine)
         if self._settings.trace:
-            write_trace(self._settings.trace, self._comm.rank, self._engine.ledger.events)
+            with ornament("trace"):
+                write_trace(self._settings.trace, self._comm.rank, self._engine.ledger.events)
         if lines is not None:
             before = f", {totals.before} before" if totals.before else ""
             print(*lines, sep="\n")
