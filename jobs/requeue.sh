@@ -11,7 +11,7 @@
 
 launch_again() {
     local state launcher code heard before told=
-    state=$(readlink -f "${1%.state}").state # an output that is a link has its files where it leads to
+    state=$(readlink -m "${1%.state}").state # an output that is a link has its files where it leads to
     shift
     before=$(cksum 2>/dev/null <"$state") || true
 

@@ -135,7 +135,7 @@ class RunState:
 
     def least(self, path: str) -> int:
         """Records that an output must hold already, on the root."""
-        return self._saved["records"].get(os.path.basename(path), 0) if self.resumes else 0
+        return self._saved["records"][os.path.basename(path)] if self.resumes else 0
 
     def begin_anew(self) -> None:
         """Make the outputs this run's, on the root, where no earlier run has left a state.
@@ -237,7 +237,7 @@ class RunState:
             return
         try:
             # Bring the records to the disk before the state that counts on them.
-            records = {}
+            records = dict.fromkeys(map(os.path.basename, self.outputs), 0)
             for path, writer in self._writers.items():
                 records[os.path.basename(path)] = len(writer.done)
                 writer.sync()
