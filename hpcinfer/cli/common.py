@@ -21,8 +21,15 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 def add_model_options(parser: ArgumentParser) -> None:
     """Options of every command that runs a file through a model."""
+    # Add what is read and written.
     parser.add_argument("model", metavar="MODEL", help="Hugging Face directory or converted .h5")
     parser.add_argument("--input", required=True, metavar="FILE", help="requests: .jsonl or .txt")
+    parser.add_argument(
+        "--shard",
+        type=shard,
+        metavar="I/N",
+        help="do part I of N of the input's lines; ids and random numbers stay those of the whole",
+    )
     parser.add_argument(
         "--output",
         required=True,
@@ -30,6 +37,8 @@ def add_model_options(parser: ArgumentParser) -> None:
         metavar="FILE",
         help="results: .h5 or .jsonl; may be given more than once",
     )
+
+    # Add how it is done.
     group = parser.add_argument_group("layout and machine")
     _add_layout_options(group)
     _add_step_options(group)
@@ -86,13 +95,7 @@ def _add_step_options(group: Group) -> None:
         "steps that the prompts at hand are spread over (default 4 a stage)",
     )
 
-    # Add which requests are done, and what those go by that do not say.
-    group.add_argument(
-        "--shard",
-        type=shard,
-        metavar="I/N",
-        help="do part I of N of the input's lines; ids and random numbers stay those of the whole",
-    )
+    # Add what requests go by that do not say.
     group.add_argument(
         "--seed",
         type=seed,

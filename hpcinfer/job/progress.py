@@ -60,9 +60,11 @@ class Progress:
         rate = tokens / (time.perf_counter() - self._began_s)
         self._bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
         self._bar.update()
-        with ornament("show"):
-            if self._text is not None:
-                self._bar.write(_shown(record, self._text), file=sys.stdout)
+        if self._text is not None:
+            with ornament("show"):
+                text, self._text = self._text, None  # show no more after a failure
+                self._bar.write(_shown(record, text), file=sys.stdout)
+                self._text = text
 
 
 def say(line: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -138,7 +138,12 @@ class Job:
 
     def report(self, totals: Totals) -> None:
         """Write the trace, and print what the run has cost on the root; every rank calls this."""
-        lines = self._engine.stats.report(self._engine)
+        # Every rank sends its part; what the root makes of them is worth no job.
+        lines = None
+        with ornament("report") if self._grid.is_root else nullcontext():
+            lines = self._engine.stats.report(self._engine)
+
+        # Show what the run has cost, and write the timeline.
         if self._settings.trace:
             with ornament("trace"):
                 write_trace(self._settings.trace, self._comm.rank, self._engine.ledger.events)
@@ -265,7 +270,8 @@ class Job:
     def _finish(self, totals: Totals) -> None:
         """Forget the state of a run that is finished, and leave its receipt; on the root."""
         if totals.finished + totals.before:
-            write_receipt(self._settings, self._engine.checksum)
+            with ornament("receipt"):
+                write_receipt(self._settings, self._engine.checksum)
         self._state.finish()
 
     def _refuse_nothing_done(self, totals: Totals) -> None:
