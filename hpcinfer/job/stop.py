@@ -95,8 +95,8 @@ class Stop:
         """Listen to signals. A thread does, as the interpreter may be busy for long."""
         self._wake, self._alarm = os.pipe()
         os.set_blocking(self._alarm, False)
-        self._before = {number: signal.signal(number, _nothing) for number in SIGNALS}
         self._wakeup_before = signal.set_wakeup_fd(self._alarm, warn_on_full_buffer=False)
+        self._before = {number: signal.signal(number, _nothing) for number in SIGNALS}
         self._thread = threading.Thread(target=self._watch, daemon=True, name="stop")
         self._thread.start()
         return self
