@@ -14,6 +14,9 @@ from collections.abc import Sequence
 from hpcinfer.errors import UsageError
 from hpcinfer.io.atomic import AnyPath, is_own
 
+# How the names of files end that Hugging Face directories are made of.
+_OF_MODELS = (".safetensors", ".json", ".jinja", ".txt", ".model", ".bin", ".pt", ".pth", ".py")
+
 Identity = tuple[int, int] | str  # device and inode; the whole name of a file that is not there yet
 
 
@@ -89,9 +92,11 @@ def refuse_existing(path: AnyPath, overwrite: bool = False) -> None:
 
 
 def _files_of(model: AnyPath) -> list[str]:
-    """A model's file, or every file of its folder."""
+    """A model's file, or every file of its folder that belongs to a model; results may be there."""
     path = os.fspath(model)
-    return [path, *(entry.path for entry in os.scandir(path))] if os.path.isdir(path) else [path]
+    if not os.path.isdir(path):
+        return [path]
+    return [entry.path for entry in os.scandir(path) if entry.name.endswith(_OF_MODELS)]
 
 
 def _identity(path: AnyPath) -> Identity:

@@ -55,6 +55,13 @@ def test_outputs_that_are_refused(folder, monkeypatch, names, words):
     assert (folder / "in.jsonl").read_text() == "input\n"
 
 
+def test_results_may_stand_beside_a_model(folder):
+    out = folder / "model" / "out.jsonl"
+    for name in (out, *names_of(out)):
+        open(name, "w").close()
+    assert claim([out], models=[folder / "model"], beside=names_of(out)[1:]) == [str(out)]
+
+
 def test_an_output_is_the_file_that_its_link_leads_to(folder):
     (folder / "scratch").mkdir()
     link = folder / "out.json"

@@ -4,6 +4,7 @@ import json
 import os
 
 import h5py
+import numpy as np
 import pytest
 from helpers.paths import SHIPPED
 from reference.parity import on_root
@@ -11,6 +12,7 @@ from reference.parity import on_root
 import hpcinfer
 from hpcinfer.engine.activations.selection import Selection
 from hpcinfer.errors import UsageError, is_agreed
+from hpcinfer.io.activations import open_activations
 from hpcinfer.job.files import open_state
 from hpcinfer.job.run import Job
 from hpcinfer.job.settings import JobSettings
@@ -108,6 +110,22 @@ def test_a_link_leads_to_the_output_and_stays(comm, engine, folder):
     assert run(engine, folder, "out.jsonl") and not run(engine, folder, "out.jsonl")
     assert (folder / "out.jsonl").is_symlink()
     assert sorted(os.listdir(folder / "scratch")) == ["results.jsonl", "results.jsonl.done"]
+
+
+def test_names_may_be_bytes_that_are_no_text(comm, engine, folder):
+    strange = os.fsdecode(b"\xff\xfe")
+    words = {"command_line": ("hpcinfer", strange), "restart": True}
+    assert run(engine, folder, f"{strange}.jsonl", "out.h5", **words)
+    assert not run(engine, folder, f"{strange}.jsonl", "out.h5")
+    assert run(engine, folder, f"{strange}.h5", kind="extract", selection=RESIDUAL, **words)
+
+    def check():
+        with h5py.File(folder / "out.h5") as file:
+            assert "udcff" in file.attrs["command"].encode().decode()
+        with open_activations(folder / f"{strange}.h5") as file:
+            assert not np.isnan(file["residual/0"][:]).any()
+
+    on_root(comm, check)
 
 
 def test_shards_are_the_whole_cut_in_pieces(comm, engine, folder):
