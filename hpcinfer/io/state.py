@@ -151,7 +151,8 @@ def set_aside(paths: Sequence[AnyPath]) -> list[str]:
     """
     # Find the first number that no file of this run has yet
     names = [name for path in paths for name in names_of(path)]
-    names += [folder(path) for path in paths for folder in (parts_folder, kv_folder)]
+    names += [kv_folder(path) for path in paths]
+    names += [parts_folder(path) for path in paths if os.fspath(path).lower().endswith(".h5")]
     number = 1
     while any(os.path.lexists(f"{name}{KEPT_SUFFIX}{number}") for name in names):
         number += 1

@@ -282,16 +282,14 @@ class RunState:
 
 def identity_of_input(settings: JobSettings) -> dict:
     """What a run is, as far as it is known before the model is read."""
-    identity = {
+    return {
         "kind": settings.kind,
         "version": __version__,
         "outputs": " ".join(os.path.basename(path) for path in settings.targets),
         "input": digest(settings.input),
         "seed": settings.seed,
+        "shard": "{}/{}".format(*settings.shard) if settings.shard else None,
     }
-    if settings.shard is not None:
-        identity["shard"] = "{}/{}".format(*settings.shard)
-    return identity
 
 
 def identity_of_model(engine: Engine, defaults: Sampling | None = None) -> dict:

@@ -7,11 +7,12 @@ import h5py
 import numpy as np
 import pytest
 from helpers.paths import SHIPPED
+from helpers.stopping import StopAt
 from reference.parity import on_root
 
 import hpcinfer
 from hpcinfer.engine.activations.selection import Selection
-from hpcinfer.errors import UsageError, is_agreed
+from hpcinfer.errors import Stopped, UsageError, is_agreed
 from hpcinfer.io.activations import open_activations
 from hpcinfer.job.files import open_state
 from hpcinfer.job.run import Job
@@ -36,14 +37,14 @@ def folder(comm, shared_path):
     return shared_path
 
 
-def run(engine, folder, *names, source="in.jsonl", kind="generate", **options):
+def run(engine, folder, *names, source="in.jsonl", kind="generate", stop=None, **options):
     """True if a start of a run had something to do; every rank calls this."""
     sampling = {"max_tokens": 4, "ignore_eos": True} if kind == "generate" else {}
     outputs = [str(folder / name) for name in names]
     settings = JobSettings(kind, str(SHIPPED), str(folder / source), outputs, sampling, **options)
     with open_state(engine.grid.comm, settings) as (state, lines):
         if lines:
-            Job(settings, engine, lines, state, Stop()).run()
+            Job(settings, engine, lines, state, stop or Stop()).run()
         return bool(lines)
 
 
@@ -138,6 +139,14 @@ def test_shards_are_the_whole_cut_in_pieces(comm, engine, folder):
         whole = (folder / "all.jsonl").read_text()
         assert "".join(path.read_text() for path in shards) == whole
     refused(engine, folder, "1-2.jsonl, which another run has left", "1-2.jsonl", shard=(1, 3))
+
+    # An unfinished one goes on as the same alone.
+    with pytest.raises(Stopped):
+        run(engine, folder, "out.jsonl", stop=StopAt(0, 2), shard=(1, 2))
+    engine._forget(engine.scheduler.pages.n)
+    with pytest.raises(ValueError, match="got shard None, need shard 1/2"):
+        run(engine, folder, "out.jsonl")
+    assert run(engine, folder, "out.jsonl", shard=(1, 2))
 
 
 @pytest.mark.parametrize("kind", ["score", "extract"])
