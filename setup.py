@@ -57,7 +57,7 @@ setup(
         "plot": ["matplotlib>=3.8"],
         "parity": ["torch>=2.4", "transformers>=4.51", "safetensors>=0.4.3"],
     },
-    entry_points={"console_scripts": ["hpcinfer = hpcinfer.cli.main:main"]},
+    entry_points={"console_scripts": ["hpcinfer = hpcinfer.__main__:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Environment :: Console",

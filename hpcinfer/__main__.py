@@ -1,5 +1,16 @@
-"""`python -m hpcinfer` is the command `hpcinfer`."""
+"""The command `hpcinfer`, which is `python -m hpcinfer` too."""
 
-from hpcinfer.cli.main import main
+import signal
+from typing import NoReturn
 
-main()
+
+def main() -> NoReturn:
+    """Import the command line and run it; a Ctrl-C meanwhile ends the process without a word."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from hpcinfer.cli.main import main as run
+
+    run()
+
+
+if __name__ == "__main__":
+    main()

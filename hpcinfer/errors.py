@@ -9,9 +9,10 @@ from __future__ import annotations
 import operator
 import pickle
 import reprlib
+import signal
 from typing import Any, TypeVar
 
-DONE, FAILED, USAGE, REQUEUE = 0, 1, 2, 75
+DONE, FAILED, USAGE, REQUEUE, SIGNALLED = 0, 1, 2, 75, 128
 
 _Error = TypeVar("_Error", bound=BaseException)
 
@@ -26,6 +27,21 @@ class NotFinite(ValueError):
 
 class Stopped(RuntimeError):
     """The run was stopped before its end, and goes on when it is started again (exit code 75)."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal has ended a command that keeps nothing to go on with.
+
+    The exit code is 128 and the signal's number, as a shell says it.
+
+    Parameters
+    ----------
+    number : of the signal
+    """
+
+    def __init__(self, number: int):
+        super().__init__(f"ended by {signal.Signals(number).name}")
+        self.number = number
 
 
 def agreed(error: _Error) -> _Error:
@@ -61,13 +77,15 @@ def exit_code(error: BaseException) -> int:
     """Exit code of a command that ends with `error`."""
     if isinstance(error, Stopped):
         return REQUEUE
+    if isinstance(error, Interrupted):
+        return SIGNALLED + error.number
     return USAGE if isinstance(error, UsageError) else FAILED
 
 
 def one_line(error: BaseException) -> str:
     """Text of `error` on one line, with the class only where it was not raised on purpose."""
     text = " ".join(str(error).split())
-    if isinstance(error, (ValueError, RuntimeError)) and text:
+    if isinstance(error, (ValueError, RuntimeError, Interrupted)) and text:
         return text
     if isinstance(error, MemoryError):
         return f"memory: {text or 'allocation refused'}; use more ranks or a smaller --kv-memory"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NoReturn
+
+from hpcinfer.errors import SIGNALLED, Interrupted
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -59,6 +62,37 @@ def environment_of_child() -> dict[str, str]:
     kept = {name: v for name, v in os.environ.items() if not name.startswith(_LAUNCHERS)}
     folders = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
     return kept | {"PYTHONPATH": folders}
+
+
+class _Ending:
+    """Handler of signals that raises `Interrupted` at the first and ends the process at another.
+
+    What follows the first is the way out. A terminal and a launcher may both hand on one Ctrl-C, so
+    that the next moment's signal is the same one.
+    """
+
+    _SAME_S = 1.0
+
+    def __init__(self) -> None:
+        self._first_s: float | None = None
+
+    def __call__(self, number: int, frame: object) -> None:
+        now_s = time.monotonic()
+        if self._first_s is None:
+            self._first_s = now_s
+            raise Interrupted(number)
+        if now_s - self._first_s > self._SAME_S:
+            os._exit(SIGNALLED + number)
+
+
+def raise_on_signals() -> None:
+    """From now on SIGINT and SIGTERM end a command by `Interrupted`, in one line and tidied up.
+
+    A run that can go on listens itself, see `hpcinfer.job.stop`.
+    """
+    ending = _Ending()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, ending)
 
 
 def world() -> Intracomm:

@@ -16,7 +16,8 @@ ranks=${HPCINFER_RANKS:-2}
 # Generate
 mkdir -p results
 launch "$ranks" hpcinfer generate data/model --input data/prompts.jsonl \
-    --output results/demo.h5 --output results/demo.jsonl --layout "tp=$ranks" --show </dev/null
+    --output results/demo.h5 --output results/demo.jsonl --layout "tp=$ranks" --show \
+    --overwrite </dev/null
 
 # Say where the results are and how to read them
 cat <<'END'

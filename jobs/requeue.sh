@@ -10,8 +10,16 @@
 # Preemption, node failure and scontrol requeue need nothing: there SLURM itself requeues the job.
 
 launch_again() {
-    local state=$1 launcher code heard before told=
+    local state launcher code heard before told=
+    state=$(readlink -m "${1%.state}").state # an output that is a link has its files where it leads to
     shift
+
+    # A run that was to begin anew has done so when it comes back
+    local word words=()
+    for word in "$@"; do
+        [ "$word" = --restart ] && [ "${SLURM_RESTART_COUNT:-0}" != 0 ] || words+=("$word")
+    done
+    set -- "${words[@]}"
     before=$(cksum 2>/dev/null <"$state") || true
 
     # Wait for the ranks, as whose launcher this shell goes on; a signal ends the waiting, not them

@@ -7,6 +7,7 @@ step by step, the plain blocks once, before.
 """
 
 import os
+from contextlib import suppress
 from functools import partial
 from statistics import median
 
@@ -16,7 +17,7 @@ from hpcinfer import array, partition
 from hpcinfer.bench import measure
 from hpcinfer.bench.table import BenchColumn, percent, text_of
 from hpcinfer.grid import agree_all
-from hpcinfer.io.atomic import writing
+from hpcinfer.io.atomic import open_own, writing
 from hpcinfer.io.parts import ColumnShare, Field, PartFiles, clear_parts, parts_folder
 
 COLUMNS = (
@@ -26,6 +27,8 @@ COLUMNS = (
     BenchColumn("MB/s", "byte_per_s", ".0f", 1e-6),
     percent("of plain %", "share_of_limit"),
 )
+
+_ANEW = os.O_WRONLY | os.O_TRUNC
 
 
 def run(comm, device, folder, width, layers, tokens, steps, store, repeat):
@@ -85,11 +88,12 @@ def _timed(comm, path, ways, repeat):
         for _ in range(repeat):
             for name, function in ways.items():
                 times_s[name].append(measure.together_s(comm, function))
-                _remove(comm, path)
-    finally:
-        _remove(comm, path)
+                _remove(path, [comm.rank])
         comm.Barrier()
-        if comm.rank == 0:
+    finally:
+        # After an error the others may be at anything, so that no rank waits for them.
+        _remove(path, range(comm.size))
+        with suppress(OSError):
             os.rmdir(parts_folder(path))
     return times_s
 
@@ -120,7 +124,7 @@ def table(rows):
 def _plain(path, block, n):
     """Write a block n times to a new file, to the disk."""
     data = memoryview(block.view(np.uint8)).cast("B") if block.size else b""
-    with writing(path), open(path, "wb", buffering=0) as file:
+    with writing(path), os.fdopen(open_own(path, _ANEW), "wb", buffering=0) as file:
         for _ in range(n):
             done = 0
             while done < len(data):
@@ -133,12 +137,9 @@ def _make(folder):
         os.makedirs(folder, exist_ok=True)
 
 
-def _remove(comm, path):
-    """Remove what the bench wrote."""
-    plain = f"{path}-{comm.rank}"
-    if os.path.exists(plain):
-        os.unlink(plain)
-    comm.Barrier()
-    if comm.rank == 0:
-        clear_parts(path)
-    comm.Barrier()
+def _remove(path, ranks):
+    """Remove what some ranks have written."""
+    for rank in ranks:
+        with suppress(FileNotFoundError):
+            os.unlink(f"{path}-{rank}")
+    clear_parts(path, ranks)

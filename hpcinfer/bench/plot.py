@@ -7,6 +7,7 @@ there are no numbers along an axis, both are bars.
 import importlib.util
 
 from hpcinfer.io.atomic import replacing
+from hpcinfer.io.claims import target_of
 
 _WIDTH, _HEIGHT = 7.0, 4.4
 
@@ -32,7 +33,7 @@ def draw(path, rows):
     FigureCanvasAgg(figure)
     _PICTURES.get(rows[0]["bench"], _by_name)(figure, rows)
     figure.suptitle(_title(rows), fontsize=10)
-    with replacing(path) as partial:
+    with replacing(target_of(path)) as partial:
         figure.savefig(partial, format=path.rpartition(".")[2])
 
 

@@ -38,6 +38,7 @@ def add(commands: _SubParsersAction) -> ArgumentParser:
             metavar="FILE",
             help="draw the rows too, as .png, .svg or .pdf; needs the extra plot",
         )
+        common.add_overwrite_option(one)
         one.add_argument("--debug", action="store_true", help="show the traceback of an error")
         common.add_watch_options(one)
     return parser
@@ -45,17 +46,17 @@ def add(commands: _SubParsersAction) -> ArgumentParser:
 
 def run(arguments: Namespace) -> None:
     """Run the bench, and print its table on the first rank."""
+    from hpcinfer.bench.plot import draw, refuse_missing
     from hpcinfer.grid import agree
     from hpcinfer.io.rows import write_json
     from hpcinfer.job.watchdog import Watchdog
     from hpcinfer.launcher import world
 
-    # Refuse a picture that could not be drawn before anything is measured.
+    # Refuse what could not be drawn or written before anything is measured.
     comm = world()
     if arguments.plot:
-        from hpcinfer.bench.plot import draw, refuse_missing
-
         agree(comm, refuse_missing)
+    common.claim_reports(comm, arguments)
 
     # Measure, and show what was found.
     with Watchdog(comm, arguments.hang_timeout):

@@ -21,8 +21,15 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 def add_model_options(parser: ArgumentParser) -> None:
     """Options of every command that runs a file through a model."""
+    # Add what is read and written.
     parser.add_argument("model", metavar="MODEL", help="Hugging Face directory or converted .h5")
     parser.add_argument("--input", required=True, metavar="FILE", help="requests: .jsonl or .txt")
+    parser.add_argument(
+        "--shard",
+        type=shard,
+        metavar="I/N",
+        help="do part I of N of the input's lines; ids and random numbers stay those of the whole",
+    )
     parser.add_argument(
         "--output",
         required=True,
@@ -30,6 +37,8 @@ def add_model_options(parser: ArgumentParser) -> None:
         metavar="FILE",
         help="results: .h5 or .jsonl; may be given more than once",
     )
+
+    # Add how it is done.
     group = parser.add_argument_group("layout and machine")
     _add_layout_options(group)
     _add_step_options(group)
@@ -120,6 +129,7 @@ def _add_run_options(group: Group) -> None:
         action="store_true",
         help="begin anew; what an earlier run has left is kept as FILE.old-1, ...",
     )
+    add_overwrite_option(group)
 
     # Add what is looked at beside the work.
     group.add_argument(
@@ -156,6 +166,15 @@ def add_device_option(parser: ArgumentParser | Group) -> None:
     )
 
 
+def add_overwrite_option(parser: ArgumentParser | Group) -> None:
+    """Option of every command that writes a file."""
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace what has the name of an output; without, it is refused",
+    )
+
+
 def add_kv_option(parser: ArgumentParser) -> None:
     """Option of the commands whose sequences go on from their keys and values."""
     parser.add_argument(
@@ -176,6 +195,23 @@ def add_watch_options(parser: ArgumentParser | Group) -> None:
         help="end the job, and say which rank is missing, when others have waited for it for so "
         "long: seconds or HH:MM:SS (default 600), 0 for never",
     )
+
+
+def claim_reports(comm: Comm, arguments: Namespace) -> None:
+    """Refuse files of `--json` and `--plot` that could not be written; every rank calls this."""
+    from hpcinfer.grid import agree
+
+    given = [getattr(arguments, name, None) for name in ("json", "plot", "model")]
+    agree(comm, _claim_reports, list(filter(None, given[:2])), given[2], arguments.overwrite)
+
+
+def _claim_reports(paths: list[str], model: str | None, overwrite: bool) -> None:
+    from hpcinfer.io.atomic import try_to_write
+    from hpcinfer.io.claims import claim, refuse_existing
+
+    for path, target in zip(paths, claim(paths, models=[model] if model else []), strict=True):
+        refuse_existing(path, overwrite)
+        try_to_write(target)
 
 
 def device_of(comm: Comm, arguments: Namespace) -> Device:
@@ -232,6 +268,14 @@ def seed(text: str) -> int:
     if not text.removeprefix("-").isdecimal() or not -(2**63) <= int(text) < 2**64:
         raise ArgumentTypeError(f"got seed {text!r}, need a whole number of 64 bits")
     return int(text) % 2**64
+
+
+def shard(text: str) -> tuple[int, int]:
+    """Which part of how many, written I/N."""
+    i, _, n = text.partition("/")
+    if not i.isdecimal() or not n.isdecimal() or not 1 <= int(i) <= int(n):
+        raise ArgumentTypeError(f"got shard {text!r}, need I/N such as 1/4, I from 1 to N")
+    return int(i), int(n)
 
 
 def size(text: str) -> int:

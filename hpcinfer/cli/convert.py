@@ -6,6 +6,7 @@ from argparse import ArgumentParser, Namespace, _SubParsersAction
 from contextlib import ExitStack
 from functools import partial
 
+from hpcinfer.cli import common
 from hpcinfer.errors import UsageError
 from hpcinfer.launcher import launcher_rank
 
@@ -37,6 +38,7 @@ def add(commands: _SubParsersAction) -> ArgumentParser:
         choices=GROUPS,
         help="inputs that share a scale (default: 32)",
     )
+    common.add_overwrite_option(parser)
     return parser
 
 
@@ -68,7 +70,9 @@ def run(arguments: Namespace) -> None:
                 bars.append(stack.enter_context(tqdm(total=total_bytes, **options)))
             bars[0].update(done_bytes - bars[0].n)
 
-        summary = convert(arguments.source, arguments.target, progress, recode=recode)
+        summary = convert(
+            arguments.source, arguments.target, progress, arguments.overwrite, recode=recode
+        )
     print(
         f"{arguments.target}: {summary.tensors} tensors, {summary.bytes / 1e6:.1f} MB in "
         f"{summary.time_s:.2f} s"

@@ -11,8 +11,17 @@ from typing import IO, Any, NoReturn
 
 from hpcinfer import __version__
 from hpcinfer.cli import bench, convert, extract, generate, inspect, score, verify
-from hpcinfer.errors import DONE, UsageError, exit_code, is_agreed, is_reported, one_line
-from hpcinfer.launcher import abort, launcher_rank
+from hpcinfer.errors import (
+    DONE,
+    UsageError,
+    agreed,
+    exit_code,
+    is_agreed,
+    is_reported,
+    one_line,
+)
+from hpcinfer.io.console import take_streams, trouble_of_output
+from hpcinfer.launcher import abort, launcher_rank, raise_on_signals
 
 COMMANDS = (generate, score, extract, convert, inspect, verify, bench)
 
@@ -51,20 +60,33 @@ def parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run one command and exit: 0 done, 1 failed, 2 usage, 75 stopped and to be started again."""
+    """Run one command and exit: 0 done, 1 failed, 2 usage, 75 stopped and to be started again,
+    130 or 143 ended by a signal with nothing to go on with."""
+    take_streams()
     argv = sys.argv[1:] if argv is None else argv
-    arguments = None
     try:
+        raise_on_signals()
         arguments = parser().parse_args(argv)
         arguments.command_line = ["hpcinfer", *argv]
         arguments.run(arguments)
+        _end_output(arguments)
     except BaseException as error:
         # Whatever its kind, as others may wait for this rank; --help ends by itself.
         if isinstance(error, SystemExit) and not _in_parallel():
             raise
         _end(error, "--debug" in argv)
-    sys.stdout.flush()
     sys.exit(DONE)
+
+
+def _end_output(arguments: argparse.Namespace) -> None:
+    """Say what could not be printed; it is an error where nothing else was asked for."""
+    trouble = trouble_of_output()
+    if trouble is None:
+        return
+    line = f"output: cannot write standard output: {trouble.strerror}"
+    if arguments.command in ("inspect", "verify", "bench") and not getattr(arguments, "json", None):
+        raise agreed(RuntimeError(f"{line}; free space, or send it elsewhere"))
+    print(f"hpcinfer: {line}; the results are in their files", file=sys.stderr)
 
 
 def _end(error: BaseException, debug: bool) -> None:

@@ -22,6 +22,7 @@ def add(commands: _SubParsersAction) -> ArgumentParser:
         "--seed", type=common.seed, default=0, help="of the random data (default 0)"
     )
     parser.add_argument("--json", metavar="FILE", help="write the table as a JSON list too")
+    common.add_overwrite_option(parser)
     common.add_device_option(parser)
     common.add_watch_options(parser)
     return parser
@@ -37,6 +38,7 @@ def run(arguments: Namespace) -> None:
 
     # Try every row, on all ranks.
     comm = world()
+    common.claim_reports(comm, arguments)
     with Watchdog(comm, arguments.hang_timeout):
         device = common.device_of(comm, arguments)
         outcomes = verify.run(comm, verify.ROWS, arguments.seed, device.put)

@@ -236,7 +236,7 @@ class ActivationsWriter(Hdf5Writer):
             source = h5py.h5s.create_simple((part.capacity, *block[1:]))
             source.select_hyperslab((0,) * len(block), block)
             name = f"./{folder}/{os.path.basename(part.path)}".replace("%", "%%")
-            plan.set_virtual(space, name.encode(), f"/{spec.name}".encode(), source)
+            plan.set_virtual(space, os.fsencode(name), f"/{spec.name}".encode(), source)
         space.select_all()
         data = create(file, spec.name, (n_rows, *spec.shape), spec.dtype, plan)
         label(data, spec, self._rows)
@@ -251,7 +251,8 @@ class ActivationsWriter(Hdf5Writer):
         # Write it column by column
         columns = list(zip(*self._used, strict=True)) or [(), (), (), ()]
         group = file.create_group("parts")
-        group.attrs["folder"] = os.path.basename(parts_folder(self.path))
+        folder = os.fsencode(os.path.basename(parts_folder(self.path)))
+        group.attrs.create("folder", folder, dtype=STRING)
         for name, dtype, values in zip(
             ("name", "rows", "bytes", "checksum"),
             (STRING, np.uint64, np.uint64, np.uint32),
@@ -334,7 +335,7 @@ def check_parts(file: h5py.File, path: AnyPath, verify: bool = False) -> None:
         In one line, with the first part that is missing or changed.
     """
     table, complete = file["parts"], bool(file.attrs["complete"])
-    folder = os.path.join(os.path.dirname(os.path.abspath(path)), table.attrs["folder"])
+    folder = os.path.join(os.path.dirname(os.path.realpath(path)), table.attrs["folder"])
     names = table["name"].asstr()[:]
     for i, name in enumerate(names):
         part_path, got = os.path.join(folder, name), None

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
 
 AnyPath = str | os.PathLike[str]
@@ -25,6 +26,7 @@ REMEDIES = {
     errno.ENOTDIR: "its folder is not a folder; choose another path",
     errno.EAGAIN: "another run is writing it; wait for that run or choose another name",
     errno.EISDIR: "it is a folder; give the name of a file",
+    errno.ENODEV: "it is a pipe or a device; give the name of a file",
 }
 
 
@@ -49,7 +51,8 @@ def replacing(path: AnyPath, sync: bool = True) -> Iterator[str]:
 
     Parameters
     ----------
-    path : output file; an existing one is replaced at the end
+    path : output file; an existing one is replaced at the end, and so is a link of that name: who
+        is to write through links takes `hpcinfer.io.claims.claim`
     sync : wait until the content is on the disk before the name changes
 
     Raises
@@ -59,7 +62,7 @@ def replacing(path: AnyPath, sync: bool = True) -> Iterator[str]:
     """
     partial = f"{path}.partial"
     with writing(path):
-        refuse_directory(path)
+        refuse_others(path)
         with _locked(partial) as descriptor:
             # The name changes only once the content is there
             try:
@@ -73,6 +76,21 @@ def replacing(path: AnyPath, sync: bool = True) -> Iterator[str]:
                 raise
         if sync:
             _sync_folder(os.path.dirname(os.path.abspath(path)))
+
+
+def try_to_write(path: AnyPath) -> None:
+    """Make sure that `replacing` can begin, without touching what has the name.
+
+    Raises
+    ------
+    RuntimeError
+        As `replacing` does.
+    """
+    partial = f"{os.fspath(path)}.partial"
+    with writing(path):
+        refuse_others(path)
+        with _locked(partial):
+            os.unlink(partial)
 
 
 def lock(descriptor: int) -> None:
@@ -100,10 +118,46 @@ def refuse_directory(path: AnyPath) -> None:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
 
 
+def refuse_others(path: AnyPath) -> None:
+    """Raise OSError if `path` is a folder, a pipe or a device, whose name no file may take."""
+    refuse_directory(path)
+    with contextlib.suppress(FileNotFoundError):
+        mode = os.lstat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
+            raise OSError(errno.ENODEV, os.strerror(errno.ENODEV), path)
+
+
+def open_own(path: str, flags: int) -> int:
+    """Descriptor of a file of this program's own, which is made if need be.
+
+    Raises
+    ------
+    RuntimeError
+        If a link, a pipe or a file with other names stands in its place: what is written there
+        would go to a file that somebody else has made.
+    """
+    if not is_own(path):
+        raise RuntimeError(
+            f"output: got {path}, which is a link or no plain file, need one that this program has "
+            "made; remove it"
+        )
+    return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+
+
+def is_own(path: AnyPath) -> bool:
+    """False if something has this name that the program does not make: no file, or one of several
+    names."""
+    try:
+        status = os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    return stat.S_ISREG(status.st_mode) and status.st_nlink == 1
+
+
 @contextlib.contextmanager
 def _locked(path: str) -> Iterator[int]:
     """Yield a descriptor of the file `path`, made if need be, that no other run has locked."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+    descriptor = open_own(path, os.O_WRONLY)
     try:
         lock(descriptor)
         yield descriptor

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from hpcinfer import array
-from hpcinfer.io.atomic import AnyPath, refuse_directory, writing
+from hpcinfer.io.atomic import AnyPath, writing
 from hpcinfer.io.checkpoint import (
     BLOCK_BYTES,
     SCALES,
@@ -24,6 +24,7 @@ from hpcinfer.io.checkpoint import (
     raw,
     table_entry,
 )
+from hpcinfer.io.claims import claim, refuse_existing
 from hpcinfer.io.hdf5 import ALIGN_BYTES, MODEL_OPTIONS, ModelWriter, replacing_h5
 from hpcinfer.io.models import open_checkpoint
 
@@ -112,14 +113,16 @@ def convert(
     Raises
     ------
     ValueError
-        If `source` is damaged or cannot be recoded, or `target` exists and may not be replaced.
+        If `source` is damaged or cannot be recoded, or `target` is read, exists and may not be
+        replaced, or is no file.
     RuntimeError
-        If `target` is a folder, may not be written, or there is too little space.
+        If `target` may not be written, or there is too little space.
     """
+    # Refuse to write what is read, or what another run has made
     began = time.perf_counter()
-    target = os.fspath(target)
-    if not overwrite and os.path.exists(target):
-        raise ValueError(f"convert: got {target} which exists, need a new name; or overwrite it")
+    source_path = source.path if isinstance(source, Checkpoint) else source
+    refuse_existing(target, overwrite)
+    (target,) = claim([target], models=[source_path])
     with open_checkpoint(source) as model:
         model.block_bytes = block_bytes
         outputs = _Outputs(model, AS_IT_IS if recode is None else recode(model), progress)
@@ -243,7 +246,6 @@ def _compare(source: AnyPath | Checkpoint, info: TensorInfo, crc32: int) -> None
 
 def _require_space(target: str, outputs: _Outputs) -> None:
     with writing(target):
-        refuse_directory(target)
         free = shutil.disk_usage(os.path.dirname(os.path.abspath(target))).free
     need = outputs.bytes + outputs.n_tensors * ALIGN_BYTES + SPARE_BYTES
     if free < need:

@@ -20,9 +20,10 @@ from collections.abc import Iterator, KeysView, Sequence
 from types import TracebackType
 from typing import Any
 
-from hpcinfer.io.atomic import AnyPath, lock, refuse_directory, replacing, writing
+from hpcinfer.io.atomic import AnyPath, lock, open_own, refuse_directory, replacing, writing
 
 INDEX_SUFFIX = ".index"
+_APPEND = os.O_WRONLY | os.O_APPEND
 
 Entry = tuple[int, int, int]  # of the index: place of the record, bytes of its line, their crc32
 
@@ -58,11 +59,13 @@ class JsonlWriter:
         # Open both files, as far as whole lines go
         with writing(self.path), contextlib.ExitStack() as stack:
             refuse_directory(self.path)
-            self._descriptor = self._open(self.path, stack)
+            self._descriptor = os.open(self.path, _APPEND | os.O_CREAT, 0o666)
+            stack.callback(os.close, self._descriptor)
             lock(self._descriptor)
             if resume:
                 self._resume(least)
-            self._index = self._open(self.index_path, stack)
+            self._index = open_own(self.index_path, _APPEND)
+            stack.callback(os.close, self._index)
             if os.path.isfile(self.path):
                 os.ftruncate(self._descriptor, self._end)
                 os.ftruncate(self._index, self._index_end)
@@ -142,13 +145,6 @@ class JsonlWriter:
         trace: TracebackType | None,
     ) -> None:
         self.close(final=kind is None)
-
-    @staticmethod
-    def _open(path: str, stack: contextlib.ExitStack) -> int:
-        """Descriptor of a file to append to, which `stack` closes."""
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        stack.callback(os.close, descriptor)
-        return descriptor
 
     def _resume(self, least: int) -> None:
         """Note where the whole lines begin and where the last of them ends."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BufferedReader
 from typing import BinaryIO
 
 from hpcinfer.io.atomic import AnyPath
@@ -41,11 +44,11 @@ def read_lines(
     Raises
     ------
     ValueError
-        If the file cannot be read or is UTF-16.
+        If the file cannot be read, is UTF-16, or is a pipe or a device.
     """
     skip_blank = os.fspath(path).lower().endswith(".jsonl")
     try:
-        with open(path, "rb") as file:
+        with _opened(path) as file:
             for number, line in enumerate(_bounded_lines(file, limit), 1):
                 if number == 1 and isinstance(line, bytes):
                     line = _without_mark(path, line)
@@ -62,13 +65,28 @@ def digest(path: AnyPath) -> str:
     Raises
     ------
     ValueError
-        If the file cannot be read.
+        If the file cannot be read, or is a pipe or a device.
     """
     try:
-        with open(path, "rb") as file:
+        with _opened(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise ValueError(f"input: cannot read {path}: {error.strerror}") from None
+
+
+def _opened(path: AnyPath) -> BufferedReader:
+    """The file `path`, opened for reading bytes; opening a pipe would wait for who writes it."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        raise ValueError(
+            f"input: got {path}, which is no plain file, need one, as it is read more than once; "
+            "write it to a file first"
+        )
+    return os.fdopen(descriptor, "rb")
 
 
 def _bounded_lines(file: BinaryIO, limit: int) -> Iterator[bytes | LongLine]:

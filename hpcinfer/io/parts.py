@@ -24,7 +24,7 @@ import os
 import re
 import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any, NamedTuple
 
 import h5py
@@ -32,7 +32,7 @@ import numpy as np
 
 from hpcinfer import __version__
 from hpcinfer.array import BFLOAT16
-from hpcinfer.io.atomic import AnyPath, writing
+from hpcinfer.io.atomic import AnyPath, try_to_write, writing
 from hpcinfer.io.checkpoint import raw
 from hpcinfer.io.hdf5 import FILE_TYPES, MODEL_OPTIONS, replacing_h5
 
@@ -49,7 +49,7 @@ _LITTLE, _FEW_BYTES = 0.25, 1 << 24
 _PACKED_BYTES, _CHUNK_BYTES, _COPY_BYTES = 1 << 24, 1 << 18, 1 << 23
 
 _NAME = re.compile(r"(\d+)-(\d+)-(\d+)-(\d+)\.h5")
-_LEFT = re.compile(r"\d+-\d+-\d+-\d+\.h5(\.new)?(\.partial)?")
+_LEFT = re.compile(r"\d+-\d+-(\d+)-\d+\.h5(\.new)?(\.partial)?")
 
 
 class Field(NamedTuple):
@@ -101,12 +101,27 @@ def next_generation(path: AnyPath) -> int:
     return 1 + max((generation for (generation, *_), _ in part_names(path)), default=0)
 
 
-def clear_parts(path: AnyPath) -> None:
-    """Remove the parts that earlier runs left for `path`."""
+def try_parts(path: AnyPath, rank: int) -> None:
+    """Make the folder of the parts, and make sure that this rank can write there.
+
+    Raises
+    ------
+    RuntimeError
+        If it cannot.
+    """
+    folder = parts_folder(path)
+    with writing(folder):
+        os.makedirs(folder, exist_ok=True)
+    try_to_write(os.path.join(folder, f"try-{rank}"))
+
+
+def clear_parts(path: AnyPath, ranks: Container[int] | None = None) -> None:
+    """Remove the parts that earlier runs, or some ranks of them, have left for `path`."""
     folder = parts_folder(path)
     with writing(folder), contextlib.suppress(FileNotFoundError):
         for name in os.listdir(folder):
-            if _LEFT.fullmatch(name):
+            left = _LEFT.fullmatch(name)
+            if left and (ranks is None or int(left[1]) in ranks):
                 os.unlink(os.path.join(folder, name))
 
 

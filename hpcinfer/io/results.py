@@ -266,7 +266,7 @@ class Hdf5Writer:
         file.attrs["hpcinfer_version"] = __version__
         file.attrs["kind"], file.attrs["complete"] = self.kind, complete
         for name, value in self.attributes.items():
-            file.attrs[name] = value if np.isscalar(value) else json.dumps(value)
+            file.attrs[name] = _attribute(value)
 
         # Batches keep the memory bounded and the number of writes small
         tables = ResultTables(file, self.kind, self._n_top)
@@ -278,3 +278,10 @@ class Hdf5Writer:
     def _records(self, journal: JsonlWriter, complete: bool) -> Iterator[Record]:
         """The records of the journal, in input order at the end."""
         return (json.loads(line) for line in journal.lines(ordered=complete))
+
+
+def _attribute(value: Any) -> Any:
+    """`value` as HDF5 can hold it: bytes of a path that are no UTF-8 stand as escapes."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    return value if np.isscalar(value) else json.dumps(value)

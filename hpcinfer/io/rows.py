@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hpcinfer.io.atomic import AnyPath, replacing
+from hpcinfer.io.claims import target_of
 
 
 def text_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -38,6 +39,6 @@ def write_json(path: AnyPath, rows: list[dict[str, Any]]) -> None:
     RuntimeError
         If the file cannot be written.
     """
-    with replacing(path) as partial, open(partial, "w", encoding="utf-8") as file:
+    with replacing(target_of(path)) as partial, open(partial, "w", encoding="utf-8") as file:
         json.dump(rows, file, indent=1, allow_nan=False)
         file.write("\n")

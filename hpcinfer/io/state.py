@@ -2,8 +2,9 @@
 
 ``OUTPUT.state`` is one line that says what it is, how long the rest is and its checksum, and one
 line of JSON. It is written whole under a temporary name, brought to the disk, and renamed, so that
-it is either the last state or the one before. ``OUTPUT.lock`` belongs to one run as long as that
-lives; it names its host and process.
+it is either the last state or the one before. ``OUTPUT.done`` is of the same form, and says what a
+finished run was. ``OUTPUT.lock`` belongs to one run as long as that lives; it names its host and
+process.
 """
 
 from __future__ import annotations
@@ -13,19 +14,24 @@ import errno
 import fcntl
 import json
 import os
+import re
 import socket
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from hpcinfer.io.atomic import AnyPath, replacing, writing
+from hpcinfer.io.atomic import AnyPath, open_own, replacing, writing
 from hpcinfer.io.jsonl import INDEX_SUFFIX
 from hpcinfer.io.kv import kv_folder
 from hpcinfer.io.parts import parts_folder
 from hpcinfer.io.results import JOURNAL_SUFFIX
 
 FORMAT, FORMAT_VERSION = "hpcinfer-state", 1
-STATE_SUFFIX, LOCK_SUFFIX, KEPT_SUFFIX = ".state", ".lock", ".old-"
+STATE_SUFFIX, DONE_SUFFIX, LOCK_SUFFIX, KEPT_SUFFIX = ".state", ".done", ".lock", ".old-"
+
+# Of the files of an output, what belongs to its records
+_OF_RECORDS = ("", INDEX_SUFFIX, JOURNAL_SUFFIX, JOURNAL_SUFFIX + INDEX_SUFFIX)
+_HOLDER = re.compile(rb"process \d+ on .*\n|")
 
 
 def write_state(path: AnyPath, state: dict[str, Any]) -> None:
@@ -113,6 +119,25 @@ def locked(path: AnyPath) -> Iterator[None]:
         os.close(descriptor)
 
 
+def names_of(path: AnyPath) -> list[str]:
+    """The files that a run makes for the output `path`, which is the first; without its folders."""
+    suffixes = ("", STATE_SUFFIX, DONE_SUFFIX, *_OF_RECORDS[1:])
+    return [f"{path}{suffix}" for suffix in suffixes]
+
+
+def records_there(path: AnyPath) -> str | None:
+    """File with something in it that belongs to the records of an output; None without one."""
+    names = [f"{path}{suffix}" for suffix in _OF_RECORDS]
+    return next((name for name in names if os.path.exists(name) and os.path.getsize(name)), None)
+
+
+def remove_records(path: AnyPath) -> None:
+    """Remove an output, and what says that it is finished."""
+    for name in (*(f"{path}{suffix}" for suffix in _OF_RECORDS), f"{path}{DONE_SUFFIX}"):
+        with writing(name), contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+
+
 def set_aside(paths: Sequence[AnyPath]) -> list[str]:
     """Give the files of a run other names, which keep them; they end in .old-1, .old-2, ...
 
@@ -125,9 +150,9 @@ def set_aside(paths: Sequence[AnyPath]) -> list[str]:
     the new names
     """
     # Find the first number that no file of this run has yet
-    suffixes = ("", STATE_SUFFIX, INDEX_SUFFIX, JOURNAL_SUFFIX, JOURNAL_SUFFIX + INDEX_SUFFIX)
-    names = [f"{path}{suffix}" for path in paths for suffix in suffixes]
-    names += [folder(path) for path in paths for folder in (parts_folder, kv_folder)]
+    names = [name for path in paths for name in names_of(path)]
+    names += [kv_folder(path) for path in paths]
+    names += [parts_folder(path) for path in paths if os.fspath(path).lower().endswith(".h5")]
     number = 1
     while any(os.path.lexists(f"{name}{KEPT_SUFFIX}{number}") for name in names):
         number += 1
@@ -144,7 +169,7 @@ def set_aside(paths: Sequence[AnyPath]) -> list[str]:
 def _lock(path: AnyPath, lock_path: str) -> int:
     """Descriptor of the lock's file, locked."""
     while True:
-        descriptor = os.open(lock_path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = open_own(lock_path, os.O_RDWR)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -159,13 +184,28 @@ def _lock(path: AnyPath, lock_path: str) -> int:
                 os.close(descriptor)
                 raise
 
+        # Refuse what is no lock; a file system without locks has no more than this
+        if not _is_lock(descriptor):
+            os.close(descriptor)
+            raise RuntimeError(
+                f"output: got {lock_path}, which is no lock or that of another user, need one of "
+                "your own; remove it or choose another name"
+            )
+
         # Take the file that has the name now: whoever had the lock before may have removed it
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(lock_path)):
                 os.ftruncate(descriptor, 0)
-                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+                holder = f"process {os.getpid()} on {socket.gethostname()}\n"
+                os.pwrite(descriptor, holder.encode(), 0)
                 return descriptor
         os.close(descriptor)
+
+
+def _is_lock(descriptor: int) -> bool:
+    """True if an open file is a lock that this user has made, not something of that name."""
+    is_own = os.fstat(descriptor).st_uid == os.geteuid()
+    return is_own and _HOLDER.fullmatch(os.pread(descriptor, 400, 0)) is not None
 
 
 def _refusal(path: AnyPath, got: str) -> ValueError:

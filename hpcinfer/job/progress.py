@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
+
+from hpcinfer.errors import one_line
 
 if TYPE_CHECKING:
     from hpcinfer.engine.stats import RunStats
@@ -57,12 +61,24 @@ class Progress:
         self._bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
         self._bar.update()
         if self._text is not None:
-            self._bar.write(_shown(record, self._text), file=sys.stdout)
+            with ornament("show"):
+                text, self._text = self._text, None  # show no more after a failure
+                self._bar.write(_shown(record, text), file=sys.stdout)
+                self._text = text
 
 
 def say(line: str) -> None:
     """Print a line on standard error, above the bar of progress."""
     tqdm.write(line, file=sys.stderr)
+
+
+@contextmanager
+def ornament(what: str) -> Iterator[None]:
+    """Let nothing that fails in the body end a job, whose results do not depend on it: say it."""
+    try:
+        yield
+    except Exception as error:
+        say(f"hpcinfer: {what}: {one_line(error)}; the results are in their files")
 
 
 def _shown(record: dict, text: Text) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -25,6 +25,8 @@ from hpcinfer.io.trace import write_trace
 from hpcinfer.job.files import JobOutputs
 from hpcinfer.job.kv_state import KvState
 from hpcinfer.job.outbox import Outbox
+from hpcinfer.job.progress import ornament
+from hpcinfer.job.receipt import write_receipt
 from hpcinfer.job.state import RunState, identity_of_model, under_way, unfinished
 from hpcinfer.job.stop import Stop, stopped
 from hpcinfer.requests.request import BadRequest, Request
@@ -69,15 +71,15 @@ class Job:
     ----------
     settings : JobSettings
     engine : Engine
-    n_lines : lines of the input
+    lines : places of the requests that are to be done, among those of the input
     state : RunState, open on the root
     stop : Stop, entered
     """
 
     def __init__(
-        self, settings: JobSettings, engine: Engine, n_lines: int, state: RunState, stop: Stop
+        self, settings: JobSettings, engine: Engine, lines: range, state: RunState, stop: Stop
     ):
-        self._settings, self._engine, self._n_lines = settings, engine, n_lines
+        self._settings, self._engine, self._lines = settings, engine, lines
         self._grid, self._comm, self._state, self._stop = engine.grid, engine.grid.comm, state, stop
         task, self._record_of = _KINDS[settings.kind]
         selected = () if settings.selection is None else (settings.selection,)
@@ -86,8 +88,10 @@ class Job:
         self._counts, self._kv = np.zeros(2, np.int64), None
 
         # Only the root has outputs; the others send it what they have.
-        self._outputs = JobOutputs(settings, engine, state, n_lines) if self._grid.is_root else None
-        self._outbox = Outbox(self._grid, self._outputs.take if self._grid.is_root else None)
+        self._outputs, is_root = None, self._grid.is_root
+        if is_root:
+            self._outputs = JobOutputs(settings, engine, state, len(lines))
+        self._outbox = Outbox(self._grid, self._outputs.take if is_root else None)
 
     def run(self) -> Totals:
         """Do every request of the input.
@@ -111,14 +115,14 @@ class Job:
             # Open the outputs on the root, and the files of activations on every rank.
             before = agree(comm, self._open, stack)
             if settings.kind == "extract":
-                stack.enter_context(task.into_parts(settings.output[0]))
+                stack.enter_context(task.into_parts(settings.targets[0]))
 
             # Take up what an earlier run has left: first what has its keys and values here.
             self._take_left()
             kept = self._resume()
 
             # Do the rest, and wait for the last result of every replica.
-            with Feed(grid, self._rest(kept), self._n_lines - before - len(kept)) as feed:
+            with Feed(grid, self._rest(kept), len(self._lines) - before - len(kept)) as feed:
                 run_loop(self._engine, feed, self._deliver, task, self._between, self._stop)
                 self._snapshot(last=True)
                 self._outbox.close()
@@ -126,17 +130,23 @@ class Job:
 
             # Keep the state of a run that was stopped.
             totals = Totals(*comm.allreduce(self._counts).tolist(), before)
-            if totals.done < self._n_lines:
+            if totals.done < len(self._lines):
                 self._leave(totals)
-        agree(comm, self._state.finish)
+        agree(comm, self._finish, totals)
         self._refuse_nothing_done(totals)
         return totals
 
     def report(self, totals: Totals) -> None:
         """Write the trace, and print what the run has cost on the root; every rank calls this."""
-        lines = self._engine.stats.report(self._engine)
+        # Every rank sends its part; what the root makes of them is worth no job.
+        lines = None
+        with ornament("report") if self._grid.is_root else nullcontext():
+            lines = self._engine.stats.report(self._engine)
+
+        # Show what the run has cost, and write the timeline.
         if self._settings.trace:
-            write_trace(self._settings.trace, self._comm.rank, self._engine.ledger.events)
+            with ornament("trace"):
+                write_trace(self._settings.trace, self._comm.rank, self._engine.ledger.events)
         if lines is not None:
             before = f", {totals.before} before" if totals.before else ""
             print(*lines, sep="\n")
@@ -219,7 +229,7 @@ class Job:
         source, kind = self._settings.input, self._settings.kind
         plain, score = source.lower().endswith(".txt"), kind != "generate"
         reader = self._engine.reader(self._settings.sampling, plain, score)
-        return reader.read(read_lines(source))
+        return islice(reader.read(read_lines(source)), self._lines.start, self._lines.stop)
 
     # --- While the loop runs ---
 
@@ -255,7 +265,14 @@ class Job:
         comm, state = self._comm, self._state
         agree(comm, state.save)
         reason, n_under_way = comm.bcast((self._stop.reason, state.n_under_way))
-        raise agreed(stopped(reason, totals.done, self._n_lines, n_under_way))
+        raise agreed(stopped(reason, totals.done, len(self._lines), n_under_way))
+
+    def _finish(self, totals: Totals) -> None:
+        """Forget the state of a run that is finished, and leave its receipt; on the root."""
+        if totals.finished + totals.before:
+            with ornament("receipt"):
+                write_receipt(self._settings, self._engine.checksum)
+        self._state.finish()
 
     def _refuse_nothing_done(self, totals: Totals) -> None:
         """Refuse an input of which no request could be run."""

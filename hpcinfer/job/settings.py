@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from hpcinfer.io.claims import target_of
+
 if TYPE_CHECKING:
     from hpcinfer.engine.activations.selection import Selection
 
@@ -30,6 +32,8 @@ class JobSettings:
     checkpoint_every : seconds from one snapshot of the state to the next
     checkpoint_kv : True to keep the keys and values of what is under way too
     restart : True to begin anew, and to keep what an earlier run has left under other names
+    overwrite : True to replace finished outputs of another run
+    shard : (i, n), which of n parts of the input's lines, from 1; None for all
     time_limit : seconds after which the job stops in order, None for none
     hang_timeout : seconds in one call after which a missing rank ends the job, 0 for never
     trace : folder for the timeline of every rank, or None
@@ -57,7 +61,14 @@ class JobSettings:
     checkpoint_every: float = 60.0
     checkpoint_kv: bool = False
     restart: bool = False
+    overwrite: bool = False
+    shard: tuple[int, int] | None = None
     time_limit: float | None = None
     hang_timeout: float = 600.0
     trace: str | None = None
     command_line: Sequence[str] = ()
+
+    @property
+    def targets(self) -> list[str]:
+        """The files that the outputs lead to, which are links perhaps."""
+        return [target_of(path) for path in self.output]

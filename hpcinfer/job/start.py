@@ -36,11 +36,12 @@ def run_job(settings: JobSettings) -> None:
         comm = world()
         with (
             Watchdog(comm, settings.hang_timeout, stop.rescue),
-            open_state(comm, settings) as (state, n_lines),
+            open_state(comm, settings) as (state, lines),
         ):
-            engine = load_engine(comm, settings)
-            job = Job(settings, engine, n_lines, state, stop)
-            job.report(job.run())
+            if lines:
+                engine = load_engine(comm, settings)
+                job = Job(settings, engine, lines, state, stop)
+                job.report(job.run())
 
 
 def device_of(comm: Comm, choice: str) -> Device:

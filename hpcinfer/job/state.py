@@ -21,13 +21,22 @@ from typing import TYPE_CHECKING
 from hpcinfer import __version__
 from hpcinfer.io.kv import remove_kv, remove_kv_before
 from hpcinfer.io.lines import digest
-from hpcinfer.io.state import STATE_SUFFIX, locked, read_state, remove_state, set_aside, write_state
+from hpcinfer.io.state import (
+    STATE_SUFFIX,
+    locked,
+    read_state,
+    remove_records,
+    remove_state,
+    set_aside,
+    write_state,
+)
 from hpcinfer.requests.request import BadRequest, Request
 from hpcinfer.requests.sampling import Sampling
 
 if TYPE_CHECKING:
     from hpcinfer.engine.api import Engine
     from hpcinfer.engine.scheduler import Scheduler
+    from hpcinfer.job.settings import JobSettings
 
 EVERY_S = 60.0
 
@@ -128,6 +137,17 @@ class RunState:
         """Records that an output must hold already, on the root."""
         return self._saved["records"][os.path.basename(path)] if self.resumes else 0
 
+    def begin_anew(self) -> None:
+        """Make the outputs this run's, on the root, where no earlier run has left a state.
+
+        What the user has told to replace is removed. The state comes first: a run that is killed
+        before it has written anything finds what it has made.
+        """
+        if not self.resumes:
+            for path in self.outputs:
+                remove_records(path)
+            self.save()
+
     def begin(self, writers: Sequence, replicas: int) -> tuple[set[int], dict]:
         """Take up what was left, and write the first state; on the root, when outputs are open.
 
@@ -217,7 +237,7 @@ class RunState:
             return
         try:
             # Bring the records to the disk before the state that counts on them.
-            records = {}
+            records = dict.fromkeys(map(os.path.basename, self.outputs), 0)
             for path, writer in self._writers.items():
                 records[os.path.basename(path)] = len(writer.done)
                 writer.sync()
@@ -260,14 +280,15 @@ class RunState:
         return {i: s for i, s in merged.items() if not all(i in w.done for w in writers)}
 
 
-def identity_of_input(kind: str, source: str, outputs: Sequence[str], seed: int) -> dict:
+def identity_of_input(settings: JobSettings) -> dict:
     """What a run is, as far as it is known before the model is read."""
     return {
-        "kind": kind,
+        "kind": settings.kind,
         "version": __version__,
-        "outputs": " ".join(os.path.basename(path) for path in outputs),
-        "input": digest(source),
-        "seed": seed,
+        "outputs": " ".join(os.path.basename(path) for path in settings.targets),
+        "input": digest(settings.input),
+        "seed": settings.seed,
+        "shard": "{}/{}".format(*settings.shard) if settings.shard else None,
     }
 
 

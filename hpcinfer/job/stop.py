@@ -3,7 +3,8 @@
 A rank that is to stop tells the leaders of all replicas, and each leader tells its replica at the
 beginning of the next round. With the same words it says how many tokens a step may have, so that no
 step is so long that the end would be late. Where the ranks cannot come to the next round in time (a
-model that is being read, a step that takes very long) a thread ends the job.
+model that is being read, a step that takes very long) a thread ends the job. A second SIGINT ends
+it at once.
 """
 
 import os
@@ -17,16 +18,19 @@ from contextlib import suppress
 import numpy as np
 
 from hpcinfer import collectives
-from hpcinfer.errors import REQUEUE, Stopped, one_line
+from hpcinfer.errors import REQUEUE, SIGNALLED, Stopped, one_line
 from hpcinfer.launcher import abort, launcher_rank
 
 _NOT_YET = "before the first step"
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _TAG = 12
 
 # Seconds that a step may take, and that an end in order may take before the job is ended without;
 # the first rank is the first to lose its patience, as it can save what is under way.
 _STEP_S, _ORDER_S, _LOAD_S = 3.0, (7.5, 9.0), (0.2, 1.0)
+
+# Seconds in which another SIGINT is the same one: terminal and launcher may both hand on a Ctrl-C.
+_SAME_S = 1.0
 
 
 class Pace:
@@ -91,8 +95,8 @@ class Stop:
         """Listen to signals. A thread does, as the interpreter may be busy for long."""
         self._wake, self._alarm = os.pipe()
         os.set_blocking(self._alarm, False)
-        self._before = {number: signal.signal(number, _nothing) for number in SIGNALS}
         self._wakeup_before = signal.set_wakeup_fd(self._alarm, warn_on_full_buffer=False)
+        self._before = {number: signal.signal(number, _nothing) for number in SIGNALS}
         self._thread = threading.Thread(target=self._watch, daemon=True, name="stop")
         self._thread.start()
         return self
@@ -175,22 +179,34 @@ class Stop:
         # Where nothing is to be saved, as long as the model is read, nothing is worth waiting for.
         since_s, first = time.monotonic(), launcher_rank() == 0
         while not self._over.wait(0.05):
+            if self._hears_interrupt() and time.monotonic() - since_s > _SAME_S:
+                self._say("killed by a second SIGINT; what OUTPUT.state holds is kept")
+                abort(SIGNALLED + signal.SIGINT)
             patience_s = (_ORDER_S if self._began else _LOAD_S)[not first]
             if time.monotonic() - since_s > patience_s:
                 self._end_job()
 
+    def _hears_interrupt(self):
+        """True if a SIGINT has come since the last look."""
+        ready, _, _ = select.select([self._wake], [], [], 0)
+        return bool(ready) and signal.SIGINT in os.read(self._wake, 64)
+
     def _end_job(self):
         """End all ranks at once; on the first one, save what can be saved."""
-        where = "" if launcher_rank() == 0 else f" (rank {launcher_rank()})"
         line = f"stopped {self.reason} " + ("in a long step" if self._began else _NOT_YET)
         try:
             self.rescue()
         except Exception as error:
             line = f"{line}; {one_line(error)}"
-        with suppress(OSError):
-            text = f"\nhpcinfer{where}: {line}; run the same command again to go on\n"
-            os.write(sys.__stderr__.fileno(), text.encode())
+        self._say(f"{line}; run the same command again to go on")
         abort(REQUEUE)
+
+    @staticmethod
+    def _say(line):
+        """Print a line on standard error from a thread, whatever the main one is at."""
+        where = "" if launcher_rank() == 0 else f" (rank {launcher_rank()})"
+        with suppress(OSError):
+            os.write(sys.__stderr__.fileno(), f"\nhpcinfer{where}: {line}\n".encode())
 
 
 def stopped(reason, finished, total, under_way):

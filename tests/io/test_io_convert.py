@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from hpcinfer.errors import UsageError
 from hpcinfer.io import convert as convert_module
 from hpcinfer.io import integrity
 from hpcinfer.io.convert import convert
@@ -75,7 +76,8 @@ def test_copy_of_an_h5(model, tmp_path):
     source, tensors = model
     convert(source, tmp_path / "a.h5")
     convert(tmp_path / "a.h5", tmp_path / "b.h5")
-    convert(tmp_path / "b.h5", tmp_path / "b.h5")
+    with pytest.raises(UsageError, match="b.h5 that is read"):
+        convert(tmp_path / "b.h5", tmp_path / "b.h5")
     with open_checkpoint(tmp_path / "b.h5") as copy:
         for name, array in tensors.items():
             assert copy.read(name).tobytes() == array.tobytes()
@@ -145,7 +147,7 @@ def test_failure_leaves_the_old_file(model, tmp_path):
 
 def test_places_that_cannot_be_written(model, tmp_path, monkeypatch):
     source, _ = model
-    with pytest.raises(RuntimeError, match="it is a folder"):
+    with pytest.raises(UsageError, match="which is a folder"):
         convert(source, tmp_path)
     with pytest.raises(RuntimeError, match="does not exist"):
         convert(source, tmp_path / "absent" / "m.h5")

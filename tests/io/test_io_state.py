@@ -138,3 +138,8 @@ def test_files_are_set_aside_under_one_number(tmp_path):
             (tmp_path / f"out.jsonl{suffix}").write_text(str(number))
         assert set_aside([path]) == [f"{path}{suffix}.old-{number}" for suffix in suffixes]
     assert (tmp_path / "out.jsonl.old-2").read_text() == "2"
+
+    # Activations are those of the .h5 of that name alone.
+    (tmp_path / "out.parts").mkdir()
+    assert set_aside([path]) == []
+    assert set_aside([str(tmp_path / "out.h5")]) == [str(tmp_path / "out.parts.old-1")]

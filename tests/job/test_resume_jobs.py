@@ -14,7 +14,7 @@ import pytest
 from helpers.jobs import clean_environment, kill_tree, run_job
 from helpers.paths import ROOT, SHIPPED
 
-from hpcinfer.errors import REQUEUE
+from hpcinfer.errors import REQUEUE, SIGNALLED
 from hpcinfer.io.state import read_state
 
 pytestmark = pytest.mark.single
@@ -179,7 +179,8 @@ def test_a_job_survives_every_fault(tmp_path):
         assert a["token_ids"][:].tolist() == b["token_ids"][:].tolist()
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {
-        "in.jsonl", "log", "slow.py", "out.jsonl", "out.h5", "straight.jsonl", "straight.h5"
+        "in.jsonl", "log", "slow.py", "out.jsonl", "out.jsonl.done", "out.h5", "straight.jsonl",
+        "straight.jsonl.done", "straight.h5",
     }  # fmt: skip
 
 
@@ -238,6 +239,41 @@ def test_a_step_without_end_does_not_keep_the_job(tmp_path):
     assert code == REQUEUE and seconds < 5
     assert lines == [f"hpcinfer: stopped by SIGUSR1 in a long step{GO_ON}"]
     assert progress(tmp_path / "out.jsonl") == (0, 3 * 20)
+
+
+def test_an_interrupt_stops_in_order_and_a_second_one_at_once(tmp_path):
+    write_input(tmp_path, 4)
+    path = tmp_path / "out.jsonl"
+    steps = TOKENS.format(step_s=0.02, token_s=0)
+    with Started(tmp_path, 2, steps, *options(tmp_path, "tp=2")) as job:
+        job.wait_for(lambda: progress(path) > (0, 0))
+        code, lines, _ = job.end(signal.SIGINT)
+    assert code == REQUEUE and len(lines) == 1
+    assert lines[0].startswith("hpcinfer: stopped by SIGINT with ") and progress(path) > (0, 0)
+
+    # A step that does not end is not waited for by who presses again.
+    hangs = 'stop._SAME_S = 0.1\nslow(Model, "forward", lambda s: 60)'
+    with Started(tmp_path, 1, hangs, *options(tmp_path, "tp=1")) as job:
+        job.wait_for(lambda: "generate:" in job.log.read_text())
+        time.sleep(0.5)
+        for process in job.ranks():
+            process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        code, lines, seconds = job.end(signal.SIGINT, *job.ranks())
+    assert lines == ["hpcinfer: killed by a second SIGINT; what OUTPUT.state holds is kept"]
+    assert code == SIGNALLED + signal.SIGINT and seconds < 4
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_command_without_a_state_ends_in_one_line(tmp_path, number):
+    """And leaves no part of a file."""
+    reads = 'slow(Checkpoint, "_read_box", lambda *_: 60)\nslow(Checkpoint, "stream", lambda _: 60)'
+    with Started(tmp_path, 1, reads, "convert", SHIPPED, tmp_path / "model.h5") as job:
+        job.wait_for((tmp_path / "model.h5.partial").exists)
+        code, lines, seconds = job.end(number, *job.ranks())
+    assert code == SIGNALLED + number and seconds < 4
+    assert lines == [f"hpcinfer: ended by {signal.Signals(number).name}"]
+    assert "Traceback" not in job.log.read_text() and not list(tmp_path.glob("model*"))
 
 
 @pytest.mark.parametrize("target", ["launcher", "last rank"])
