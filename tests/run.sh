@@ -4,12 +4,17 @@
 #   run      bash tests/run.sh                 all of it
 #            bash tests/run.sh -k ring         arguments go to pytest
 #   ends     with pytest's summary line for the sum of all runs; exit status 0 only if all passed
-#   files    results/tests: per rank count N a report ranks-N.xml, and ranks-N.rank-R.log of rank R > 0
+#   files    results/tests: per rank count N a report ranks-N.xml, the ranks' logs
+#            ranks-N.rank-R.log (R > 0), and ranks-N.record: every report as soon as it is made
+#
+# A test that takes too long, or ends the job, fails alone: the others are run by a new job.
 #
 # HPCINFER_TEST_RANKS="1 2 3 4"        rank counts
 # HPCINFER_TEST_LIMIT=60               seconds that one test may take
-# HPCINFER_TEST_SESSION_LIMIT=1080     seconds that the tests on one rank count may take
+# HPCINFER_TEST_SESSION_LIMIT=1800     seconds that one job of tests may take
+# HPCINFER_TEST_SLOWDOWN=...           factor on all limits (default: measured first, 1 or more)
 # HPCINFER_TEST_DEVICE=all             all cases of tests/device/test_device_engine.py
+# HPCINFER_MPI=openmpi, intel          another MPI: what concerns it, on 1 to 4 ranks
 # jobs/environment.sh lists the settings of the environment.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -38,27 +43,43 @@ on_rank='
     shift
     rank=${PMI_RANK:-${PMIX_RANK:-${OMPI_COMM_WORLD_RANK:-${SLURM_PROCID:-0}}}}
     if [ "$rank" = 0 ]; then
-        set -- --junitxml="$report.xml" "$@"
+        set -- --junitxml="$report.xml" --counts="$report.json" "$@"
     else
-        exec >"$report.rank-$rank.log" 2>&1
+        exec >>"$report.rank-$rank.log" 2>&1
     fi
-    exec python -m pytest --with-mpi --color=no -p no:cacheprovider "$@"'
+    exec python -m pytest --with-mpi --color=no -p no:cacheprovider --record="$report.record" "$@"'
 
 # The suite on $1 ranks, with the logs of the others if it fails
 suite() {
-    local ranks=$1 log status=0
+    local ranks=$1 report=$reports/ranks-$1 log status=0 job give_up=
     shift
-    timeout --foreground --kill-after=10 "${HPCINFER_TEST_SESSION_LIMIT:-1080}" \
-        bash jobs/site.sh "$ranks" sh -c "$on_rank" sh "$reports/ranks-$ranks" \
-        --timeout="${HPCINFER_TEST_LIMIT:-60}" "$@" || status=$?
+    for job in 1 2 3 4 5 6 7 8 9; do
+        [ "$job" -lt 9 ] || give_up=--give-up
+        status=0
+        timeout --foreground --kill-after=10 "$(scaled "${HPCINFER_TEST_SESSION_LIMIT:-1800}")" \
+            bash jobs/site.sh "$ranks" sh -c "$on_rank" sh "$report" --durations=10 $give_up \
+            --timeout="${HPCINFER_TEST_LIMIT:-60}" "$@" || status=$?
+
+        # Go on after the test in which the job has ended
+        if [ -e "$report.json" ] || [ ! -e "$report.record" ]; then break; fi
+        [ "$status" != 124 ] && [ "$status" != 137 ] || give_up=--give-up
+        echo "tests: the job has ended with status $status; a new one runs what is left"
+    done
     if [ "$status" != 0 ] && [ "$status" != 5 ]; then
-        for log in "$reports/ranks-$ranks".rank-*.log; do
+        for log in "$report".rank-*.log; do
             [ ! -s "$log" ] || printf '\n---- %s (end)\n%s\n' "$log" "$(tail -n 100 "$log")"
         done
     fi
     return "$status"
 }
 
+# $1 seconds, as this machine needs them
+scaled() {
+    awk -v s="$1" -v factor="$HPCINFER_TEST_SLOWDOWN" 'BEGIN { print s * factor }'
+}
+
+export HPCINFER_TEST_SLOWDOWN=${HPCINFER_TEST_SLOWDOWN:-$(python tests/helpers/speed.py)}
+echo "== limits: times $HPCINFER_TEST_SLOWDOWN (1 on two quiet cores)"
 step ruff ruff check --output-format=concise .
 step types mypy
 step floors lint-imports
