@@ -22,12 +22,11 @@ import os
 import shutil
 import signal
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
 
 import pytest
-from helpers.jobs import kill_children, run_job
+from helpers.jobs import kill_children, run_job, since_boot_s
 from helpers.paths import ROOT
 from helpers.ranks import Ranks, Verdict
 from helpers.record import Record
@@ -142,7 +141,7 @@ def pytest_timeout_cancel_timer(item):
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item):
     """Take the limit away after the test, and the processes that a test which failed has left."""
-    start_s, n_failed = time.time(), item.session.testsfailed
+    start_s, n_failed = since_boot_s(), item.session.testsfailed
     try:
         return (yield)
     finally:

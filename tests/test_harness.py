@@ -183,7 +183,7 @@ def test_a_test_that_ends_the_job_fails_alone(session, tmp_path, ranks):
     assert list(cases) == ["test_before", *HANGING, "test_after"]
     reason = cases["test_hangs"].find("failure").text
     assert "did not end in" in reason
-    assert reason.count('test_inner.py", line 12 in test_hangs') == ranks
+    assert len(re.findall(r'test_inner.py", line \d+ in test_hangs', reason)) == ranks
     assert "the job ended in this test" in cases["test_dies"].find("failure").text
 
 

@@ -115,10 +115,15 @@ def kill_tree(process):
     kill_all([*parent.children(recursive=True), parent])
 
 
-def kill_children(since_s):
-    """Kill what descends from this process and was started since then (seconds since 1970)."""
-    children = psutil.Process().children(recursive=True)
-    kill_all([child for child in children if child.create_time() >= since_s])
+def since_boot_s():
+    """Seconds since the machine was started, less the grain in which it tells processes' starts."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - 0.02
+
+
+def kill_children(start_s):
+    """Kill what descends from this process and was started after `start_s` of `since_boot_s`."""
+    boot_s, children = psutil.boot_time(), psutil.Process().children(recursive=True)
+    kill_all([child for child in children if child.create_time() - boot_s >= start_s])
 
 
 def kill_all(processes):
