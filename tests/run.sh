@@ -80,6 +80,14 @@ scaled() {
 
 export HPCINFER_TEST_SLOWDOWN=${HPCINFER_TEST_SLOWDOWN:-$(python tests/helpers/speed.py)}
 echo "== limits: times $HPCINFER_TEST_SLOWDOWN (1 on two quiet cores)"
+# Another MPI than the default: what concerns MPI, and jobs of the command line
+case "${HPCINFER_MPI:-wheel}:$#" in
+    openmpi:0 | intel:0)
+        set -- tests/test_collectives.py tests/test_pieces.py tests/test_grid.py tests/test_harness.py \
+            tests/parallel tests/engine/test_replicas.py tests/cli/test_machine.py
+        ;;
+esac
+
 step ruff ruff check --output-format=concise .
 step types mypy
 step floors lint-imports

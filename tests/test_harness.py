@@ -20,6 +20,7 @@ SETTINGS = """
 markers = single
 filterwarnings = error
 """
+CONFTEST = (TESTS / "conftest.py").read_text(encoding="utf-8")
 HEAD = """
 import pytest
 from mpi4py import MPI
@@ -32,12 +33,13 @@ def session(mpirun, tmp_path):
     """Function session(ranks, source, *options): run the test file `source` under the harness."""
 
     def run(ranks, source, *options):
-        shutil.copy(TESTS / "conftest.py", tmp_path)
+        (tmp_path / "conftest.py").write_text(CONFTEST.replace("GRACE_S = 10.0", "GRACE_S = 3.0"))
         shutil.copytree(TESTS / "helpers", tmp_path / "helpers", dirs_exist_ok=True)
         (tmp_path / "pytest.ini").write_text(SETTINGS)
         (tmp_path / "test_inner.py").write_text(HEAD + source)
         command = [sys.executable, "-m", "pytest", "--with-mpi", "-p", "no:cacheprovider"]
-        return mpirun(ranks, *command, "--color=no", *options, cwd=tmp_path, timeout_s=50)
+        where = {"cwd": tmp_path, "timeout_s": 50, "HPCINFER_TEST_SLOWDOWN": "1"}
+        return mpirun(ranks, *command, "--color=no", *options, **where)
 
     return run
 
@@ -88,7 +90,7 @@ def test_one_leaves():
     assert done.returncode != 0
     assert done.seconds < scaled(40)
     assert "the reason" in done.stderr
-    assert "rank(s) [0, 2] did not arrive in " in done.stderr
+    assert "rank(s) [0, 2] did not arrive in 3 s" in done.stderr
     assert done.stderr.count('test_inner.py", line 8 in test_one_leaves') == 2
 
 
