@@ -49,7 +49,8 @@ site_settings() {
     # More ranks than cores: give way while waiting
     if [ "$ranks" -gt "$cores" ]; then
         export OMPI_MCA_mpi_yield_when_idle=1
-        export MPIR_CVAR_ENABLE_HEAVY_YIELD=1 I_MPI_PIN=0 I_MPI_WAIT_MODE=1
+        export MPIR_CVAR_ENABLE_HEAVY_YIELD=${MPIR_CVAR_ENABLE_HEAVY_YIELD:-1}
+        export I_MPI_PIN=0 I_MPI_WAIT_MODE=1
     fi
 }
 
