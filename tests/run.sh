@@ -49,10 +49,10 @@ on_rank='
     fi
     exec python -m pytest --with-mpi --color=no -p no:cacheprovider --record="$report.record" "$@"'
 
-# The suite on $1 ranks, with the logs of the others if it fails
+# The suite as $1 on $2 ranks, with the logs of the others if it fails
 suite() {
-    local ranks=$1 report=$reports/ranks-$1 log status=0 job give_up=
-    shift
+    local report=$reports/$1 ranks=$2 log status=0 job give_up=
+    shift 2
     for job in 1 2 3 4 5 6 7 8 9; do
         [ "$job" -lt 9 ] || give_up=--give-up
         status=0
@@ -94,7 +94,27 @@ esac
 step ruff ruff check --output-format=concise .
 step types mypy
 step floors lint-imports
-for ranks in ${HPCINFER_TEST_RANKS:-1 2 3 4}; do
-    step "ranks-$ranks" suite "$ranks" "$@"
+ranks=${HPCINFER_TEST_RANKS:-1 2 3 4}
+
+# Let kernels be tested beside the rest of the first session, which seldom takes more than a core
+if [ "$#" = 0 ] && [ "${ranks%% *}" = 1 ]; then
+    echo "== ranks-1-ops (beside ranks-1)"
+    set -m
+    (
+        renice -n 5 "$BASHPID" >/dev/null
+        suite ranks-1-ops 1 --timeout=$((2 * ${HPCINFER_TEST_LIMIT:-60})) tests/ops
+    ) >"$reports/ranks-1-ops.log" 2>&1 </dev/null &
+    beside=$!
+    set +m
+    trap 'kill -- -"$beside" 2>/dev/null || true' EXIT
+    step ranks-1 suite ranks-1 1 --ignore=tests/ops
+    status=0
+    wait "$beside" || status=$?
+    cat "$reports/ranks-1-ops.log"
+    steps+=("ranks-1-ops:$status")
+    ranks=${ranks#1}
+fi
+for n in $ranks; do
+    step "ranks-$n" suite "ranks-$n" "$n" "$@"
 done
 python tests/total.py "$reports" "$start" "${steps[@]}"
