@@ -39,6 +39,8 @@ setup(
     ],
     extras_require={
         "mpi": ["mpich>=4.3"],
+        "openmpi": ["openmpi>=5.0"],
+        "intel": ["impi-rt>=2021.13; platform_machine == 'x86_64'"],
         "cpu": [
             "numba>=0.60",
             "onednn-cpu-gomp>=2023.2; platform_machine == 'x86_64' and sys_platform == 'linux'",
@@ -53,6 +55,7 @@ setup(
             "import-linter>=2.1",
             "mypy>=1.11",
             "safetensors>=0.4.3",
+            "matplotlib>=3.8",
         ],
         "plot": ["matplotlib>=3.8"],
         "parity": ["torch>=2.4", "transformers>=4.51", "safetensors>=0.4.3"],

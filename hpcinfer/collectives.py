@@ -23,17 +23,15 @@ from typing import Any, Protocol
 import numpy as np
 from mpi4py import MPI
 
-from hpcinfer import array, capture
+from hpcinfer import array, capture, pieces
 from hpcinfer.array import Array
 from hpcinfer.ledger import axis_name, current
 from hpcinfer.staging import (
     from_host,
     is_alone,
     out_buffer,
-    raw,
     recv_buffer,
     stage,
-    starts,
     to_host,
     unstage,
 )
@@ -115,7 +113,7 @@ def Allreduce(comm: MPI.Comm, x: Array, op: MPI.Op = MPI.SUM, purpose: str = "")
         shared.sum(x)
     elif size > 1:
         buffer = to_host(x)
-        comm.Allreduce(MPI.IN_PLACE, buffer, op)
+        pieces.allreduce(comm, buffer, op)
         from_host(buffer, x)
     ledger.enter(call, sent_bytes)
     return x
@@ -153,8 +151,7 @@ def Allgather(
     part = to_host(xp.moveaxis(x, axis, 0))
     row = part.nbytes // part.shape[0] if part.shape[0] else array.item_bytes(part)
     whole = out_buffer(x, (sum(counts), *part.shape[1:]))
-    sizes = [c * row for c in counts]
-    comm.Allgatherv(raw(part), [raw(whole), sizes, starts(sizes), MPI.BYTE])
+    pieces.allgatherv(comm, part, whole, [c * row for c in counts])
 
     # Move it back.
     result = xp.ascontiguousarray(xp.moveaxis(stage(whole, x), 0, axis))
@@ -192,7 +189,7 @@ def ReduceScatter(
     whole = to_host(xp.moveaxis(x_sum, axis, 0))
     part = out_buffer(x_sum, (counts[comm.rank], *whole.shape[1:]))
     row = int(np.prod(whole.shape[1:], dtype=np.int64))
-    comm.Reduce_scatter(whole, part, [c * row for c in counts])
+    pieces.reduce_scatter(comm, whole, part, [c * row for c in counts])
     result = xp.ascontiguousarray(xp.moveaxis(stage(part, x_sum), 0, axis))
     ledger.enter(call, whole.nbytes - part.nbytes)
     return result
@@ -204,7 +201,7 @@ def Bcast(comm: MPI.Comm, x: Array, root: int = 0, purpose: str = "") -> Array:
     call = ledger.begin("Bcast", comm, purpose)
     if not is_alone(comm, x):
         buffer = to_host(x)
-        comm.Bcast(raw(buffer), root)
+        pieces.bcast(comm, buffer, root)
         from_host(buffer, x)
     ledger.enter(call, x.nbytes if comm.rank == root and comm.size > 1 else 0)
     return x
@@ -236,7 +233,7 @@ def AllreduceRecords(comm: MPI.Comm, records: Array, op: MPI.Op, purpose: str = 
     width = buffer.shape[-1]
     record = MPI.FLOAT.Create_contiguous(width).Commit()
     try:
-        comm.Allreduce(MPI.IN_PLACE, [buffer, buffer.size // max(1, width), record], op)
+        pieces.allreduce(comm, buffer, op, max(1, width), record)
     finally:
         record.Free()
 
@@ -304,13 +301,9 @@ def Alltoall(
     sent = to_host(x)
     row = array.item_bytes(sent)
     received = out_buffer(x, (sum(recv_counts), *sent.shape[1:]))
-    sizes, from_sizes = ([c * row for c in counts] for counts in (send_counts, recv_counts))
-    comm.Alltoallv(
-        [raw(sent), sizes, starts(sizes), MPI.BYTE],
-        [raw(received), from_sizes, starts(from_sizes), MPI.BYTE],
-    )
+    pieces.alltoallv(comm, sent, received, send_counts, recv_counts, row)
     result = stage(received, x)
-    ledger.enter(call, sum(sizes) - sizes[comm.rank])
+    ledger.enter(call, sent.nbytes - send_counts[comm.rank] * row)
     return result
 
 
@@ -325,7 +318,7 @@ def Gather(comm: MPI.Comm, x: Array, root: int = 0, purpose: str = "") -> Array 
     call = ledger.begin("Gather", comm, purpose)
     part = to_host(x)
     whole = out_buffer(x, (comm.size, *part.shape)) if comm.rank == root else None
-    comm.Gather(raw(part), None if whole is None else raw(whole), root)
+    pieces.gather(comm, part, whole, root)
     result = None if whole is None else stage(whole, x)
     ledger.enter(call, 0 if comm.rank == root else part.nbytes)
     return result
@@ -349,10 +342,7 @@ def Shift(comm: MPI.Comm, x: Array, out: Array, step: int = 1, purpose: str = ""
     to, source = (comm.rank + step) % comm.size, (comm.rank - step) % comm.size
     sent = to_host(x)
     received = recv_buffer(out)
-    requests = [
-        comm.Irecv([raw(received), MPI.BYTE], source),
-        comm.Isend([raw(sent), MPI.BYTE], to),
-    ]
+    requests = pieces.irecv(comm, received, source) + pieces.isend(comm, sent, to)
     sent_bytes = 0 if to == comm.rank else sent.nbytes
     return Transfer(call, sent_bytes, requests, lambda: unstage(received, out), sent)
 
@@ -373,8 +363,7 @@ def Isend(comm: MPI.Comm, x: Array, to: int, tag: int = 0, purpose: str = "") ->
     """
     call = current().begin("Send", comm, purpose)
     sent = to_host(x)
-    request = comm.Isend([raw(sent), MPI.BYTE], to, tag)
-    return Transfer(call, sent.nbytes, [request], lambda: x, sent)
+    return Transfer(call, sent.nbytes, pieces.isend(comm, sent, to, tag), lambda: x, sent)
 
 
 def Recv(comm: MPI.Comm, out: Array, source: int, tag: int = 0, purpose: str = "") -> Array:
@@ -387,7 +376,7 @@ def Recv(comm: MPI.Comm, out: Array, source: int, tag: int = 0, purpose: str = "
     ledger = current()
     call = ledger.begin("Recv", comm, purpose)
     received = recv_buffer(out)
-    comm.Recv([raw(received), MPI.BYTE], source, tag)
+    MPI.Request.Waitall(pieces.irecv(comm, received, source, tag))
     unstage(received, out)
     ledger.enter(call, 0)
     return out
@@ -404,10 +393,7 @@ def RecvBytes(
     """
     ledger = current()
     call = ledger.begin("Recv", comm, purpose)
-    status = MPI.Status()
-    message = comm.Mprobe(source, tag, status)
-    received = np.empty(status.Get_count(MPI.BYTE), np.uint8)
-    message.Recv([received, MPI.BYTE])
+    received = pieces.recv_bytes(comm, source, tag)
     ledger.enter(call, 0)
     return received
 
@@ -429,11 +415,9 @@ def Iallgather(
     """
     call = current().begin("Allgather", comm, purpose)
     sent, received = to_host(part), recv_buffer(whole)
-    request = comm.Iallgatherv(
-        [raw(sent), MPI.BYTE], [raw(received), counts, starts(counts), MPI.BYTE]
-    )
+    requests = pieces.iallgatherv(comm, sent, received, counts)
     sent_bytes = sent.nbytes * (comm.size - 1)
-    return Transfer(call, sent_bytes, [request], lambda: unstage(received, whole), sent)
+    return Transfer(call, sent_bytes, requests, lambda: unstage(received, whole), sent)
 
 
 def Ibcast(comm: MPI.Comm, x: Array, root: int = 0, purpose: str = "") -> Transfer:
@@ -445,6 +429,6 @@ def Ibcast(comm: MPI.Comm, x: Array, root: int = 0, purpose: str = "") -> Transf
     """
     call = current().begin("Bcast", comm, purpose)
     buffer = to_host(x) if comm.rank == root else recv_buffer(x)
-    request = comm.Ibcast(raw(buffer), root)
+    requests = pieces.ibcast(comm, buffer, root)
     sent_bytes = x.nbytes if comm.rank == root and comm.size > 1 else 0
-    return Transfer(call, sent_bytes, [request], lambda: unstage(buffer, x), buffer)
+    return Transfer(call, sent_bytes, requests, lambda: unstage(buffer, x), buffer)

@@ -4,10 +4,11 @@
 #   bash jobs/environment.sh       once on a login node, so that jobs need no network
 #
 # PYTHON=...             interpreter to build from, 3.11 or later (default: the first on PATH)
-# HPCINFER_VENV=...      folder of the environment (default .venv, with a site's MPI .venv-site);
+# HPCINFER_VENV=...      folder of the environment (default .venv, with another MPI .venv-site, ...);
 #                        "active" takes the activated virtual or conda environment; "none" takes
 #                        python, hpcinfer and mpirun as they are on PATH, and installs nothing
-# HPCINFER_MPI=site      use the MPI on PATH; default "wheel": MPICH from the package index
+# HPCINFER_MPI=site      use the MPI on PATH; "openmpi", "intel": those of the package index; default
+#                        "wheel": MPICH from there
 # HPCINFER_EXTRAS=...    more extras of setup.py, beside cpu, separated by spaces:
 #                        cuda12, cuda13, plot, test, parity
 #
@@ -68,7 +69,7 @@ hpcinfer_install() {
     # Make the environment, unless there is one; remove nothing but our own
     if ! hpcinfer_usable "$folder"; then
         case "$folder" in
-            "$HPCINFER_ROOT"/.venv | "$HPCINFER_ROOT"/.venv-site) rm -rf "$folder" ;;
+            "$HPCINFER_ROOT"/.venv | "$HPCINFER_ROOT"/.venv-*) rm -rf "$folder" ;;
             *) [ ! -e "$folder" ] || rmdir "$folder" 2>/dev/null ||
                 hpcinfer_fail "Python: got $folder, which is no environment with pip for this" \
                     "checkout, need one; remove it, install pip in it, or set HPCINFER_VENV" ;;
@@ -113,7 +114,8 @@ hpcinfer_environment() {
                     "load the MPI module of the site, or unset HPCINFER_MPI"
             folder=$HPCINFER_ROOT/.venv-site
             ;;
-        *) hpcinfer_fail "MPI: got HPCINFER_MPI=$HPCINFER_MPI, need wheel or site" ;;
+        openmpi | intel) extras="$HPCINFER_MPI $extras" folder=$HPCINFER_ROOT/.venv-$HPCINFER_MPI ;;
+        *) hpcinfer_fail "MPI: got HPCINFER_MPI=$HPCINFER_MPI, need wheel, site, openmpi or intel" ;;
     esac
     case "${HPCINFER_VENV:-}" in
         "") ;;

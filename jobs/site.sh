@@ -38,17 +38,19 @@ site_settings() {
     threads=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-$((cores > ranks ? cores / ranks : 1))}}
     export OMP_NUM_THREADS=$threads OPENBLAS_NUM_THREADS=$threads MKL_NUM_THREADS=$threads
 
-    # Open MPI: accept root (containers), and leave the threads of a rank free to use any core
+    # Open MPI (4, 5): accept root (containers), a rank per thread of a core and more, and leave the
+    # threads of a rank free to use any core
     if [ "$(id -u)" = 0 ]; then
         export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
     fi
     export OMPI_MCA_hwloc_base_binding_policy=none PRTE_MCA_hwloc_default_binding_policy=none
+    export OMPI_MCA_rmaps_base_oversubscribe=1 PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe
 
-    # More ranks than cores: accept it (Open MPI 4, 5), and give way while waiting (MPICH, Intel MPI)
+    # More ranks than cores: give way while waiting
     if [ "$ranks" -gt "$cores" ]; then
-        export OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_mpi_yield_when_idle=1
-        export PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe
-        export MPIR_CVAR_ENABLE_HEAVY_YIELD=1 I_MPI_PIN=0 I_MPI_WAIT_MODE=1
+        export OMPI_MCA_mpi_yield_when_idle=1
+        export MPIR_CVAR_ENABLE_HEAVY_YIELD=${MPIR_CVAR_ENABLE_HEAVY_YIELD:-1}
+        export I_MPI_PIN=0 I_MPI_WAIT_MODE=1
     fi
 }
 
@@ -63,6 +65,17 @@ site_clean() {
         done' || true
 }
 
+# Name the mpirun to take. Intel's is a script that hands no signal on, so that ranks would outlive it:
+# what it starts is taken, but where it reads the hosts of a batch system.
+site_mpirun() {
+    local mpirun others=${PBS_ENVIRONMENT:-}${LSB_JOBID:-}${PE_HOSTFILE:-}${LOADL_HOSTFILE:-}
+    mpirun=$(command -v mpirun || echo mpirun)
+    if [ -z "$others" ] && [ -x "${mpirun%/*}/mpiexec.hydra" ] && [ "$(head -c 2 "$mpirun")" = '#!' ]; then
+        mpirun=${mpirun%/*}/mpiexec.hydra
+    fi
+    echo "$mpirun"
+}
+
 # Become a command on $1 ranks.
 launch_here() {
     local ranks=$1 mpi options
@@ -70,10 +83,16 @@ launch_here() {
     read -r -a options <<<"${HPCINFER_LAUNCHER_OPTIONS:-}"
     site_settings "$ranks"
     case "${HPCINFER_LAUNCHER:-mpirun}" in
-        mpirun) exec mpirun -n "$ranks" "${options[@]}" "$@" ;;
+        mpirun)
+            [ -z "${SLURM_JOB_ID:-}" ] || export I_MPI_HYDRA_BOOTSTRAP=${I_MPI_HYDRA_BOOTSTRAP:-slurm}
+            exec "$(site_mpirun)" -n "$ranks" "${options[@]}" "$@"
+            ;;
         srun)
             mpi=${HPCINFER_SRUN_MPI:-}
-            [ -n "$mpi" ] || [ "${HPCINFER_MPI:-wheel}" = site ] || mpi=pmi2
+            case "${mpi:-${HPCINFER_MPI:-wheel}}" in
+                wheel | intel) mpi=pmi2 ;;
+                openmpi) mpi=pmix ;;
+            esac
 
             # SLURM's pmi2 cuts lines at 1 KiB, which MPICH over UCX exceeds at random; OFI's are short
             [ "$mpi" != pmi2 ] || export MPIR_CVAR_CH4_NETMOD=${MPIR_CVAR_CH4_NETMOD:-ofi}

@@ -5,91 +5,50 @@ teardown) the ranks tell each other how it went, without blocking, over a commun
 
 - a test that fails on one rank fails on every rank, so no rank runs on alone into the next test;
 - a rank that has failed waits `GRACE_S` for the others. If some do not arrive, because they wait
-  for it in a collective, it has their stacks printed, prints its own failure, and ends the job;
-- a hang without a failure ends at the time limit of pytest-timeout, every rank's stack printed.
+  for it in a collective, the job ends with its failure and the stacks of all ranks;
+- a test that takes too long is stopped on one rank. On several the job ends with every rank's
+  stacks: nobody knows what messages are under way.
+
+With `--record FILE` every report is written down at once, and a session that finds the file takes
+the tests in it as they were, the one in which the job ended as failed, and goes on with the rest:
+`tests/run.sh` starts the tests again until one session comes to the end.
 
 Works as plain `pytest` (one rank), as `mpirun -n P python -m pytest --with-mpi`, and in
 `tests/run.sh`.
 """
 
-import faulthandler
+import json
 import os
 import shutil
 import signal
-import socket
 import tempfile
-import time
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
-from helpers.jobs import run_job
+from helpers.jobs import kill_children, run_job, since_boot_s
 from helpers.paths import ROOT
+from helpers.ranks import Ranks, Verdict
+from helpers.record import Record
+from helpers.speed import scaled
 from mpi4py import MPI
 
 GRACE_S = 10.0  # how long a failed rank waits for the others
-STACKS_S = 1.0  # how long before the time limit the stacks are printed
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """How one phase of one test went on one rank."""
-
-    test: str
-    phase: str
-    outcome: str
-    message: str = ""
-
-
-class Ranks:
-    """The ranks of this session, able to exchange verdicts.
-
-    Attributes
-    ----------
-    comm : communicator of the verdicts alone, so that no message of a test can be taken for one
-    processes : (host, process id) of every rank
-    stderr : the terminal or log behind pytest's capture
-    """
-
-    def __init__(self):
-        self.comm = MPI.COMM_WORLD.Dup()
-        self.processes = self.comm.allgather((socket.gethostname(), os.getpid()))
-        self.stderr = os.fdopen(os.dup(2), "w")
-        faulthandler.register(signal.SIGUSR2, self.stderr, all_threads=True)
-
-    def exchange(self, verdict, grace_s=float("inf")):
-        """Return the verdicts by rank: of all ranks, or of those that arrived within `grace_s`."""
-        comm, start_s = self.comm, time.monotonic()
-        sends = [comm.isend(verdict, rank) for rank in range(comm.size) if rank != comm.rank]
-        verdicts = {comm.rank: verdict}
-        while len(verdicts) < comm.size:
-            for rank in range(comm.size):
-                if rank not in verdicts and comm.iprobe(rank):
-                    verdicts[rank] = comm.recv(source=rank)
-            waited_s = time.monotonic() - start_s
-            if waited_s > grace_s:
-                return verdicts
-            time.sleep(0 if waited_s < 0.01 else 0.002)
-        MPI.Request.waitall(sends)
-        return verdicts
-
-    def print_stacks(self, ranks):
-        """Have `ranks` print their stacks, as far as they run on this host."""
-        for rank in ranks:
-            host, process = self.processes[rank]
-            if host == socket.gethostname():
-                os.kill(process, signal.SIGUSR2)
-        time.sleep(1.0)
-
-    def abort(self, text):
-        """Print `text` and end the job on every rank."""
-        print(text, file=self.stderr, flush=True)
-        self.comm.Abort(1)
-        os._exit(1)  # MPI_Abort may return
+def pytest_addoption(parser):
+    group = parser.getgroup("ranks")
+    group.addoption("--record", metavar="FILE", help="write every report to FILE; go on from it")
+    group.addoption("--give-up", action="store_true", help="run no test that is not in the record")
+    group.addoption("--counts", metavar="FILE", help="write the numbers of the summary, as JSON")
 
 
 def pytest_configure(config):
     config.ranks = Ranks()
+    config.record = None
+    if path := config.option.record:
+        config.record = Record(config, path, config.ranks.comm.rank == 0, config.option.give_up)
+        config.pluginmanager.register(config.record)
 
 
 @pytest.hookimpl(trylast=True)
@@ -115,20 +74,23 @@ def pytest_runtest_makereport(item, call):
     report = yield
     ranks = item.config.ranks
     own = Verdict(item.nodeid, call.when, report.outcome, headline(report))
-    verdicts = ranks.exchange(own, GRACE_S if report.failed else float("inf"))
+    verdicts = ranks.exchange(own, scaled(GRACE_S) if report.failed else float("inf"))
 
     # End the job if the others wait for this rank, or are somewhere else
     missing = [rank for rank in range(ranks.comm.size) if rank not in verdicts]
     if missing:
-        ranks.print_stacks(missing)
-        ranks.abort(
-            f"\n{item.nodeid} failed in {call.when} on rank {ranks.comm.rank}:\n"
-            f"{report.longreprtext}\n"
-            f"tests: rank(s) {missing} did not arrive in {GRACE_S:g} s; ending the job"
+        end_job(
+            item.config,
+            f"{item.nodeid} failed in {call.when} on rank {ranks.comm.rank}:\n"
+            f"{report.longreprtext}\n{ranks.stacks()}\n"
+            f"tests: rank(s) {missing} did not arrive in {scaled(GRACE_S):g} s; ending the job",
         )
     if len({(v.test, v.phase) for v in verdicts.values()}) > 1:
         places = [f"  rank {r}: {v.phase} of {v.test}" for r, v in sorted(verdicts.items())]
-        ranks.abort("\n".join(["tests: the ranks are at different tests; ending the job", *places]))
+        end_job(
+            item.config,
+            "\n".join(["tests: the ranks are at different tests; ending the job", *places]),
+        )
 
     # Fail here if it failed elsewhere, or if the ranks do not agree
     if len({v.outcome for v in verdicts.values()}) > 1 and not report.failed:
@@ -146,16 +108,56 @@ def headline(report):
     return " ".join(text.split())[:300]
 
 
+def end_job(config, text):
+    """Note that the job ends in this test, say why, and end it on all ranks."""
+    if config.record is not None:
+        config.record.end(text)
+    config.ranks.end(f"\n{text}")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_timeout_set_timer(item, settings):
-    """Print this rank's stacks shortly before pytest-timeout ends it, and with it the others."""
-    delay_s = max(settings.timeout - STACKS_S, settings.timeout / 2)
-    faulthandler.dump_traceback_later(delay_s, file=item.config.ranks.stderr)
+    """Stop a test that takes too long where one can; end the job where one cannot."""
+    ranks, limit_s = item.config.ranks, scaled(settings.timeout)
+    ranks.watch(limit_s, partial(give_up, item, limit_s))
+    if ranks.comm.size == 1:
+        signal.signal(signal.SIGALRM, lambda *_: pytest.fail(f"did not end in {limit_s:g} s"))
+        signal.setitimer(signal.ITIMER_REAL, limit_s)
+    return True
+
+
+def give_up(item, limit_s):
+    """End the job in a test that takes too long."""
+    text = f"{item.nodeid} did not end in {limit_s:g} s; ending the job"
+    end_job(item.config, f"{text}\n{item.config.ranks.stacks()}")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_timeout_cancel_timer(item):
-    faulthandler.cancel_dump_traceback_later()
+    """Let the limit hold after a failure too: pytest-timeout would leave teardown without one."""
+    return True
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item):
+    """Take the limit away after the test, and the processes that a test which failed has left."""
+    start_s, n_failed = since_boot_s(), item.session.testsfailed
+    try:
+        return (yield)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        item.config.ranks.unwatch()
+        if item.session.testsfailed > n_failed and item.config.ranks.comm.size == 1:
+            kill_children(start_s)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Write down the numbers of the closing line."""
+    if path := config.option.counts:
+        stats = terminalreporter.stats
+        counts = {kind: len(reports) for kind, reports in stats.items() if kind}
+        names = {kind: [r.nodeid for r in stats.get(kind, [])] for kind in ("failed", "error")}
+        Path(path).write_text(json.dumps({"counts": counts, "names": names}))
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -190,8 +192,8 @@ def mpirun():
     """Function mpirun(ranks, *command, timeout_s=60, cwd=ROOT, **environment) -> Finished.
 
     Runs a command, `hpcinfer` with its arguments for example, as an MPI job of its own. For tests
-    marked `single`. A job that does not end in `timeout_s` is killed, and the test fails with its
-    output.
+    marked `single`. A job that does not end in `timeout_s`, more on a slow machine, is killed, and
+    the test fails with its output.
     """
     return run_job
 

@@ -2,74 +2,69 @@
 
     python tests/total.py FOLDER START STEP:STATUS ...
 
-START is in seconds since the epoch. A step `ranks-N` leaves a JUnit report ``FOLDER/ranks-N.xml``
-if its rank 0 comes to the end. A step that ended with a status its report does not explain (a
-crash, a time limit, a linter's complaint) counts as one failure and is named.
+START is in seconds since the epoch. A step `ranks-N` leaves the numbers of its closing line in
+``FOLDER/ranks-N.json`` if its rank 0 comes to the end. A step that ended with a status that they do
+not explain (a crash, a linter's complaint) counts as one failure and is named.
 """
 
+import json
 import sys
 import time
-import xml.etree.ElementTree as ET
 from collections import Counter
 from pathlib import Path
 
 NO_TESTS = 5  # pytest's exit status when nothing was selected
-
-
-def read_report(path):
-    """Return (outcome, test) of every test in a JUnit report; None if there is no whole report."""
-    try:
-        cases = list(ET.parse(path).getroot().iter("testcase"))
-    except (OSError, ET.ParseError):
-        return None
-    return [(outcome(case), f"{case.get('classname')}::{case.get('name')}") for case in cases]
-
-
-def outcome(case):
-    """Return passed, failed, skipped, xfailed or error for one test case of a report."""
-    if case.find("failure") is not None:
-        return "failed"
-    if case.find("error") is not None:
-        return "error"
-    skipped = case.find("skipped")
-    if skipped is None:
-        return "passed"
-    return "xfailed" if skipped.get("type") == "pytest.xfail" else "skipped"
+KINDS = ("failed", "passed", "skipped", "xfailed", "xpassed", "warnings", "error")
 
 
 def judge(folder, step):
-    """Return the outcomes of one step, (outcome, name) each; an unexplained status is a failure."""
+    """Return (counts by kind, lines on what failed) of one step."""
+    # Take what pytest counted.
     name, _, status = step.rpartition(":")
-    report = read_report(Path(folder) / f"{name}.xml")
-    outcomes = report or []
-    blame = any(kind in ("failed", "error") for kind, _ in outcomes)
-    if int(status) not in (0, NO_TESTS) and not blame:
-        outcomes.append(("failed", f"ended with status {status}"))
-    elif name.startswith("ranks-") and report is None:
-        outcomes.append(("failed", "left no report"))
-    return [(kind, f"{name} {test}") for kind, test in outcomes]
+    path = Path(folder) / f"{name}.json"
+    report = json.loads(path.read_text()) if path.exists() else {"counts": {}, "names": {}}
+    counts = Counter({kind: report["counts"].get(kind, 0) for kind in KINDS})
+    lines = [f"{k.upper()} {name} {test}" for k, names in report["names"].items() for test in names]
+
+    # Count a status that this does not explain as a failure.
+    reason = None
+    if int(status) not in (0, NO_TESTS) and not lines:
+        reason = f"ended with status {status}"
+    elif name.startswith("ranks-") and not path.exists():
+        reason = "left no report"
+    if reason:
+        counts["failed"] += 1
+        lines.append(f"FAILED {name} {reason}")
+    return counts, lines
 
 
 def closing_line(total, seconds):
-    """Return pytest's closing line for the outcomes."""
-    kinds = ("failed", "passed", "skipped", "xfailed", "error")
-    parts = [f"{total[kind]} {kind}" for kind in kinds if total[kind]]
-    if total["error"] > 1:
-        parts[-1] += "s"
-    return f" {', '.join(parts) or 'no tests ran'} in {seconds:.2f}s ".center(80, "=")
+    """Return pytest's closing line for the counts."""
+    parts = [f"{total[kind]} {word_for(kind, total[kind])}" for kind in KINDS if total[kind]]
+    minutes = f" ({int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02})"
+    spent = f"{seconds:.2f}s" + minutes * (seconds >= 60)
+    return f" {', '.join(parts) or 'no tests ran'} in {spent} ".center(80, "=")
+
+
+def word_for(kind, n):
+    """Return pytest's word for n of a kind: warnings and errors have a plural."""
+    return {"warnings": "warning", "error": "error"}.get(kind, kind) + "s" * (
+        n != 1 and kind in ("warnings", "error")
+    )
 
 
 def main(folder, start, *steps):
     """Print the sum; return 0 if all passed, 1 if anything failed, 5 if there was nothing to do."""
-    outcomes = [item for step in steps for item in judge(folder, step)]
-    total = Counter(kind for kind, _ in outcomes)
-    for kind, name in outcomes:
-        if kind in ("failed", "error"):
-            print(f"{kind.upper()} {name}")
+    total = Counter()
+    for step in steps:
+        counts, lines = judge(folder, step)
+        total += counts
+        for line in lines:
+            print(line)
     print(closing_line(total, time.time() - float(start)))
     if total["failed"] or total["error"]:
         return 1
-    return 0 if outcomes else NO_TESTS
+    return 0 if total else NO_TESTS
 
 
 if __name__ == "__main__":

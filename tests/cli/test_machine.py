@@ -1,5 +1,6 @@
 """Which device, how many threads a rank takes, and what is said of too many ranks."""
 
+import os
 import re
 import subprocess
 import sys
@@ -189,3 +190,25 @@ def test_threads_per_rank_come_from_the_allocation(ranks, environment, threads):
     )  # fmt: skip
     cores, *found = done.stdout.split()
     assert found == [threads or cores] * 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "others", "taken"),
+    [
+        ("script", {}, "mpiexec.hydra"),
+        ("script", {"PE_HOSTFILE": "hosts"}, "mpirun"),
+        ("program", {}, "mpirun"),
+        ("script alone", {}, "mpirun"),
+    ],
+)
+def test_a_launcher_that_hands_signals_on_is_taken(tmp_path, kind, others, taken):
+    """Intel's mpirun is a script, which ends without its ranks; MPICH's own is a program."""
+    for name in ("mpirun", "mpiexec.hydra")[: 1 if kind == "script alone" else 2]:
+        (tmp_path / name).write_text("\x7fELF" if kind == "program" else "#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", "source jobs/site.sh; site_mpirun"], cwd=ROOT, capture_output=True,
+        text=True, env=clean_environment() | others | {"PATH": path},
+    )  # fmt: skip
+    assert done.stdout.strip() == str(tmp_path / taken), done.stderr

@@ -15,6 +15,7 @@ import pytest
 from helpers.jobs import clean_environment, kill_tree
 from helpers.layouts import draw
 from helpers.paths import ROOT, SHIPPED
+from helpers.speed import scaled
 from mpi4py import MPI
 from reference import models
 from reference.parity import on_root
@@ -442,7 +443,7 @@ def n_readable(output):
 
 def wait_until(condition, job, timeout_s=40):
     """Wait for a condition while a job runs."""
-    end_s = time.monotonic() + timeout_s
+    end_s = time.monotonic() + scaled(timeout_s)
     while not condition():
         assert job.poll() is None and time.monotonic() < end_s
         time.sleep(0.005)

@@ -24,6 +24,7 @@ from helpers.lines import (
 )
 from helpers.paths import SHIPPED
 from helpers.recorded import load
+from helpers.speed import scaled
 from mpi4py import MPI
 from pytest import approx
 from reference import models
@@ -384,9 +385,10 @@ def test_an_error_on_one_replica_ends_all(mpirun, tmp_path, layout, ranks, rank,
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("hpcinfer")]
+    lines = [line for line in lines if "stopped by SIGTERM" not in line]  # Open MPI ends ranks so
     assert len(lines) == 1 and "got a failure, need none" in lines[0], done.stderr
     assert "Traceback" not in done.stderr
-    assert done.seconds < 20
+    assert done.seconds < scaled(20)
 
 
 @pytest.mark.single

@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from helpers.paths import ROOT
+from helpers.speed import scaled
 
 HPCINFER = (sys.executable, "-m", "hpcinfer")
 
@@ -41,10 +42,10 @@ def ranks_of(job):
 
 
 def wait_for(condition, limit_s):
-    """Seconds until a condition holds; the test fails if it never does."""
+    """Seconds until a condition holds; the test fails if it does not in `limit_s`, scaled."""
     start_s = time.monotonic()
     while not condition():
-        assert time.monotonic() - start_s < limit_s
+        assert time.monotonic() - start_s < scaled(limit_s)
         time.sleep(0.05)
     return time.monotonic() - start_s
 
@@ -88,11 +89,11 @@ def run_job(ranks, *command, timeout_s=60, cwd=ROOT, **environment):
         text=True,
     )
     try:
-        stdout, stderr = job.communicate(timeout=timeout_s)
+        stdout, stderr = job.communicate(timeout=scaled(timeout_s))
     except subprocess.TimeoutExpired:
         kill_tree(job.pid)
         stdout, stderr = job.communicate()
-        pytest.fail(f"{command} did not end in {timeout_s} s\n{stdout}\n{stderr}")
+        pytest.fail(f"{command} did not end in {scaled(timeout_s):g} s\n{stdout}\n{stderr}")
     return Finished(job.returncode, stdout, stderr, time.monotonic() - start_s)
 
 
@@ -111,8 +112,24 @@ def clean_environment():
 def kill_tree(process):
     """Kill a process and all that descend from it."""
     parent = psutil.Process(process)
-    for member in [*parent.children(recursive=True), parent]:
+    kill_all([*parent.children(recursive=True), parent])
+
+
+def since_boot_s():
+    """Seconds since the machine was started, less the grain in which it tells processes' starts."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - 0.02
+
+
+def kill_children(start_s):
+    """Kill what descends from this process and was started after `start_s` of `since_boot_s`."""
+    boot_s, children = psutil.boot_time(), psutil.Process().children(recursive=True)
+    kill_all([child for child in children if child.create_time() - boot_s >= start_s])
+
+
+def kill_all(processes):
+    """Kill processes, as far as they are still there."""
+    for process in processes:
         try:
-            member.kill()
+            process.kill()
         except psutil.NoSuchProcess:
             continue

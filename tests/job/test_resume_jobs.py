@@ -13,6 +13,7 @@ import psutil
 import pytest
 from helpers.jobs import clean_environment, kill_tree, run_job
 from helpers.paths import ROOT, SHIPPED
+from helpers.speed import scaled
 
 from hpcinfer.errors import REQUEUE, SIGNALLED
 from hpcinfer.io.state import read_state
@@ -95,7 +96,7 @@ class Started:
         start_s = time.monotonic()
         while not condition():
             assert self.job.poll() is None, self.log.read_text()
-            assert time.monotonic() - start_s < limit_s, self.log.read_text()
+            assert time.monotonic() - start_s < scaled(limit_s), self.log.read_text()
             time.sleep(0.02)
 
     def end(self, number=None, *processes, limit_s=15):
@@ -109,7 +110,7 @@ class Started:
         if number is not None:
             for process in processes or [self.job]:
                 process.send_signal(number)
-        self.job.wait(limit_s)
+        self.job.wait(scaled(limit_s))
         lines = [line for line in self.log.read_text().splitlines() if line.startswith("hpcinfer")]
         return self.job.returncode, lines, time.monotonic() - start_s
 
@@ -159,7 +160,7 @@ def test_a_job_survives_every_fault(tmp_path):
         with Started(tmp_path, 2, steps, *options(tmp_path, layout)) as job:
             job.wait_for(lambda before=before: advanced(out, before))
             code, lines, seconds = fault(job)
-        assert progress(out) > before and seconds < 10
+        assert progress(out) > before and seconds < scaled(10)
         if words is None:
             # The files open, and what is lost is not older than the interval
             assert code != 0 and time.time() - os.path.getmtime(f"{out}.state") < seconds + 1
@@ -192,7 +193,7 @@ def test_a_long_prefill_is_left_in_time(tmp_path):
         job.wait_for((tmp_path / "out.jsonl.state").exists)
         time.sleep(1)
         code, lines, seconds = job.end(signal.SIGTERM)
-    assert code == REQUEUE and seconds < 6
+    assert code == REQUEUE and seconds < scaled(6)
     assert lines == [
         f"hpcinfer: stopped by SIGTERM with 0 of 1 requests finished and 0 under way{GO_ON}"
     ]
@@ -215,7 +216,7 @@ def test_a_long_prefill_gets_ahead_from_job_to_job(tmp_path):
             job.wait_for(lambda before=reached: computed() > before)
             targets = [*job.ranks(), job.job] if number == signal.SIGKILL else []
             _, _, seconds = job.end(number, *targets)
-        assert computed() > reached and seconds < 6
+        assert computed() > reached and seconds < scaled(6)
         reached = computed()
     for name in ("out", "straight"):
         again = [*options(tmp_path, "tp=2", name), *["--checkpoint-kv"] * (name == "out")]
@@ -236,7 +237,7 @@ def test_a_step_without_end_does_not_keep_the_job(tmp_path):
         job.wait_for((tmp_path / "out.jsonl.state").exists)
         time.sleep(1)
         code, lines, seconds = job.end(signal.SIGUSR1)
-    assert code == REQUEUE and seconds < 5
+    assert code == REQUEUE and seconds < scaled(5)
     assert lines == [f"hpcinfer: stopped by SIGUSR1 in a long step{GO_ON}"]
     assert progress(tmp_path / "out.jsonl") == (0, 3 * 20)
 
@@ -285,7 +286,7 @@ def test_a_signal_while_the_model_is_read(tmp_path, target):
         time.sleep(1)
         rank = [job.ranks()[-1]] if target == "last rank" else []
         code, lines, seconds = job.end(signal.SIGTERM, *rank)
-    assert code == REQUEUE and seconds < 5
+    assert code == REQUEUE and seconds < scaled(5)
     who = "hpcinfer (rank 1)" if rank else "hpcinfer"
     assert lines == [f"{who}: stopped by SIGTERM before the first step{GO_ON}"]
     assert not list(tmp_path.glob("out.*[!k]"))

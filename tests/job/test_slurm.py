@@ -20,6 +20,7 @@ import psutil
 import pytest
 from helpers.jobs import clean_environment, run_job
 from helpers.paths import ROOT, SHIPPED
+from helpers.speed import scaled
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch")
 SEARCHED = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
@@ -145,7 +146,7 @@ class Job:
 
     def wait_for(self, condition, limit_s=40):
         """Facts of the job as soon as `condition`, a function of them, holds."""
-        end_s = time.monotonic() + limit_s
+        end_s = time.monotonic() + scaled(limit_s)
         while True:
             facts = self.facts()
             if condition(facts):

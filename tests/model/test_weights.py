@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers.speed import scaled
 from reference import models
 
 from hpcinfer import partition
@@ -363,7 +364,7 @@ def refusal(function, *arguments):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 64 << 20
-    assert time.perf_counter() - start_s < 5
+    assert time.perf_counter() - start_s < scaled(5)
     message = str(raised.value)
     assert "\n" not in message and len(message) < 500
     return message
@@ -418,7 +419,7 @@ def test_a_table_of_many_experts_is_made_and_checked_soon():
     dtype = np.dtype(np.float32)
     check(arch, {row.name: SimpleNamespace(shape=row.shape, dtype=dtype) for row in rows})
     assert len(rows) > 45_000
-    assert time.perf_counter() - start_s < 5
+    assert time.perf_counter() - start_s < scaled(5)
 
 
 @pytest.mark.parametrize(
