@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from mpi4py.MPI import Comm
 
 Key = tuple[str, str, str]  # verb, axis and purpose
+Event = tuple[str, str, str, float, float, float]
+
+# Events that are held at most where somebody takes them.
+_EVENTS = 10_000
 
 
 @dataclass
@@ -50,12 +54,14 @@ class Ledger:
     Attributes
     ----------
     entries : dict (verb, axis, purpose) -> Entry
-    events : list of (verb, axis, purpose, start_s, time_s, sent_bytes), filled only if `tracing`
+    events : list of (verb, axis, purpose, start_s, time_s, sent_bytes), filled only if `tracing`,
+        and handed on by the thousand where `trace` has said to whom
     """
 
     tracing: bool = False
     entries: dict[Key, Entry] = field(default_factory=lambda: defaultdict(Entry))
-    events: list[tuple[str, str, str, float, float, float]] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    _take: Callable[[list[Event]], None] | None = None
 
     def begin(self, verb: str, comm: Comm, purpose: str) -> Call:
         """Note that this rank enters a call; returns what `enter` takes when it has ended."""
@@ -93,6 +99,13 @@ class Ledger:
         # Note it by itself for the timeline.
         if self.tracing:
             self.events.append((verb, axis, purpose, start_s, time_s, sent_bytes))
+            if self._take is not None and len(self.events) >= _EVENTS:
+                self._take(self.events)
+                self.events.clear()
+
+    def trace(self, take: Callable[[list[Event]], None]) -> None:
+        """Note every call from now on, and hand lists of them to `take`, which keeps them."""
+        self.tracing, self._take = True, take
 
     def enter_many(self, key: Key, calls: int, sent_bytes: float, time_s: float) -> None:
         """Record calls of one (verb, axis, purpose) that were made without Python."""

@@ -7,6 +7,8 @@ import ctypes
 import functools
 import mmap
 import os
+import stat
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -152,11 +154,36 @@ def keep_freed_memory() -> None:
     mallopt(_MMAP_THRESHOLD, _MAPPED)
 
 
-def cache_folder() -> Path:
-    """Folder of the user's for what is made once per machine, such as compiled kernels."""
+def cache_folder(name: str) -> Path | None:
+    """Folder `name` for what is made once per machine, such as compiled kernels.
+
+    It is in the user's folder, or where that cannot be written in one for temporary files, if
+    nobody else can write there; None if neither serves.
+    """
     named = os.environ.get("HPCINFER_CACHE") or os.environ.get("XDG_CACHE_HOME")
     home = Path(named) if named else Path(os.path.expanduser("~")) / ".cache"
-    return home / "hpcinfer"
+    if _is_writable(home / "hpcinfer" / name):
+        return home / "hpcinfer" / name
+
+    # Others may have made a folder of this name before
+    private = Path(tempfile.gettempdir()) / f"hpcinfer-{os.getuid()}"
+    with contextlib.suppress(OSError):
+        private.mkdir(mode=0o700, exist_ok=True)
+        status = private.lstat()
+        own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+        if own and not status.st_mode & 0o022 and _is_writable(private / name):
+            return private / name
+    return None
+
+
+def _is_writable(folder: Path) -> bool:
+    """True if files can be made in a folder, which is made where it is missing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def cores() -> set[int]:

@@ -116,6 +116,25 @@ def _node_sum_kernels() -> tuple[ModuleType, Any] | tuple[None, None]:
     return node_sum, launch.call
 
 
+def spread_advice(grid: Grid) -> str | None:
+    """What to do about ranks of tp on several nodes that one node could hold; on every rank.
+
+    Collective over the grid's communicators.
+    """
+    # Number the nodes by their first ranks, and see who is where.
+    with waiting("allgather", grid.comm, "nodes"):
+        of_ranks = grid.comm.allgather(grid.node.bcast(grid.comm.rank))
+        apart = max(grid.comm.allgather(len(set(grid.tp.allgather(of_ranks[grid.comm.rank])))))
+    size = max(of_ranks.count(first) for first in set(of_ranks))
+    if apart == 1 or size < grid.tp.size or node.oversubscription_is_meant():
+        return None
+    return (
+        f"advice: got the {grid.tp.size} ranks of tp on {apart} nodes, need them on one to be fast, "
+        f"where {size} ranks run; place ranks in blocks (srun -m block), or choose a tp that "
+        f"divides {size}"
+    )
+
+
 def advice(on_node: Comm, device: Device) -> str | None:
     """What to do about too many ranks, or threads, on the node of rank 0; on every rank.
 

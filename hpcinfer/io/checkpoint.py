@@ -240,7 +240,8 @@ class Checkpoint:
             else:
                 block = np.empty(part.shape, info.dtype)
                 self._read_block(info, start, block)
-                part[...] = block
+                with np.errstate(over="ignore"):  # what becomes infinite is looked for elsewhere
+                    part[...] = block
 
     def _read_block(self, info: TensorInfo, start: Sequence[int], block: np.ndarray) -> None:
         """Fill `block` (contiguous, of the file's type) with the box of its shape at `start`."""

@@ -7,7 +7,9 @@ import json
 import os
 from collections.abc import Iterable
 
-from hpcinfer.io.atomic import AnyPath, replacing, try_to_write, writing
+from hpcinfer.io.atomic import AnyPath, try_to_write, writing
+
+Event = tuple[str, str, str, float, float, float]
 
 _BEGINNING = '{"traceEvents":'
 
@@ -38,36 +40,46 @@ def open_trace(folder: AnyPath, rank: int) -> None:
             )
 
 
-def write_trace(
-    folder: AnyPath, rank: int, events: Iterable[tuple[str, str, str, float, float, int]]
-) -> str:
-    """Write ``rank-R.json`` in `folder`.
+class Trace:
+    """The timeline ``rank-R.json`` of a rank, written as it comes, in the form of Chrome's tracing.
+
+    What a killed job has left ends in the middle of its list, which Perfetto takes.
 
     Parameters
     ----------
     folder : as `open_trace` has made it
     rank : number of this rank, the process in the picture
-    events : (verb, axis, purpose, start_s, time_s, sent_bytes) of each call
-
-    Returns
-    -------
-    path of the file
     """
-    # The tracing page wants microseconds
-    path = trace_file(folder, rank)
-    rows = [
-        {
+
+    def __init__(self, folder: AnyPath, rank: int) -> None:
+        self.path, self._rank, self._begun = trace_file(folder, rank), rank, False
+
+    def write(self, events: Iterable[Event]) -> None:
+        """Add calls: (verb, axis, purpose, start_s, time_s, sent_bytes) of each."""
+        rows = [json.dumps(self._row(*event)) for event in events]
+        before = ",\n" if self._begun else _BEGINNING + "[\n"
+        with writing(self.path), open(self.path, "a" if self._begun else "w") as file:
+            if rows or not self._begun:
+                file.write((before if rows else _BEGINNING + "[") + ",\n".join(rows))
+        self._begun = self._begun or bool(rows)
+
+    def close(self, events: Iterable[Event]) -> None:
+        """Add the last calls, and end the file."""
+        self.write(events)
+        with writing(self.path), open(self.path, "a") as file:
+            file.write('\n],"displayTimeUnit":"ms"}\n')
+
+    def _row(
+        self, verb: str, axis: str, purpose: str, start_s: float, time_s: float, sent_bytes: float
+    ) -> dict[str, object]:
+        """A call as the tracing page wants it, in microseconds."""
+        return {
             "name": f"{verb} {purpose}",
             "cat": axis,
             "ph": "X",
-            "pid": rank,
+            "pid": self._rank,
             "tid": axis,
             "ts": start_s * 1e6,
             "dur": time_s * 1e6,
             "args": {"sent_bytes": sent_bytes},
         }
-        for verb, axis, purpose, start_s, time_s, sent_bytes in events
-    ]
-    with replacing(path) as partial, open(partial, "w") as file:
-        json.dump({"traceEvents": rows, "displayTimeUnit": "ms"}, file)
-    return path

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from hpcinfer import array
 from hpcinfer.engine.api import Engine, load
-from hpcinfer.engine.placement import advice
+from hpcinfer.engine.placement import advice, spread_advice
 from hpcinfer.ops import dispatch
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ def load_engine(comm: Comm, settings: JobSettings) -> Engine:
         check_weights=settings.check,
         kernels=settings.kernels,
     )
-    engine.ledger.tracing = settings.trace is not None
     _advise(engine, settings)
     return engine
 
@@ -43,6 +42,7 @@ def _advise(engine: Engine, settings: JobSettings) -> None:
     device = engine.model.device
     lines = [
         advice(engine.grid.node, device),
+        spread_advice(engine.grid),
         array.auto_warning(device) if settings.device == "auto" else None,
         dispatch.notice() if device.name == "cpu" and settings.kernels == "auto" else None,
     ]

@@ -21,7 +21,7 @@ from hpcinfer.engine.score import ScoreTask
 from hpcinfer.errors import agreed
 from hpcinfer.grid import agree, agree_all
 from hpcinfer.io.lines import read_lines
-from hpcinfer.io.trace import write_trace
+from hpcinfer.io.trace import Trace
 from hpcinfer.job.files import JobOutputs
 from hpcinfer.job.kv_state import KvState
 from hpcinfer.job.outbox import Outbox
@@ -86,6 +86,9 @@ class Job:
         self._task = task(engine, *selected)
         self._defaults = engine.defaults(settings.sampling)
         self._counts, self._kv = np.zeros(2, np.int64), None
+        if settings.trace:
+            self._trace = Trace(settings.trace, self._comm.rank)
+            engine.ledger.trace(self._trace.write)
 
         # Only the root has outputs; the others send it what they have.
         self._outputs, is_root = None, self._grid.is_root
@@ -104,7 +107,12 @@ class Job:
             On every rank, if the run was stopped before all requests were finished.
         """
         with self._engine.in_use():
-            return self._run()
+            try:
+                return self._run()
+            except Exception:
+                if self._grid.is_root:
+                    self._state.forget_nothing()
+                raise
 
     def _run(self) -> Totals:
         settings, grid, comm, task = self._settings, self._grid, self._comm, self._task
@@ -146,7 +154,7 @@ class Job:
         # Show what the run has cost, and write the timeline.
         if self._settings.trace:
             with ornament("trace"):
-                write_trace(self._settings.trace, self._comm.rank, self._engine.ledger.events)
+                self._trace.close(self._engine.ledger.events)
         if lines is not None:
             before = f", {totals.before} before" if totals.before else ""
             print(*lines, sep="\n")

@@ -6,7 +6,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from hpcinfer.launcher import job_end_s, world
+from hpcinfer.launcher import job_end_s, launcher_rank, world
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Comm
@@ -77,6 +77,14 @@ def _end_s(time_limit_s: float | None) -> float | None:
     ends_s = []
     if time_limit_s is not None:
         ends_s.append(time.time() + time_limit_s)
-    if job_end_s() is not None:
-        ends_s.append(job_end_s() - _JOB_END_S)
+    end_s = job_end_s()
+    if end_s is not None and end_s > time.time():
+        ends_s.append(end_s - _JOB_END_S)
+    elif end_s is not None and launcher_rank() == 0:
+        # Of another job, or of one that was given more time
+        print(
+            "time      the end of the job that SLURM_JOB_END_TIME names is past, and is not kept "
+            "to; --time-limit sets another",
+            file=sys.stderr,
+        )
     return min(ends_s, default=None)

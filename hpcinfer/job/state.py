@@ -250,6 +250,14 @@ class RunState:
         finally:
             self._saving.release()
 
+    def forget_nothing(self) -> None:
+        """Remove the files of a run that has failed with nothing done, which binds no other."""
+        written = any(len(writer.done) for writer in self._writers.values())
+        if self._writers and not (self.resumes or written or self._unfinished()):
+            for path in self.outputs:
+                remove_records(path)
+            self.finish()
+
     def finish(self) -> None:
         """Forget the state, on the root, when the outputs are complete."""
         remove_state(self.path)

@@ -2,7 +2,8 @@
 
 A thread of every rank sees where the rank is (`hpcinfer.heartbeat`) and tells the threads of other
 ranks that ask: over UDP, as many an MPI takes no calls from a second thread, and a rank that hangs
-in MPI must still answer.
+in MPI must still answer. Each rank listens on one address, of a network that all nodes are in; on
+one node that is the loopback, which nobody outside can reach.
 
 A rank that waits in one call for longer than the limit asks all others. One is missing if it does
 not answer, or if it has come to no other layer and no call for as long; or all wait in different
@@ -11,6 +12,7 @@ missing, the asking rank prints where all are, with a stack of each group, and e
 """
 
 import faulthandler
+import ipaddress
 import json
 import os
 import secrets
@@ -58,10 +60,12 @@ class Watchdog:
             faulthandler.register(signal.SIGUSR2, sys.__stderr__, all_threads=True)
         if self._limit_s and self._comm.size > 1:
             self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-            self._socket.bind(("", 0))
-            me = _own_address(self._socket.getsockname()[1])
             with waiting("allgather", self._comm, "watchdog"):
-                self._ranks = self._comm.allgather(me)
+                of_ranks = self._comm.allgather((socket.gethostname(), _networks()))
+                address = common_address(dict(of_ranks), socket.gethostname())
+                self._socket.bind((address, 0))
+                place = _own_place(address or socket.gethostname(), self._socket.getsockname()[1])
+                self._ranks = self._comm.allgather(place)
                 self._token = self._comm.bcast(secrets.token_hex(8))
             self._rank, self._main = self._comm.rank, threading.main_thread().ident
             self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
@@ -178,7 +182,7 @@ class Watchdog:
 
     def _silence(self, rank):
         """Why a rank may not have answered."""
-        host, process, started_s, _, _ = self._ranks[rank]
+        host, process, started_s, _ = self._ranks[rank]
         where = f"(process {process} on {host})"
         if host != socket.gethostname():
             return f"no answer {where}, stopped, dead, or without UDP from node to node"
@@ -229,29 +233,59 @@ class Watchdog:
                 self._end()
             else:
                 place = self._stack() if what == "stack" else self._place()
-                self._post([sender], rank, {"what": "answer", "of": what, "place": place})
+                self._post(sender, rank, {"what": "answer", "of": what, "place": place})
 
     def _send(self, what, ranks):
         for rank in ranks:
             if rank != self._rank:
-                *_, addresses, port = self._ranks[rank]
-                self._post([(address, port) for address in addresses], rank, {"what": what})
+                self._post(self._ranks[rank][-1], rank, {"what": what})
 
-    def _post(self, addresses, rank, message):
+    def _post(self, address, rank, message):
         message |= {"token": self._token, "from": self._rank, "to": rank}
-        data = json.dumps(message).encode()
-        for address in addresses:
-            with suppress(OSError):
-                self._socket.sendto(data, address)
+        with suppress(OSError):
+            self._socket.sendto(json.dumps(message).encode(), address)
 
 
-def _own_address(port):
-    """(host, process, when it started, addresses, port) of this rank."""
-    addresses = ["127.0.0.1"]
+def common_address(networks, host):
+    """The address of a host at which all the others reach it.
+
+    Parameters
+    ----------
+    networks : dict of host -> dict of its networks, as text, -> its address there
+    host : of this rank
+
+    Returns
+    -------
+    str: the loopback of a single host, the address in the first network that all are in, else the
+    one that the host's name stands for, else any
+    """
+    if len(networks) == 1:
+        return "127.0.0.1"
+    common = set.intersection(*map(set, networks.values()))
+    if common:
+        return networks[host][min(common)]
+    with suppress(OSError):
+        named = socket.gethostbyname(host)
+        if named in networks[host].values():
+            return named
+    return ""
+
+
+def _networks():
+    """Networks of this host, as text, with its address in each, but for the loopback."""
+    found = {}
     for of_card in psutil.net_if_addrs().values():
-        addresses += [a.address for a in of_card if a.family == socket.AF_INET]
+        for one in of_card:
+            if one.family == socket.AF_INET and one.netmask and not one.address.startswith("127."):
+                network = ipaddress.ip_interface(f"{one.address}/{one.netmask}").network
+                found[str(network)] = one.address
+    return found
+
+
+def _own_place(address, port):
+    """(host, process, when it started, (address, port)) of this rank."""
     me = psutil.Process()
-    return socket.gethostname(), me.pid, me.create_time(), list(dict.fromkeys(addresses)), port
+    return socket.gethostname(), me.pid, me.create_time(), (address, port)
 
 
 def _words(place):

@@ -11,7 +11,7 @@ from hpcinfer.io.jsonl import JsonlWriter
 from hpcinfer.io.lines import digest, read_lines
 from hpcinfer.io.rows import write_json
 from hpcinfer.io.state import locked, names_of, records_there, remove_records
-from hpcinfer.io.trace import open_trace, write_trace
+from hpcinfer.io.trace import Trace, open_trace
 
 pytestmark = pytest.mark.single
 
@@ -121,7 +121,7 @@ def test_a_pipe_is_no_input(folder):
 def test_timelines_are_tried_before_and_replace_their_own_alone(folder):
     for _ in range(2):
         open_trace(folder / "new" / "trace", 1)
-        write_trace(folder / "new" / "trace", 1, [])
+        Trace(folder / "new" / "trace", 1).close([])
     assert os.listdir(folder / "new" / "trace") == ["rank-1.json"]
     (folder / "new" / "trace" / "rank-0.json").write_text("{}")
     with pytest.raises(RuntimeError, match="rank-0.json, which is no timeline"):

@@ -53,9 +53,12 @@ def notice() -> str | None:
     """A line that says that functions are yet to be compiled; None if some are there already."""
     from hpcinfer.ops.cpu.runtime.compile import folder
 
-    if any(folder().rglob("*.nbi")):
+    home = folder()
+    if home is not None and any(home.rglob("*.nbi")):
         return None
-    return f"compile   kernels for this processor, some 20 seconds once; kept in {folder()}"
+    kept = "once" if home is not None else "at every start: no folder for them can be written"
+    where = f"kept in {home}" if home is not None else "set HPCINFER_CACHE to one"
+    return f"compile   kernels for this processor, some 20 seconds {kept}; {where}"
 
 
 def missing() -> str | None:

@@ -1,5 +1,9 @@
 """How this package's functions are compiled: once per machine, into a folder of the user's.
 
+Where that cannot be written a folder of the user's for temporary files serves, and without one
+every process compiles for itself: Numba's own choice, beside the sources, would serve kernels of
+other versions.
+
 The folder's name follows from the sources that functions are built from, since Numba by itself
 would see a change of a function's own file only. Ranks that start at once compile
 one after the other, so that those that come later find what the first has kept; they write whole
@@ -28,11 +32,12 @@ _of_this_process, _depth = threading.RLock(), 0
 
 def compiled(function: Callable) -> Callable:
     """The function compiled for the types that it is called with; it holds no lock meanwhile."""
-    # Have Numba keep it in the folder of these sources.
+    # Have Numba keep it in the folder of these sources, and nowhere else.
     before = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = str(folder())
+    numba.config.CACHE_DIR = str(folder() or "")
     try:
-        options = {"nogil": True, "cache": True, "fastmath": _FLAGS, "error_model": "numpy"}
+        options = {"nogil": True, "fastmath": _FLAGS, "error_model": "numpy"}
+        options["cache"] = folder() is not None
         dispatcher = numba.njit(**options)(function)
     finally:
         numba.config.CACHE_DIR = before
@@ -52,9 +57,10 @@ def inlined(function: Callable) -> Callable:
     return numba.njit(inline="always")(function)
 
 
-def folder() -> Path:
-    """Where compiled functions of these sources are kept."""
-    return node.cache_folder() / f"kernels-{_digest()[:16]}"
+@functools.cache
+def folder() -> Path | None:
+    """Where compiled functions of these sources are kept; None where no folder can be written."""
+    return node.cache_folder(f"kernels-{_digest()[:16]}")
 
 
 def sources():
@@ -77,9 +83,10 @@ def _alone():
     global _depth
     with _of_this_process, contextlib.ExitStack() as held:
         if _depth == 0:
-            with contextlib.suppress(OSError):
-                file = held.enter_context(open(folder() / "lock", "a"))
-                fcntl.flock(file, fcntl.LOCK_EX)
+            if (home := folder()) is not None:
+                with contextlib.suppress(OSError):
+                    file = held.enter_context(open(home / "lock", "a"))
+                    fcntl.flock(file, fcntl.LOCK_EX)
         _depth += 1
         try:
             yield
