@@ -43,6 +43,10 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(f"ended by {signal.Signals(number).name}")
         self.number = number
 
+    def __reduce__(self) -> tuple[type, tuple[int]]:
+        """How other ranks are sent it."""
+        return type(self), (self.number,)
+
 
 def agreed(error: _Error) -> _Error:
     """`error`, marked as raised on every rank, so that all can end in order; returns it."""

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from hpcinfer.errors import UsageError, is_agreed
+from hpcinfer.errors import Interrupted, Stopped, UsageError, exit_code, is_agreed
 from hpcinfer.grid import Grid, agree, agree_all
 from hpcinfer.launcher import _RANK_VARIABLES, _SIZE_VARIABLES, launcher_rank, launcher_size, world
 from hpcinfer.layout import AXES, Layout, parse_layout
@@ -144,6 +144,16 @@ def test_a_panic_is_agreed_on(comm):
     assert messages(comm, agree, lambda: panic(0, comm=comm)) == [error] * comm.size
     last = comm.size - 1
     assert messages(comm, agree_all, lambda: panic(last, comm=comm)) == [error] * comm.size
+
+
+@pytest.mark.parametrize("error", [Interrupted(15), Stopped("stopped"), UsageError("no")])
+def test_an_error_with_an_exit_code_keeps_it_on_all_ranks(comm, error):
+    def fail():
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        agree(comm, fail)
+    assert str(caught.value) == str(error) and exit_code(caught.value) == exit_code(error)
 
 
 def test_agree_gives_the_root_to_all(comm):

@@ -116,7 +116,8 @@ class Text:
 
         Parameters
         ----------
-        messages : each with `role`, and `content` as a rule; fields that are None are left out
+        messages : each with `role`, and `content` as a rule: a text, a list of parts or None;
+            other fields that are None are left out. See `hpcinfer.text.conversation`
         add_generation_prompt : whether to open the assistant's answer at the end
 
         Raises

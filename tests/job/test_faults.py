@@ -249,7 +249,7 @@ def test_what_a_stranger_wrote_costs_only_the_line_that_meets_it(tmp_path):
         2, *HPCINFER, "generate", path, "--input", tmp_path / "in.jsonl", "--output", out,
         "--kv-memory", "32M",
     )  # fmt: skip
-    assert done.returncode == 0 and done.seconds < 20, done.stderr
+    assert done.returncode == 0 and done.seconds < scaled(40), done.stderr
     assert "panicked" not in done.stderr and "Traceback" not in done.stderr
     records = {r["custom_id"]: r["error"] for r in map(json.loads, out.read_text().splitlines())}
     errors = [records[f"request-{i}"] for i in range(4)]
@@ -273,6 +273,6 @@ model.generate(["a"])
 def test_a_program_that_fails_on_one_rank_ends_on_all(tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
     done = run_job(2, sys.executable, tmp_path / "program.py", SHIPPED)
-    assert done.returncode != 0 and done.seconds < 20
+    assert done.returncode != 0 and done.seconds < scaled(40)
     lines = [line for line in done.stderr.splitlines() if line.startswith("hpcinfer")]
     assert lines == ["hpcinfer: rank 1 ends all: PanicException: called unwrap"]
