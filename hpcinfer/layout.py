@@ -134,12 +134,17 @@ def _value(word: str, value: str, item: str) -> str | int | tuple[int, int]:
         return value
     if word == "afd":
         sides = value.split(":")
-        if len(sides) != 2 or not all(n.isdecimal() and int(n) > 0 for n in sides):
+        if len(sides) != 2 or not all(_is_length(n) for n in sides):
             raise UsageError(f"layout: got {item!r}, need afd=A:F, A attention and F FFN ranks")
         return int(sides[0]), int(sides[1])
-    if not value.isdecimal() or int(value) < 1:
+    if not _is_length(value):
         raise UsageError(f"layout: got {item!r}, need a length of 1 or more")
     return int(value)
+
+
+def _is_length(text: str) -> bool:
+    """True for a whole number of 1 or more in the digits 0 to 9."""
+    return text.isascii() and text.isdecimal() and int(text) > 0
 
 
 def _refuse_sides(

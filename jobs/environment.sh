@@ -84,7 +84,8 @@ hpcinfer_install() {
     # Install the package
     echo "hpcinfer: installing the package with [$extras] in $folder (once, about a minute)"
     PIP_USER=0 PIP_ROOT_USER_ACTION=ignore "$folder/bin/python" -m pip install -qq \
-        --disable-pip-version-check --editable "$HPCINFER_ROOT${extras:+[$extras]}" ||
+        --disable-pip-version-check --config-settings editable_mode=compat \
+        --editable "$HPCINFER_ROOT${extras:+[$extras]}" ||
         hpcinfer_fail "Python: pip could not install the package; see the lines above"
 
     # Let two ranks meet: a launcher and a library of different MPIs do not

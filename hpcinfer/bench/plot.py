@@ -15,7 +15,7 @@ _WIDTH, _HEIGHT = 7.0, 4.4
 def refuse_missing():
     """Refuse to draw where matplotlib is missing, before anything is measured."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise RuntimeError("plot: got no matplotlib, need it to draw; pip install hpcinfer[plot]")
+        raise RuntimeError("plot: got no matplotlib, need it to draw; pip install matplotlib")
 
 
 def draw(path, rows):

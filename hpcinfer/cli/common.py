@@ -125,6 +125,11 @@ def _add_run_options(group: Group) -> None:
         "too",
     )
     group.add_argument(
+        "--strict",
+        action="store_true",
+        help="end with exit code 1 if any request was refused; results are written all the same",
+    )
+    group.add_argument(
         "--restart",
         action="store_true",
         help="begin anew; what an earlier run has left is kept as FILE.old-1, ...",
@@ -256,16 +261,21 @@ def patience(text: str) -> float:
     return 0.0 if text == "0" else duration(text)
 
 
+def _is_number(text: str) -> bool:
+    """True for the digits 0 to 9, of which alphabets have others."""
+    return text.isascii() and text.isdecimal()
+
+
 def positive(text: str) -> int:
     """Positive whole number of the command line."""
-    if not text.isdecimal() or int(text) < 1:
+    if not _is_number(text) or int(text) < 1:
         raise ArgumentTypeError(f"got {text!r}, need a whole number of 1 or more")
     return int(text)
 
 
 def seed(text: str) -> int:
     """Seed of the random numbers: any 64-bit number."""
-    if not text.removeprefix("-").isdecimal() or not -(2**63) <= int(text) < 2**64:
+    if not _is_number(text.removeprefix("-")) or not -(2**63) <= int(text) < 2**64:
         raise ArgumentTypeError(f"got seed {text!r}, need a whole number of 64 bits")
     return int(text) % 2**64
 
@@ -273,7 +283,7 @@ def seed(text: str) -> int:
 def shard(text: str) -> tuple[int, int]:
     """Which part of how many, written I/N."""
     i, _, n = text.partition("/")
-    if not i.isdecimal() or not n.isdecimal() or not 1 <= int(i) <= int(n):
+    if not _is_number(i) or not _is_number(n) or not 1 <= int(i) <= int(n):
         raise ArgumentTypeError(f"got shard {text!r}, need I/N such as 1/4, I from 1 to N")
     return int(i), int(n)
 

@@ -15,7 +15,7 @@ from hpcinfer.engine.placement import take_device, take_sums, take_threads
 from hpcinfer.engine.process import ProcessState
 from hpcinfer.engine.scheduler import StepLimits
 from hpcinfer.engine.stats import RunStats
-from hpcinfer.errors import agreed
+from hpcinfer.errors import agreed, shown
 from hpcinfer.grid import Grid, agree_all
 from hpcinfer.heartbeat import waiting
 from hpcinfer.io.atomic import AnyPath
@@ -121,7 +121,7 @@ def _read(
     arch = read_architecture(checkpoint.config)
     refuse_unfit(arch, grid.layout)
     check(arch, checkpoint.tensors)
-    dtype = arch.dtype if dtype is None else dtype
+    dtype = _dtype(arch, checkpoint) if dtype is None else dtype
     context = _context(arch, context)
 
     # Read the weights.
@@ -130,6 +130,17 @@ def _read(
     stats = RunStats(grid, ledger, checkpoint.bytes_read, checkpoint.file_bytes)
     documents = checkpoint.generation_config, checkpoint.checksum
     return Loaded(path, model, text, context, *documents, stats)
+
+
+def _dtype(arch: Architecture, checkpoint: Checkpoint) -> np.dtype:
+    """Element type that the model's config names."""
+    if arch.dtype is None:
+        names = [checkpoint.config.get(word) for word in ("dtype", "torch_dtype")]
+        raise ValueError(
+            f"config: got dtype {shown(names[0] or names[1])}, need float32, bfloat16 or float16; "
+            "say with --dtype in which of them to compute"
+        )
+    return arch.dtype
 
 
 def _context(arch: Architecture, context: int | None) -> int:

@@ -129,8 +129,8 @@ def spread_advice(grid: Grid) -> str | None:
     if apart == 1 or size < grid.tp.size or node.oversubscription_is_meant():
         return None
     return (
-        f"advice: got the {grid.tp.size} ranks of tp on {apart} nodes, need them on one to be fast, "
-        f"where {size} ranks run; place ranks in blocks (srun -m block), or choose a tp that "
+        f"advice: got the {grid.tp.size} ranks of tp on {apart} nodes, need them on one to be "
+        f"fast, where {size} ranks run; place ranks in blocks (srun -m block), or choose a tp that "
         f"divides {size}"
     )
 

@@ -16,6 +16,16 @@ from hpcinfer.io.atomic import AnyPath
 MAX_LINE_BYTES = 64_000_000
 
 
+# How packed files begin, what has packed them, and what unpacks them
+_PACKED = (
+    (b"\x1f\x8b", "gzip", "gunzip"),
+    (b"\x28\xb5\x2f\xfd", "zstd", "unzstd"),
+    (b"BZh", "bzip2", "bunzip2"),
+    (b"\xfd7zXZ\0", "xz", "unxz"),
+    (b"PK\x03\x04", "zip", "unzip"),
+)
+
+
 @dataclass(frozen=True)
 class LongLine:
     """Stands for a line that is too long to be held: its length in bytes, line end included."""
@@ -104,6 +114,11 @@ def _bounded_lines(file: BinaryIO, limit: int) -> Iterator[bytes | LongLine]:
 
 
 def _without_mark(path: AnyPath, line: bytes) -> bytes:
+    for magic, kind, command in _PACKED:
+        if line.startswith(magic):
+            raise ValueError(
+                f"input: got {path} packed by {kind}, need plain text; unpack it by {command}"
+            )
     if line.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ValueError(f"input: got {path} in UTF-16, need UTF-8; save it as UTF-8")
     return line.removeprefix(b"\xef\xbb\xbf")

@@ -51,10 +51,27 @@ def _open(path: str) -> Checkpoint:
         from hpcinfer.io.hdf5 import open_model
 
         return open_model(path)
-    remedy = "; give the directory that holds it" if path.endswith(".safetensors") else ""
+    kind, remedy = _kind_of(path)
     raise ValueError(
-        f"checkpoint: got {path} which is no HDF5 file, need a model directory or .h5 file{remedy}"
+        f"checkpoint: got {path} which is {kind}, need a model directory or .h5 file; {remedy}"
     )
+
+
+def _kind_of(path: str) -> tuple[str, str]:
+    """What a file is that is no HDF5 file, and what to do about it."""
+    file, _ = open_regular(path)
+    with file:
+        start = file.read(64)
+    if path.endswith(".safetensors"):
+        return "a file of weights alone", "give the directory that holds it"
+    if start.startswith(b"GGUF"):
+        return "a GGUF file", "give the model that it was made of, as safetensors"
+    if start.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"PK\x03\x04")):
+        remedy = "pickles can run programs and are not read; save the model as safetensors"
+        return "a pickle or an archive, as torch saves them", remedy
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer", "run `git lfs pull`"
+    return "no HDF5 file", "give the path of a model"
 
 
 def has_hdf5_signature(path: AnyPath) -> bool:

@@ -168,7 +168,7 @@ def _read_headers(folder: str, names: list[str]) -> dict[str, dict[str, TensorIn
 
 def _read_all(folder: str) -> dict[str, TensorInfo]:
     """Tensors of model.safetensors, or of every *.safetensors file if that is not there."""
-    names = sorted(n for n in os.listdir(folder) if n.endswith(".safetensors"))
+    names = sorted(n for n in os.listdir(folder) if n.endswith(".safetensors") and n[0] != ".")
     if SINGLE_NAME in names:
         names = [SINGLE_NAME]
     if not names:

@@ -19,6 +19,7 @@ from hpcinfer.io.trace import open_trace, trace_file
 from hpcinfer.job.progress import Progress
 from hpcinfer.job.receipt import is_done
 from hpcinfer.job.state import RunState, identity_of_input
+from hpcinfer.job.tally import Tally
 from hpcinfer.requests.results import completion_line, score_line
 
 if TYPE_CHECKING:
@@ -145,11 +146,13 @@ class JobOutputs:
     Attributes
     ----------
     left : (done, under_way), what an earlier run has left; see `RunState.begin`
+    tally : Tally of the records that were written
     """
 
     def __init__(self, settings: JobSettings, engine: Engine, state: RunState, n_lines: int):
         self._settings, self._engine, self._state = settings, engine, state
         self._n_lines, self._writers = n_lines, []
+        self.tally = Tally(engine.text, engine.context)
 
     def open(self, stack: ExitStack, facts: dict, open_file: Callable | None = None) -> int:
         """Open the files and the progress, which `stack` closes.
@@ -197,6 +200,7 @@ class JobOutputs:
         """Write the record of one finished request."""
         for writer in self._writers:
             writer.write(record)
+        self.tally.add(record)
         self._progress.finished(record)
 
     def _line(self, record: dict) -> dict:

@@ -83,7 +83,7 @@ def _mpi():
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        return f"cannot be loaded ({reason}); pip install hpcinfer[mpi], or load the site's module"
+        return f"cannot be loaded ({reason}); pip install mpich, or load the site's module"
     return " ".join(MPI.Get_library_version().splitlines()[0].split()).rstrip(",")
 
 

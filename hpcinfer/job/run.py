@@ -145,7 +145,13 @@ class Job:
         return totals
 
     def report(self, totals: Totals) -> None:
-        """Write the trace, and print what the run has cost on the root; every rank calls this."""
+        """Write the trace, and print what the run has cost on the root; every rank calls this.
+
+        Raises
+        ------
+        ValueError
+            On every rank, if a request was refused and none may be.
+        """
         # Every rank sends its part; what the root makes of them is worth no job.
         lines = None
         with ornament("report") if self._grid.is_root else nullcontext():
@@ -157,10 +163,17 @@ class Job:
                 self._trace.close(self._engine.ledger.events)
         if lines is not None:
             before = f", {totals.before} before" if totals.before else ""
-            print(*lines, sep="\n")
+            print(*lines, *self._outputs.tally.lines(), sep="\n")
             print(
                 f"done      {totals.finished} requests finished, {totals.refused} refused{before}"
                 f" -> {', '.join(self._settings.output)}"
+            )
+        if self._settings.strict and totals.refused:
+            raise agreed(
+                ValueError(
+                    f"input: got {totals.refused} requests that were refused, need none under "
+                    "--strict; correct their lines, whose error records are in the output"
+                )
             )
 
     # --- Start, on what an earlier run has left ---

@@ -31,6 +31,7 @@ class JobSettings:
     show : True to print each result as it finishes
     checkpoint_every : seconds from one snapshot of the state to the next
     checkpoint_kv : True to keep the keys and values of what is under way too
+    strict : True to end with an error if a request was refused
     restart : True to begin anew, and to keep what an earlier run has left under other names
     overwrite : True to replace finished outputs of another run
     shard : (i, n), which of n parts of the input's lines, from 1; None for all
@@ -60,6 +61,7 @@ class JobSettings:
     show: bool = False
     checkpoint_every: float = 60.0
     checkpoint_kv: bool = False
+    strict: bool = False
     restart: bool = False
     overwrite: bool = False
     shard: tuple[int, int] | None = None

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from hpcinfer import array
+from hpcinfer.errors import integer
 from hpcinfer.ops import rope as ropes
 from hpcinfer.ops.activation import activation
 from hpcinfer.ops.rope import Rope
@@ -56,7 +57,7 @@ class Architecture:
     D, H, G, K, F, V, N : sizes, see the legend in `hpcinfer`; F is the width of a dense FFN. With
         latent attention G is 1 and K the width of what is cached for a token
     context : positions that the model can take
-    dtype : element type that the config names for the weights
+    dtype : element type that the config names for the weights, None if nothing computes in it
     activation : name of the FFN's non-linearity
     eps : added to the variance in norms
     norm : "rms" or "layer"
@@ -92,7 +93,7 @@ class Architecture:
     V: int
     N: int
     context: int
-    dtype: np.dtype
+    dtype: np.dtype | None
     activation: str
     eps: float
     norm: str = "rms"
@@ -146,11 +147,12 @@ class Config:
     def size(self, *names, default=None):
         """Positive integer under the first of `names` that is present and not null."""
         value = self.get(*names, default=default)
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < _LARGEST:
+        number = integer(value)
+        if number is None or not 0 < number < _LARGEST:
             raise ValueError(
                 f"config: got {names[0]}={reprlib.repr(value)}, need a positive integer"
             )
-        return value
+        return number
 
     def layers(self, *names, default=None):
         """Number of layers, before anything is listed for each of them."""
@@ -162,7 +164,7 @@ class Config:
     def count(self, *names, default=0):
         """Integer of 0 or more under the first of `names` that is present and not null."""
         value = self.get(*names, default=default)
-        return 0 if type(value) is int and value == 0 else self.size(*names, default=value)
+        return 0 if integer(value) == 0 else self.size(*names, default=value)
 
     def number(self, *names, default=None):
         """Number under the first of `names` that is present and not null."""
@@ -208,9 +210,15 @@ class Config:
         return Config({key: value for key, value in self.values.items() if key not in names})
 
     def dtype(self):
-        """Element type of the weights; float32 where the config does not say."""
+        """Element type of the weights; float32 where the config does not say.
+
+        None where it names one that nothing here computes in: the user may say another.
+        """
         name = self.get("dtype", "torch_dtype", default="float32")
-        return array.parse_dtype(name)
+        try:
+            return array.parse_dtype(name.removeprefix("torch.") if isinstance(name, str) else name)
+        except ValueError:
+            return None
 
     def rope_table(self):
         """What the config says of its rope, as a config of its own."""

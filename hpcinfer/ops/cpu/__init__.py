@@ -64,5 +64,5 @@ def notice() -> str | None:
 def missing() -> str | None:
     """Why nothing here can run: a line that says what is needed; None if it can."""
     if importlib.util.find_spec("numba") is None:
-        return "numba is not installed; pip install hpcinfer[cpu]"
+        return "numba is not installed; pip install numba"
     return None

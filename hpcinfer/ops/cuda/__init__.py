@@ -27,7 +27,7 @@ def missing() -> str | None:
     """Why nothing here can run: a line that says what is needed; None if it can."""
     cupy = sys.modules.get("cupy")
     if cupy is None and importlib.util.find_spec("cupy") is None:
-        return "CuPy is not installed; pip install hpcinfer[cuda12] or hpcinfer[cuda13]"
+        return "CuPy is not installed; pip install cupy-cuda12x[ctk] or cupy-cuda13x[ctk]"
     if cupy is not None and cupy.cuda.runtime.is_hip:
         return "the kernels need CUDA, and CuPy is built for ROCm"
     return None
