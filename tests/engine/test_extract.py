@@ -415,6 +415,7 @@ def test_a_killed_run_is_readable_and_goes_on(tmp_path, mpirun):
     )  # fmt: skip
     wait_until(lambda: n_readable(output) > 9, job)
     kill_tree(job.pid)
+    job.wait()
     with open_activations(output, verify=True) as file:
         n_killed = len(file["index"])
         assert not file.attrs["complete"] and 0 < n_killed < len(lines)

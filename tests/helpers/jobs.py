@@ -121,9 +121,21 @@ def since_boot_s():
 
 
 def kill_children(start_s):
-    """Kill what descends from this process and was started after `start_s` of `since_boot_s`."""
+    """Kill what descends from this process and was started after `start_s` of `since_boot_s`.
+
+    What leads a session of its own, as the daemons of a module's fixture do, is left.
+    """
     boot_s, children = psutil.boot_time(), psutil.Process().children(recursive=True)
-    kill_all([child for child in children if child.create_time() - boot_s >= start_s])
+    young = [child for child in children if child.create_time() - boot_s >= start_s]
+    kill_all([child for child in young if not leads_session(child.pid)])
+
+
+def leads_session(process):
+    """True if a process has a session of its own; False if it has ended."""
+    try:
+        return os.getsid(process) == process
+    except ProcessLookupError:
+        return False
 
 
 def kill_all(processes):

@@ -201,6 +201,7 @@ def cluster():
     finally:
         holder.stdin.close()
         holder.wait(30)
+        holder.stdout.close()
         remove_shared_memory(start_s)
         shutil.rmtree(folder, ignore_errors=True)
 

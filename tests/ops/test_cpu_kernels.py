@@ -91,6 +91,7 @@ def test_what_is_not_finite_stays_so():
     assert np.isnan(y[0]).all() and np.isinf(y[1, 1]) and np.isfinite(y[1, [0, 2]]).all()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast:RuntimeWarning")
 def test_rounding_to_bfloat16_is_that_of_the_type():
     bits = np.random.default_rng(0).integers(0, 2**32, 100_000, np.uint32)
     special = np.array([np.nan, np.inf, -np.inf, 0, -0.0, 1e-42], np.float32)
