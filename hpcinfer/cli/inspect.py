@@ -4,9 +4,13 @@ machine."""
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace, _SubParsersAction
+from typing import TYPE_CHECKING
 
 from hpcinfer.errors import UsageError
 from hpcinfer.launcher import launcher_rank
+
+if TYPE_CHECKING:
+    from hpcinfer.io.checkpoint import Checkpoint
 
 
 def add(commands: _SubParsersAction) -> ArgumentParser:
@@ -15,7 +19,7 @@ def add(commands: _SubParsersAction) -> ArgumentParser:
         "inspect", help="show what is in a model or an output, or what the machine offers"
     )
     parser.add_argument(
-        "file", metavar="FILE", nargs="?", help="model directory, or .h5 of any command"
+        "file", metavar="FILE", nargs="?", help="model directory, .h5 of any command, or .jsonl"
     )
 
     # Add what is wanted of the file, and what is wanted without one.
@@ -51,4 +55,19 @@ def run(arguments: Namespace) -> None:
     if arguments.file is not None:
         from hpcinfer.io.inspect import describe
 
-        print(describe(arguments.file, arguments.check))
+        print(describe(arguments.file, arguments.check, _verdict))
+
+
+def _verdict(checkpoint: Checkpoint) -> str:
+    """Whether a model can run here, or why not."""
+    from hpcinfer.model.families import read_architecture
+    from hpcinfer.model.weights.check import check
+
+    try:
+        arch = read_architecture(checkpoint.config)
+        check(arch, checkpoint.tensors)
+    except ValueError as error:
+        return f"no: {error}"
+    if arch.dtype is None:
+        return "yes, with a --dtype; its own is none to compute in"
+    return "yes"

@@ -49,8 +49,9 @@ from hpcinfer.model.families import read_architecture
 from hpcinfer.model.layout_check import fault_of
 from hpcinfer.model.step import Step
 from hpcinfer.ops import dispatch
+from hpcinfer.requests.defaults import defaults_from
 from hpcinfer.requests.fields import PromptLimits
-from hpcinfer.requests.reader import RequestReader, defaults_from
+from hpcinfer.requests.reader import RequestReader
 from hpcinfer.requests.request import BadRequest, Result, Score
 from hpcinfer.requests.sampling import Sampling
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from hpcinfer.io import integrity
 from hpcinfer.io.atomic import AnyPath
 from hpcinfer.io.bounds import bounded_memory
 from hpcinfer.io.checkpoint import SCALES, Checkpoint, TensorInfo
+from hpcinfer.io.lines import read_lines
 from hpcinfer.io.models import METADATA_MEMORY, has_hdf5_signature, open_checkpoint
 
 if TYPE_CHECKING:
@@ -37,7 +39,9 @@ KINDS = {"safetensors": "Hugging Face directory", "hdf5": "converted model"}
 ROWS_AT_ONCE = 1 << 16
 
 
-def describe(path: AnyPath, check: bool = False) -> str:
+def describe(
+    path: AnyPath, check: bool = False, verdict: Callable[[Checkpoint], str] | None = None
+) -> str:
     """Description of a Hugging Face directory, a converted model, results or activations.
 
     Parameters
@@ -45,6 +49,7 @@ def describe(path: AnyPath, check: bool = False) -> str:
     path : of the directory or file
     check : True to read all weights of a model, or all activations, and to refuse those that are
         not sound
+    verdict : what to say of whether a model can run, if anything
 
     Returns
     -------
@@ -77,9 +82,11 @@ def describe(path: AnyPath, check: bool = False) -> str:
                 raise ValueError(
                     f"inspect: got damaged results {path} ({reason}); make them again"
                 ) from error
+    if path.lower().endswith(".jsonl") and os.path.isfile(path):
+        return "\n".join(_describe_lines(path))
     checked = _checked(path) if check else None
     with open_checkpoint(path) as model:
-        return "\n".join(_describe_model(model, checked))
+        return "\n".join(_describe_model(model, checked, verdict))
 
 
 def collapse(names: Sequence[str]) -> dict[str, list[str]]:
@@ -110,7 +117,9 @@ def _checked(path: str) -> str:
     return f"all weights are finite, {n_checksums} checksums are right"
 
 
-def _describe_model(model: Checkpoint, checked: str | None) -> list[str]:
+def _describe_model(
+    model: Checkpoint, checked: str | None, verdict: Callable[[Checkpoint], str] | None
+) -> list[str]:
     """Lines about an open model; `checked` is what reading all of it has shown."""
     # Count what is stored: bytes of each type, numbers, checksums
     tensors = model.tensors.values()
@@ -119,12 +128,14 @@ def _describe_model(model: Checkpoint, checked: str | None) -> list[str]:
         by_type[_type_text(info)] = by_type.get(_type_text(info), 0) + info.nbytes
     is_scales = {info.name + SCALES for info in tensors if info.coding is not None}
     n_values = sum(info.n_values for info in tensors if info.name not in is_scales)
+    n_values -= sum(model.tensors[name].n_values for name in _coded_heads(model))
     n_checked = sum(info.crc32 is not None for info in tensors)
 
     # Say it with the essentials of the config
     facts = {
         "kind": KINDS[model.kind],
         **_config_facts(model.config),
+        **({} if verdict is None else {"runs": verdict(model)}),
         "parameters": f"{n_values:,}",
         "bytes": ", ".join(f"{name} {size_text(n)}" for name, n in by_type.items()),
         "files": len({info.file for info in tensors}),
@@ -138,6 +149,13 @@ def _describe_model(model: Checkpoint, checked: str | None) -> list[str]:
     if checked is not None:
         facts["checked"] = checked
     return [model.path, *_fact_lines(facts), *_tensor_lines(model.tensors)]
+
+
+def _coded_heads(model: Checkpoint) -> list[str]:
+    """Tensors of codes that repeat a tied embedding, which is one parameter with it."""
+    if not model.config.get("untied_by_quantisation"):
+        return []
+    return [name for name in ("lm_head.weight", "embed_out.weight") if name in model.tensors]
 
 
 def _type_text(info: TensorInfo) -> str:
@@ -207,6 +225,29 @@ def _describe_results(path: str, file: h5py.File) -> list[str]:
         for name, data in file.items()
     ]
     return [path, *_fact_lines(facts), f"  {len(rows)} datasets", *_table_lines(rows)]
+
+
+def _describe_lines(path: str) -> list[str]:
+    """Lines about results, or requests, in a .jsonl file."""
+    counts = {"lines": 0, "with an error": 0, "answers": 0, "scores": 0, "no JSON object": 0}
+    for _, line in read_lines(path):
+        counts["lines"] += 1
+        try:
+            item = json.loads(line) if isinstance(line, bytes) else None
+        except (ValueError, RecursionError):
+            item = None
+        if not isinstance(item, dict):
+            counts["no JSON object"] += 1
+            continue
+        counts["with an error"] += item.get("error") is not None
+        counts["answers"] += isinstance(item.get("response"), dict)
+        counts["scores"] += "sum_logprob" in item
+
+    # Tell results from requests by what they hold
+    n_results = counts["with an error"] + counts["answers"] + counts["scores"]
+    kind = "results" if n_results else "requests"
+    shown = {word: n for word, n in counts.items() if n or word == "lines"}
+    return [path, *_fact_lines({"kind": f"{kind} in lines of JSON"} | shown)]
 
 
 def _describe_activations(path: str, file: h5py.File, check: bool) -> list[str]:

@@ -9,6 +9,7 @@ from hpcinfer import array
 from hpcinfer.engine.api import Engine, load
 from hpcinfer.engine.placement import advice, spread_advice
 from hpcinfer.ops import dispatch
+from hpcinfer.requests.defaults import without_effect
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Comm
@@ -44,6 +45,7 @@ def _advise(engine: Engine, settings: JobSettings) -> None:
         advice(engine.grid.node, device),
         spread_advice(engine.grid),
         array.auto_warning(device) if settings.device == "auto" else None,
+        without_effect(engine.generation_config) if settings.kind == "generate" else None,
         dispatch.notice() if device.name == "cpu" and settings.kernels == "auto" else None,
     ]
     if engine.grid.is_root:

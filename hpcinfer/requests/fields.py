@@ -164,6 +164,14 @@ def sampling_of(body: dict[str, Any], kind: str, defaults: Sampling) -> Sampling
         given["logprobs"] = body["logprobs"]
 
     _clean_all("stop", given.get("stop"))
+    return over(defaults, given)
+
+
+def over(defaults: Sampling, given: dict[str, Any]) -> Sampling:
+    """Sampling of given fields over the defaults, whose least length gives way to a given most."""
+    most = integer(given.get("max_tokens"))
+    if "min_tokens" not in given and most is not None and 1 <= most < defaults.min_tokens:
+        given = given | {"min_tokens": most}
     return replace(defaults, **given)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from hashlib import blake2b
 from typing import Any
 
@@ -166,45 +166,6 @@ class RequestReader:
             "once; rename it"
         )
         return BadRequest(entry.index, entry.line, entry.custom_id, message)
-
-
-def defaults_from(
-    generation_config: dict[str, Any], overrides: dict[str, Any] | None = None
-) -> Sampling:
-    """Sampling for the fields that a request leaves out.
-
-    As in vLLM, the checkpoint's generation_config gives temperature, top_p, top_k, min_p,
-    repetition_penalty and max_new_tokens, so that a model samples as its authors recommend; what it
-    does not give is as in OpenAI's interface (temperature 1, 16 tokens). Beyond vLLM, an explicit
-    `do_sample: false` means temperature 0.
-
-    Parameters
-    ----------
-    generation_config : of the checkpoint
-    overrides : fields of Sampling that the command line sets; None values are left out
-
-    Raises
-    ------
-    ValueError
-        For values out of range, naming the field and where it came from.
-    """
-    # Take what the checkpoint recommends
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    given = {name: generation_config[name] for name in names if name in generation_config}
-    given["max_tokens"] = generation_config.get("max_new_tokens")
-    if generation_config.get("do_sample") is False:
-        given["temperature"] = 0.0
-    try:
-        recommended = Sampling(**{k: v for k, v in given.items() if v is not None})
-    except ValueError as error:
-        raise ValueError(f"generation_config: {error}, or give the option") from None
-
-    # Put over it what the command line says
-    chosen = {k: v for k, v in (overrides or {}).items() if v is not None}
-    unknown = sorted(set(chosen) - {field.name for field in fields(Sampling)})
-    if unknown:
-        raise refusal(f"the option {shown(unknown[0])}", "a sampling option", "see the README")
-    return replace(recommended, **chosen)
 
 
 def id_key(custom_id: str) -> int:

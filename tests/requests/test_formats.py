@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from helpers.texts import CHAT, DEFAULTS, LIMITS, TEXT, USER, batch, make_text, mutated
 
-from hpcinfer.requests.reader import RequestReader, defaults_from, id_key, prompt_key
+from hpcinfer.requests.defaults import defaults_from, without_effect
+from hpcinfer.requests.reader import RequestReader, id_key, prompt_key
 from hpcinfer.requests.request import BadRequest, Choice, Request, Result, Score
 from hpcinfer.requests.results import completion_line, generate_record, score_line, score_record
 from hpcinfer.requests.sampling import Sampling
@@ -99,6 +100,18 @@ def test_score_takes_the_text_as_it_stands():
     assert TEXT.decode(chat.token_ids) == "u:hi\n"
     assert "context window" in parse({"prompt_token_ids": [5] * 65}, score=True).message
     assert "unknown field 'x'" in parse({"prompt": "a", "x": 1}, score=True).message
+
+
+def test_what_generation_config_asks_for_counts_or_is_named():
+    config = {"min_new_tokens": 20, "stop_strings": ["END", "\n\n"], "num_beams": 1, "top_h": None}
+    defaults = defaults_from(config)
+    assert (defaults.min_tokens, defaults.max_tokens) == (20, 20)
+    assert defaults.stop == ("END", "\n\n") and without_effect(config) is None
+    assert defaults_from(config, {"max_tokens": 5}).min_tokens == 5
+    parsed = RequestReader(TEXT, defaults, LIMITS).parse_item({"prompt": "a", "max_tokens": 3})
+    assert (parsed.sampling.min_tokens, parsed.sampling.max_tokens) == (3, 3)
+    line = without_effect({"num_beams": 4, "no_repeat_ngram_size": 3, "temperature": 1})
+    assert "num_beams = 4, no_repeat_ngram_size = 3 of generation_config" in line
 
 
 def test_defaults_from_generation_config():

@@ -49,7 +49,8 @@ from hpcinfer.io.safetensors import open_directory, read_header
 from hpcinfer.model.families import read_architecture
 from hpcinfer.model.weights.check import check
 from hpcinfer.node import peak_memory_bytes
-from hpcinfer.requests.reader import RequestReader, defaults_from
+from hpcinfer.requests.defaults import defaults_from
+from hpcinfer.requests.reader import RequestReader
 from hpcinfer.requests.request import BadRequest, Request
 from hpcinfer.text.text import Text
 from hpcinfer.text.worker import Budget, Worker

@@ -52,7 +52,7 @@ def recoding(checkpoint, bits, group):
         head = find(head, tensors) or head
         coded[head] = Coded(head if head in tensors else embed, False)
         copied = {arch.names["embed"]: embed} if embed == head else {}
-        config = {"tie_word_embeddings": False}
+        config = {"tie_word_embeddings": False, "untied_by_quantisation": True}
     return Recoding(coded, copied, config, bits, group, partial(_encode, bits, group))
 
 
