@@ -136,7 +136,11 @@ def _add_run_options(group: Group) -> None:
     )
     add_overwrite_option(group)
 
-    # Add what is looked at beside the work.
+    _add_check_options(group)
+
+
+def _add_check_options(group: Group) -> None:
+    """Options that say what is looked at beside the work."""
     group.add_argument(
         "--check",
         action="store_true",

@@ -128,7 +128,7 @@ def _describe_model(
         by_type[_type_text(info)] = by_type.get(_type_text(info), 0) + info.nbytes
     is_scales = {info.name + SCALES for info in tensors if info.coding is not None}
     n_values = sum(info.n_values for info in tensors if info.name not in is_scales)
-    n_values -= sum(model.tensors[name].n_values for name in _coded_heads(model))
+    n_values -= sum(model.tensors[name].n_values for name in _repeated_heads(model))
     n_checked = sum(info.crc32 is not None for info in tensors)
 
     # Say it with the essentials of the config
@@ -151,11 +151,19 @@ def _describe_model(
     return [model.path, *_fact_lines(facts), *_tensor_lines(model.tensors)]
 
 
-def _coded_heads(model: Checkpoint) -> list[str]:
-    """Tensors of codes that repeat a tied embedding, which is one parameter with it."""
-    if not model.config.get("untied_by_quantisation"):
+def _repeated_heads(model: Checkpoint) -> list[str]:
+    """Tensors that repeat a tied embedding, with which they are one parameter."""
+    words = ("tie_word_embeddings", "untied_by_quantisation")
+    if not any(model.config.get(word) for word in words):
         return []
-    return [name for name in ("lm_head.weight", "embed_out.weight") if name in model.tensors]
+    heads = [name for name in ("lm_head.weight", "embed_out.weight") if name in model.tensors]
+    shapes = [_shape(info) for name, info in model.tensors.items() if name not in heads]
+    return [name for name in heads if _shape(model.tensors[name]) in shapes]
+
+
+def _shape(info: TensorInfo) -> tuple[int, ...]:
+    """Shape of the numbers that a tensor stands for."""
+    return info.shape if info.coding is None else (info.shape[0], info.coding.columns)
 
 
 def _type_text(info: TensorInfo) -> str:
@@ -189,10 +197,7 @@ def _tensor_lines(tensors: Mapping[str, TensorInfo]) -> list[str]:
     """Table of the tensors; those that differ only in numbers of their names share a row."""
     alike: dict[tuple[tuple[int, ...], str], list[str]] = {}
     for info in tensors.values():
-        shape = info.shape
-        if info.coding is not None:
-            shape = (info.shape[0], info.coding.columns)
-        alike.setdefault((shape, _type_text(info)), []).append(info.name)
+        alike.setdefault((_shape(info), _type_text(info)), []).append(info.name)
 
     # Make a row of each pattern of names
     rows = []

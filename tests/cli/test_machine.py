@@ -11,7 +11,10 @@ from helpers.jobs import clean_environment, run_job
 from helpers.paths import ROOT
 
 from hpcinfer import array, node
+from hpcinfer.cli.main import parser
 from hpcinfer.engine.placement import advice
+from hpcinfer.errors import UsageError
+from hpcinfer.layout import parse_layout
 from hpcinfer.ops import cuda, dispatch
 from hpcinfer.ops.cuda.runtime import blas
 
@@ -212,3 +215,23 @@ def test_a_launcher_that_hands_signals_on_is_taken(tmp_path, kind, others, taken
         text=True, env=clean_environment() | others | {"PATH": path},
     )  # fmt: skip
     assert done.stdout.strip() == str(tmp_path / taken), done.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("generate", "MODEL", "--lay", "tp=1"),
+        ("generate", "MODEL", "--max", "5"),
+        ("bench", "decode", "config.json", "--rep", "2"),
+        ("generate", "MODEL", "--sequences", "\u0664"),
+        ("generate", "MODEL", "--shard", "\u0661/\u0662"),
+    ],
+)
+def test_names_and_numbers_are_written_out(words):
+    with pytest.raises(UsageError):
+        parser().parse_args(words)
+
+
+def test_a_length_is_written_in_plain_digits():
+    with pytest.raises(UsageError, match="need a length of 1 or more"):
+        parse_layout("tp=\u0664", 4)

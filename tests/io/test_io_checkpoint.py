@@ -521,3 +521,27 @@ def assert_refused(path, word):
         open_checkpoint(path)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
     assert str(caught.value).startswith("checkpoint: ")
+
+
+def test_hidden_files_beside_shards_are_passed_over(tmp_path):
+    folder = write_directory(tmp_path / "model", {"w": np.ones(3)})
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    (folder / "._model-1.safetensors").write_bytes(b"\0\5\x16\7 of a Mac")
+    with open_checkpoint(folder) as checkpoint:
+        assert list(checkpoint.tensors) == ["w"]
+
+
+@pytest.mark.parametrize(
+    ("start", "words"),
+    [
+        (b"GGUF\3\0\0\0", "which is a GGUF file"),
+        (b"\x80\x02}q", "pickles can run programs and are not read"),
+        (b"PK\3\4", "pickles can run programs and are not read"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        (b"anything", "which is no HDF5 file"),
+    ],
+)
+def test_files_of_other_kinds_are_named(tmp_path, start, words):
+    (tmp_path / "model.bin").write_bytes(start)
+    with pytest.raises(ValueError, match=words):
+        open_checkpoint(tmp_path / "model.bin")

@@ -1,5 +1,9 @@
 """Input lines: numbers, line ends and marks are right, and memory stays bounded."""
 
+import bz2
+import gzip
+import lzma
+
 import pytest
 
 from hpcinfer.io.lines import LongLine, read_lines
@@ -46,3 +50,11 @@ def test_unreadable_input(tmp_path):
         list(read_lines(tmp_path))
     with pytest.raises(ValueError, match="UTF-16"):
         lines_of(tmp_path / "x.jsonl", "{}".encode("utf-16"))
+
+
+@pytest.mark.parametrize(
+    ("pack", "kind"), [(gzip.compress, "gzip"), (bz2.compress, "bzip2"), (lzma.compress, "xz")]
+)
+def test_packed_files_are_named_as_what_they_are(tmp_path, pack, kind):
+    with pytest.raises(ValueError, match=f"packed by {kind}, need plain text; unpack it by "):
+        lines_of(tmp_path / "x.jsonl", pack(b'{"prompt": "a"}\n'))

@@ -175,3 +175,27 @@ def test_the_record_costs_little(comm):
             ledger.enter(ledger.begin("Allreduce", comm, "test"), 8)
         times.append((time.perf_counter() - start_s) / n)
     assert min(times) < 5e-6
+
+
+@pytest.mark.single
+@pytest.mark.parametrize(
+    ("networks", "addresses"),
+    [
+        ({"a": {"10.0.0.0/8": "10.0.0.1"}}, ["127.0.0.1"]),
+        (
+            {
+                "a": {"10.0.0.0/8": "10.0.0.1", "192.168.7.0/24": "192.168.7.1"},
+                "b": {"192.168.7.0/24": "192.168.7.2", "172.17.0.0/16": "172.17.0.1"},
+            },
+            ["192.168.7.1", "192.168.7.2"],
+        ),
+        (
+            {"no-such-host": {"10.0.0.0/8": "10.0.0.1"}, "b.invalid": {"10.1.0.0/16": "10.1.0.2"}},
+            ["", ""],
+        ),
+    ],
+)
+def test_each_rank_listens_at_one_address_that_the_others_reach(networks, addresses):
+    from hpcinfer.job.watchdog import common_address
+
+    assert [common_address(networks, host) for host in networks] == addresses

@@ -354,7 +354,8 @@ def test_what_is_quantised(small, tmp_path):
     assert seen == sorted(seen) and seen[-1][0] == seen[-1][1]
     with open_checkpoint(small) as before, open_checkpoint(tmp_path / "q.h5") as model:
         assert summary.bytes == model.file_bytes and summary.tensors == len(model.tensors)
-        assert model.config == before.config | {"tie_word_embeddings": False}
+        untied = {"tie_word_embeddings": False, "untied_by_quantisation": True}
+        assert model.config == before.config | untied
         for name, info in before.tensors.items():
             plain = "norm" in name or "embed" in name or "inv_freq" in name
             assert (model.tensors[name].coding is None) == plain, name
@@ -372,6 +373,8 @@ def test_what_is_quantised(small, tmp_path):
         )
         assert 0 < np.abs(head - embed.astype(np.float32)).max() < 0.1 * np.abs(embed).max()
     text = describe(tmp_path / "q.h5", check=True)
+    n_before = re.search(r"parameters +(\S+)", describe(small))[1]
+    assert f" {n_before}\n" in text  # the head counts with the embedding
     assert (
         "int4 in groups of 32, 15 tensors, " in text
         and "int4" in text
