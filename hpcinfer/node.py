@@ -162,8 +162,14 @@ def cache_folder(name: str) -> Path | None:
     """
     named = os.environ.get("HPCINFER_CACHE") or os.environ.get("XDG_CACHE_HOME")
     home = Path(named) if named else Path(os.path.expanduser("~")) / ".cache"
-    if _is_writable(home / "hpcinfer" / name):
-        return home / "hpcinfer" / name
+    return _found_folder(home / "hpcinfer" / name, name)
+
+
+@functools.cache
+def _found_folder(wanted: Path, name: str) -> Path | None:
+    """The wanted folder if files can be made there, else the one for temporary files, or None."""
+    if _is_writable(wanted):
+        return wanted
 
     # Others may have made a folder of this name before
     private = Path(tempfile.gettempdir()) / f"hpcinfer-{os.getuid()}"

@@ -147,6 +147,9 @@ HANGS = """
 def test_before():
     pass
 
+def test_skipped():
+    pytest.skip("not here")
+
 @pytest.mark.timeout(2)
 def test_hangs():
     comm.recv(source=comm.rank, tag=7)
@@ -182,7 +185,7 @@ def test_a_test_that_ends_the_job_fails_alone(session, tmp_path, ranks):
     assert (report["counts"]["failed"], report["counts"]["passed"]) == (2, 2)
     assert [name.rpartition("::")[2] for name in report["names"]["failed"]] == HANGING
     cases = {case.get("name"): case for case in ET.parse(tmp_path / "junitxml").iter("testcase")}
-    assert list(cases) == ["test_before", *HANGING, "test_after"]
+    assert list(cases) == ["test_before", "test_skipped", *HANGING, "test_after"]
     reason = cases["test_hangs"].find("failure").text
     assert "did not end in" in reason
     assert len(re.findall(r'test_inner.py", line \d+ in test_hangs', reason)) == ranks

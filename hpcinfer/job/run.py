@@ -18,7 +18,7 @@ from hpcinfer.engine.generate import GenerateTask
 from hpcinfer.engine.loop import run as run_loop
 from hpcinfer.engine.loop import sequences_of
 from hpcinfer.engine.score import ScoreTask
-from hpcinfer.errors import agreed
+from hpcinfer.errors import Stopped, agreed
 from hpcinfer.grid import agree, agree_all
 from hpcinfer.io.lines import read_lines
 from hpcinfer.io.trace import Trace
@@ -109,6 +109,8 @@ class Job:
         with self._engine.in_use():
             try:
                 return self._run()
+            except Stopped:
+                raise
             except Exception:
                 if self._grid.is_root:
                     self._state.forget_nothing()

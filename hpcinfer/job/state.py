@@ -253,7 +253,7 @@ class RunState:
     def forget_nothing(self) -> None:
         """Remove the files of a run that has failed with nothing done, which binds no other."""
         written = any(len(writer.done) for writer in self._writers.values())
-        if self._writers and not (self.resumes or written or self._unfinished()):
+        if self._writers and not (self.resumes or written or self._unfinished() or self.kv):
             for path in self.outputs:
                 remove_records(path)
             self.finish()

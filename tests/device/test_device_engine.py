@@ -210,7 +210,7 @@ def test_the_command_on_a_device(mpirun, standin, tmp_path):
             "--max-tokens", 12, "--temperature", 0, STANDIN_STRICT="1", **settings,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
-        answers[device] = [json.loads(line)["response"] for line in output.open()]
+        answers[device] = [json.loads(line)["response"] for line in output.read_text().splitlines()]
     texts = [[r["body"]["choices"][0]["text"] for r in answers[device]] for device in answers]
     assert texts[0] == texts[1] and all(texts[0])
 

@@ -72,8 +72,7 @@ class Record:
             return (
                 [_failed(item, "not run: the job had ended too often")] if self._give_up else None
             )
-        from_dict = self._config.hook.pytest_report_from_serializable
-        found = [from_dict(config=self._config, data=r) for r in self._reports[item.nodeid]]
+        found = [self._report(fields) for fields in self._reports[item.nodeid]]
         phases = {report.when for report in found}
         if "teardown" in phases and item.nodeid not in self._reasons:
             return found
@@ -82,6 +81,14 @@ class Record:
         reason = self._reasons.get(item.nodeid, "the job ended in this test; see the ranks' logs")
         phase = "teardown" if "call" in phases else "call"
         return [*found, _failed(item, reason, phase)]
+
+    def _report(self, fields):
+        """A report as it was before it was written down; the place of a skip is a tuple."""
+        from_dict = self._config.hook.pytest_report_from_serializable
+        report = from_dict(config=self._config, data=fields)
+        if isinstance(report.longrepr, list):
+            report.longrepr = tuple(report.longrepr)
+        return report
 
 
 def _failed(item, reason, phase="setup"):

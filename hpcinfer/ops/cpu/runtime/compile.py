@@ -57,7 +57,6 @@ def inlined(function: Callable) -> Callable:
     return numba.njit(inline="always")(function)
 
 
-@functools.cache
 def folder() -> Path | None:
     """Where compiled functions of these sources are kept; None where no folder can be written."""
     return node.cache_folder(f"kernels-{_digest()[:16]}")
