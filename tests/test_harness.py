@@ -202,7 +202,7 @@ def test_what_is_left_is_given_up_in_words(session, tmp_path):
     done = session(1, HANGS, *options)
     assert done.returncode == 1
     assert done.stdout.count("not run: the job had ended too often") >= 3
-    assert json.loads((tmp_path / "counts").read_text())["counts"] == {"failed": 1, "error": 3}
+    assert json.loads((tmp_path / "counts").read_text())["counts"] == {"failed": 1, "error": 4}
 
 
 def test_warnings_are_errors(session):

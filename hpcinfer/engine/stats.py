@@ -153,11 +153,13 @@ def _memory_lines(grid: Grid, ranks: Counts) -> list[str]:
 
 
 def _speed_lines(ranks: Counts) -> list[str]:
-    """Tokens per second in prefill and in decode: of all replicas together."""
+    """Tokens per second in prefill and in decode, where there was any: of all replicas together."""
     leaders = [r["tokens"] for r in ranks if r["is_leader"]]
     lines = []
     for name, phases in zip(("prefill", "decode"), zip(*leaders, strict=True), strict=True):
         tokens, steps = (sum(p[i] for p in phases) for i in range(2))
+        if not steps:
+            continue
         time_s = max(p[2] for p in phases)
         rate = sum(p[0] / p[2] for p in phases if p[2])
         lines.append(
