@@ -109,6 +109,7 @@ def test_a_link_leads_to_the_output_and_stays(comm, engine, folder):
 
     on_root(comm, make)
     assert run(engine, folder, "out.jsonl") and not run(engine, folder, "out.jsonl")
+    comm.Barrier()  # the first rank has let go of the lock
     assert (folder / "out.jsonl").is_symlink()
     assert sorted(os.listdir(folder / "scratch")) == ["results.jsonl", "results.jsonl.done"]
 
