@@ -12,7 +12,7 @@ from helpers.paths import ROOT
 
 from hpcinfer import array, node
 from hpcinfer.cli.main import parser
-from hpcinfer.engine.placement import advice
+from hpcinfer.engine.placement import advice, spread_advice
 from hpcinfer.errors import UsageError
 from hpcinfer.layout import parse_layout
 from hpcinfer.ops import cuda, dispatch
@@ -235,3 +235,29 @@ def test_names_and_numbers_are_written_out(words):
 def test_a_length_is_written_in_plain_digits():
     with pytest.raises(UsageError, match="need a length of 1 or more"):
         parse_layout("tp=\u0664", 4)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "tp", "words"),
+    [
+        ([0, 0, 2, 2], [[0, 1], [2, 3]], None),
+        ([0, 1, 0, 1], [[0, 1], [2, 3]], "2 ranks of tp on 2 nodes .* srun -m block"),
+        ([0, 0, 0, 3, 3, 3], [[0, 1], [2, 3], [4, 5]], "a tp that divides 3"),
+        ([0, 0, 2, 2], [[0, 1, 2, 3]], None),
+    ],
+)
+def test_ranks_of_tp_apart_are_told(monkeypatch, nodes, tp, words):
+    """Nodes by the number of their first rank, in the order of ranks; groups of tp."""
+    monkeypatch.delenv("HPCINFER_OVERSUBSCRIBE", raising=False)
+    apart = [len({nodes[rank] for rank in group}) for group in tp]
+    answers = iter([nodes, apart])
+    grid = SimpleNamespace(
+        comm=SimpleNamespace(rank=0, allgather=lambda own: next(answers), Get_name=str),
+        node=SimpleNamespace(bcast=lambda first: first),
+        tp=SimpleNamespace(
+            size=len(tp[0]), allgather=lambda own: [nodes[rank] for rank in tp[0]], Get_name=str
+        ),
+    )
+    line = spread_advice(grid)
+    assert (line is None) == (words is None)
+    assert words is None or re.search(words, line)
