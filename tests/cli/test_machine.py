@@ -241,7 +241,7 @@ def test_a_length_is_written_in_plain_digits():
     ("nodes", "tp", "words"),
     [
         ([0, 0, 2, 2], [[0, 1], [2, 3]], None),
-        ([0, 1, 0, 1], [[0, 1], [2, 3]], "2 ranks of tp on 2 nodes .* srun -m block"),
+        ([0, 1, 0, 1], [[0, 1], [2, 3]], "2 ranks of tp on 2 nodes.*srun -m block"),
         ([0, 0, 0, 3, 3, 3], [[0, 1], [2, 3], [4, 5]], "a tp that divides 3"),
         ([0, 0, 2, 2], [[0, 1, 2, 3]], None),
     ],
