@@ -6,10 +6,12 @@ form ``<module>: got X, need Y; remedy``. `UsageError` is a ValueError about the
 
 from __future__ import annotations
 
+import difflib
 import operator
 import pickle
 import reprlib
 import signal
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 DONE, FAILED, USAGE, REQUEUE, SIGNALLED = 0, 1, 2, 75, 128
@@ -108,6 +110,12 @@ def integer(value: Any) -> int | None:
         return operator.index(value)
     except TypeError:
         return None
+
+
+def meant(word: object, known: Iterable[str]) -> str:
+    """Words to put behind "need", if a word that is not known looks like one that is."""
+    close = difflib.get_close_matches(str(word)[:64], list(known), n=1, cutoff=0.7)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def shown(value: Any, width: int = 60) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
 import traceback
@@ -13,11 +14,13 @@ from hpcinfer import __version__
 from hpcinfer.cli import bench, convert, extract, generate, inspect, score, verify
 from hpcinfer.errors import (
     DONE,
+    USAGE,
     UsageError,
     agreed,
     exit_code,
     is_agreed,
     is_reported,
+    meant,
     one_line,
 )
 from hpcinfer.io.console import take_streams, trouble_of_output
@@ -35,6 +38,22 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False} | options)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does it; an option that the command does not have is the first mistake."""
+        words = itertools.takewhile(lambda word: word != "--", args or ())
+        for option in (word.partition("=")[0] for word in words if word.startswith("--")):
+            if self._subparsers is None and option not in self._option_string_actions:
+                near = meant(option, self._option_string_actions)
+                self.error(f"got the unknown option {option}, need one of {self.prog}{near}")
+        return super().parse_known_args(args, namespace)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = ", ".join(map(str, action.choices))
+            near = meant(value, map(str, action.choices))
+            message = f"got {value!r}, need one of {known}{near}"
+            raise argparse.ArgumentError(action, message)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see {self.prog} --help")
@@ -66,6 +85,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     argv = sys.argv[1:] if argv is None else argv
     try:
         raise_on_signals()
+        if not argv:
+            parser().print_help()
+            sys.exit(USAGE)
         arguments = parser().parse_args(argv)
         arguments.command_line = ["hpcinfer", *argv]
         arguments.run(arguments)

@@ -8,10 +8,11 @@ Whatever cannot run is a ValueError of one line.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from hpcinfer.errors import integer, shown
+from hpcinfer.errors import integer, meant, shown
 from hpcinfer.requests.sampling import Sampling
 from hpcinfer.text.text import Text
 
@@ -107,7 +108,7 @@ def _batch_body(entry: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Kind and body of an entry in the form of OpenAI Batch."""
     for name in entry:
         if name not in _BATCH_FIELDS:
-            raise _unknown(name)
+            raise _unknown(name, _BATCH_FIELDS)
     if not entry.get("custom_id"):
         raise refusal("a batch line without custom_id", "one", "give each line its own")
     if entry.get("method", "POST") != "POST":
@@ -131,7 +132,7 @@ def check_names(body: dict[str, Any]) -> None:
     known = _RULED | _SAMPLING_FIELDS | _WITHOUT_EFFECT | set(_PROMPT_FIELDS)
     for name, value in body.items():
         if name not in known and name not in _ONLY:
-            raise _unknown(name)
+            raise _unknown(name, {*known, *_ONLY})
         if name in _ONLY and value is not None:
             if not any(type(value) is type(one) and value == one for one in _ONLY[name]):
                 got = f"{name} = {shown(value)}, which is not offered"
@@ -299,8 +300,9 @@ def refusal(got: str, need: str, remedy: str) -> ValueError:
     return ValueError(f"request: got {got}, need {need}; {remedy}")
 
 
-def _unknown(name: Any) -> ValueError:
-    return refusal(f"the unknown field {shown(name)}", "a field of the format", "leave it out")
+def _unknown(name: Any, known: Iterable[str]) -> ValueError:
+    need = f"a field of the format{meant(name, known)}"
+    return refusal(f"the unknown field {shown(name)}", need, "leave it out")
 
 
 def _clean(name: str, value: str) -> str:

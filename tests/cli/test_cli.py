@@ -312,10 +312,10 @@ def test_help_and_version_are_printed_once(mpirun):
     ("arguments", "message"),
     [
         ([], "the following arguments are required: COMMAND"),
-        (["frobnicate"], "invalid choice: 'frobnicate'"),
+        (["frobnicate"], "got 'frobnicate', need one of generate"),
         (["generate", "{model}"], "the following arguments are required: --input, --output"),
         (["convert", "{model}"], "the following arguments are required: OUT.h5"),
-        (["{run}", "--nonsense"], "unrecognized arguments: --nonsense"),
+        (["{run}", "--nonsense"], "got the unknown option --nonsense"),
         (["{run}", "--layout", "xp=2"], "layout: got 'xp=2', need WORD=VALUE"),
         (["{run}", "--layout", "tp=3"], "which is 3 ranks, need 2 as launched"),
         (["{run}", "--layout", "ep=2"], "need another: ep spreads experts, and llama has none"),
@@ -327,8 +327,8 @@ def test_help_and_version_are_printed_once(mpirun):
         (["{run}", "--max-tokens", "many"], "invalid int value: 'many'"),
         (["{run}", "--temperature", "-1"], "sampling: got temperature = -1.0, need"),
         (["{run}", "--top-p", "nan"], "sampling: got top_p = nan, need"),
-        (["{run}", "--dtype", "int8"], "invalid choice: 'int8'"),
-        (["{run}", "--device", "tpu"], "invalid choice: 'tpu'"),
+        (["{run}", "--dtype", "int8"], "got 'int8', need one of float32"),
+        (["{run}", "--device", "tpu"], "got 'tpu', need one of cpu"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -15,8 +15,10 @@ from hpcinfer.cli.main import parser
 from hpcinfer.engine.placement import advice, spread_advice
 from hpcinfer.errors import UsageError
 from hpcinfer.layout import parse_layout
+from hpcinfer.model.families import read_architecture
 from hpcinfer.ops import cuda, dispatch
 from hpcinfer.ops.cuda.runtime import blas
+from hpcinfer.requests.fields import check_names
 
 pytestmark = pytest.mark.single
 
@@ -261,3 +263,26 @@ def test_ranks_of_tp_apart_are_told(monkeypatch, nodes, tp, words):
     line = spread_advice(grid)
     assert (line is None) == (words is None)
     assert words is None or re.search(words, line)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("genrate",), "got 'genrate', need one of .*did you mean generate"),
+        (("generate", "MODEL", "--inptu", "x"), "unknown option --inptu, .*did you mean --input"),
+        (("generate", "M", "--max_tokens=5"), "unknown option --max_tokens, .*mean --max-tokens"),
+        (("bench", "decod"), "got 'decod', need one of .*did you mean decode"),
+        (("score", "M", "--dtype", "bfloat"), "got 'bfloat', need one of .*did you mean bfloat16"),
+        (("convert", "M", "N", "--qauntize", "int8"), "did you mean --quantize"),
+    ],
+)
+def test_what_was_meant_is_named(words, message):
+    with pytest.raises(UsageError, match=message):
+        parser().parse_args(words)
+
+
+def test_what_was_meant_in_files_is_named():
+    with pytest.raises(ValueError, match="unknown field 'max_token', .*did you mean max_tokens"):
+        check_names({"prompt": "a", "max_token": 5})
+    with pytest.raises(ValueError, match="got model_type 'qwen_2', .*did you mean qwen2"):
+        read_architecture({"model_type": "qwen_2"})

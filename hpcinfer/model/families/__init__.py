@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
+from hpcinfer.errors import meant, shown
 from hpcinfer.model.architecture import Architecture, Config
 
 FAMILIES = (
@@ -37,7 +38,8 @@ def read_architecture(config: Config) -> Architecture:
     family = config.get("model_type")
     if family not in FAMILIES:
         known = ", ".join(FAMILIES)
-        raise ValueError(f"config: got model_type {family!r}, need one of {known}")
+        near = meant(family, FAMILIES)
+        raise ValueError(f"config: got model_type {shown(family)}, need one of {known}{near}")
     if config.get("quantization_config"):
         raise ValueError("config: got quantised weights, need float32, float16 or bfloat16")
     return import_module(f"{__name__}.{family}").architecture(Config(config))
