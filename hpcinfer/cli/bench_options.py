@@ -187,7 +187,9 @@ BENCHES = {
             number("tokens", 512, "rows of a step"),
             number("steps", 64, "steps"),
             _REPEAT,
-            BenchOption("--store", choices=common.DTYPES, default="float32"),
+            BenchOption(
+                "--store", choices=common.DTYPES, default="float32", help="type of what is written"
+            ),
         ],
     ),
     "sequence": BenchCommand(

@@ -53,7 +53,9 @@ def _add_layout_options(group: Group) -> None:
         help='such as "tp=2" or "dp=2,pp=2,cp=2,tp=2,ep=4,sp=on,zero=allgather" or "afd=3:1"; '
         "default: all ranks in tp",
     )
-    group.add_argument("--dtype", choices=DTYPES)
+    group.add_argument(
+        "--dtype", choices=DTYPES, help="type to compute in (default: as the model's config says)"
+    )
     add_device_options(group)
     group.add_argument(
         "--kv-memory",
@@ -85,7 +87,7 @@ def _add_step_options(group: Group) -> None:
         "--context",
         type=positive,
         metavar="N",
-        help="positions to allow instead of the model's own number",
+        help="positions to allow (default: the model's own number)",
     )
     group.add_argument(
         "--micro-batches",

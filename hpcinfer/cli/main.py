@@ -33,11 +33,24 @@ COMMANDS = (generate, score, extract, convert, inspect, verify, bench)
 _GRACE_S, _REPORTED_S = 1.0, 5.0
 
 
+class HelpWithDefaults(argparse.HelpFormatter):
+    """Help that says of every option with a value what holds without it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        optional = bool(action.option_strings) and action.nargs != 0 and not action.required
+        if not optional or "default" in text:
+            return text
+        return f"{text} (default {'none' if action.default is None else '%(default)s'})"
+
+
 class Parser(argparse.ArgumentParser):
     """Parser of whole names, whose errors are exceptions; it speaks on the first rank only."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **{"allow_abbrev": False} | options)
+        super().__init__(
+            *args, **{"allow_abbrev": False, "formatter_class": HelpWithDefaults} | options
+        )
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse does it; an option that the command does not have is the first mistake."""

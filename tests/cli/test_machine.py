@@ -1,5 +1,6 @@
 """Which device, how many threads a rank takes, and what is said of too many ranks."""
 
+import argparse
 import os
 import re
 import subprocess
@@ -286,3 +287,23 @@ def test_what_was_meant_in_files_is_named():
         check_names({"prompt": "a", "max_token": 5})
     with pytest.raises(ValueError, match="got model_type 'qwen_2', .*did you mean qwen2"):
         read_architecture({"model_type": "qwen_2"})
+
+
+def leaves(of):
+    """Every parser that has no others below it."""
+    below = [a for a in of._actions if isinstance(a, argparse._SubParsersAction)]
+    if not below:
+        yield of
+    for action in below:
+        for one in action.choices.values():
+            yield from leaves(one)
+
+
+def test_help_says_of_every_option_what_holds_without_it():
+    for one in leaves(parser()):
+        entries = re.split(r"\n  (?=-)", one.format_help())
+        for action in one._actions:
+            if action.option_strings and action.nargs != 0 and not action.required:
+                name = action.option_strings[-1]
+                [entry] = [e for e in entries if re.match(rf"{name}\b(?!-)", e)]
+                assert "default" in entry, (one.prog, name)
