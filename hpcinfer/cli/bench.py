@@ -36,7 +36,7 @@ def add(commands: _SubParsersAction) -> ArgumentParser:
             "--plot",
             type=_picture,
             metavar="FILE",
-            help="draw the rows too, as .png, .svg or .pdf; needs the extra plot",
+            help="draw the rows too, as .png, .svg or .pdf; needs matplotlib",
         )
         common.add_overwrite_option(one)
         one.add_argument("--debug", action="store_true", help="show the traceback of an error")
