@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from dataclasses import fields
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16")
 
+_DURATION = re.compile(r"((?P<days>[0-9]+)-)?(?P<clock>([0-9]+:){0,2}[0-9]+(\.[0-9]*)?)")
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
@@ -242,24 +244,41 @@ def settings_of(kind: str, arguments: Namespace, **others) -> JobSettings:
 
 
 def duration(text: str) -> float:
-    """Seconds written as 90, 1.5 or HH:MM:SS.
+    """Seconds written as 90, 1.5, HH:MM:SS, or as SLURM has it D-HH, D-HH:MM or D-HH:MM:SS.
 
     Raises
     ------
     ArgumentTypeError
         Here and in the functions below, for any other text.
     """
-    parts = text.split(":")
-    try:
-        numbers = [*map(int, parts[:-1]), float(parts[-1])]
-    except ValueError:
-        numbers = []
+    found = _DURATION.fullmatch(text)
     value = 0.0
-    for number in numbers:
-        value = 60 * value + number
-    if not 0 < value < 1e9 or len(numbers) > 3 or min(numbers) < 0:
-        raise ArgumentTypeError(f"got {text!r}, need seconds, or HH:MM:SS, more than none")
+    if found and found["days"]:
+        hours, minutes, seconds = [*found["clock"].split(":"), "0", "0"][:3]
+        value = 86400 * int(found["days"]) + 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+    elif found:
+        for number in found["clock"].split(":"):
+            value = 60 * value + float(number)
+    if not 0 < value < 1e9:
+        raise ArgumentTypeError(
+            f"got {text!r}, need seconds, HH:MM:SS or D-HH:MM:SS, more than none"
+        )
     return value
+
+
+def whole(text: str) -> int:
+    """Whole number of the command line, which may be negative."""
+    if not _is_number(text.removeprefix("-")):
+        raise ArgumentTypeError(f"got {text!r}, need a whole number")
+    return int(text)
+
+
+def real(text: str) -> float:
+    """Number of the command line; what it may be is the field's own business."""
+    try:
+        return float(text if text.isascii() and "_" not in text else "")
+    except ValueError:
+        raise ArgumentTypeError(f"got {text!r}, need a number") from None
 
 
 def patience(text: str) -> float:
@@ -296,7 +315,7 @@ def shard(text: str) -> tuple[int, int]:
 
 def size(text: str) -> int:
     """Bytes written as 500M, 8GB or 8GiB."""
-    number = text.rstrip("bBkKmMgGtTi")
+    number = text.rstrip("bBkKmMgGtTi") if text.isascii() and "_" not in text else ""
     unit = text[len(number) :].lower()
     binary = unit.endswith("ib") or unit.endswith("i")
     letter = unit.rstrip("b").rstrip("i")

@@ -9,17 +9,29 @@ from hpcinfer.errors import UsageError
 
 # Options that stand in for what a request leaves out: name, type, help.
 _SAMPLING = (
-    ("max_tokens", int, "new tokens at most (default: the model's, else 16)"),
-    ("min_tokens", int, "new tokens at least (default: the model's, else 0)"),
-    ("temperature", float, "0 is greedy (default: the model's, else 1)"),
-    ("top_k", int, "keep the k most probable; 0 is off (default: the model's, else 0)"),
-    ("top_p", float, "keep the smallest set of this probability (default: the model's, else 1)"),
-    ("min_p", float, "keep this share of the largest and more (default: the model's, else 0)"),
-    ("repetition_penalty", float, "over all; 1 is off (default: the model's, else 1)"),
-    ("presence_penalty", float, "over the answer; 0 is off (default 0)"),
-    ("frequency_penalty", float, "over the answer; 0 is off (default 0)"),
-    ("n", int, "samples per prompt (default 1)"),
-    ("logprobs", int, "report log-probabilities of the chosen token and of this many others"),
+    ("max_tokens", common.whole, "new tokens at most (default: the model's, else 16)"),
+    ("min_tokens", common.whole, "new tokens at least (default: the model's, else 0)"),
+    ("temperature", common.real, "0 is greedy (default: the model's, else 1)"),
+    ("top_k", common.whole, "keep the k most probable; 0 is off (default: the model's, else 0)"),
+    (
+        "top_p",
+        common.real,
+        "keep the smallest set of this probability (default: the model's, else 1)",
+    ),
+    (
+        "min_p",
+        common.real,
+        "keep this share of the largest and more (default: the model's, else 0)",
+    ),
+    ("repetition_penalty", common.real, "over all; 1 is off (default: the model's, else 1)"),
+    ("presence_penalty", common.real, "over the answer; 0 is off (default 0)"),
+    ("frequency_penalty", common.real, "over the answer; 0 is off (default 0)"),
+    ("n", common.whole, "samples per prompt (default 1)"),
+    (
+        "logprobs",
+        common.whole,
+        "report log-probabilities of the chosen token and of this many others",
+    ),
 )
 
 

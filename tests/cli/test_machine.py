@@ -12,6 +12,7 @@ from helpers.jobs import clean_environment, run_job
 from helpers.paths import ROOT
 
 from hpcinfer import array, node
+from hpcinfer.cli.common import duration
 from hpcinfer.cli.main import parser
 from hpcinfer.engine.placement import advice, spread_advice
 from hpcinfer.errors import UsageError
@@ -228,10 +229,18 @@ def test_a_launcher_that_hands_signals_on_is_taken(tmp_path, kind, others, taken
         ("bench", "decode", "config.json", "--rep", "2"),
         ("generate", "MODEL", "--sequences", "\u0664"),
         ("generate", "MODEL", "--shard", "\u0661/\u0662"),
+        ("generate", "MODEL", "--max-tokens", "\u0664"),
+        ("generate", "MODEL", "--max-tokens", "1_000"),
+        ("generate", "MODEL", "--temperature", "\u0661.5"),
+        ("generate", "MODEL", "--kv-memory", "1_0M"),
+        ("generate", "MODEL", "--time-limit", "\u0661"),
+        ("generate", "MODEL", "--time-limit", "1:2:3:4"),
+        ("generate", "MODEL", "--time-limit", "-5"),
+        ("generate", "MODEL", "--time-limit", "0"),
     ],
 )
 def test_names_and_numbers_are_written_out(words):
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError, match=f"^(got the unknown option|argument) {words[-2]}"):
         parser().parse_args(words)
 
 
@@ -307,3 +316,12 @@ def test_help_says_of_every_option_what_holds_without_it():
                 name = action.option_strings[-1]
                 [entry] = [e for e in entries if re.match(rf"{name}\b(?!-)", e)]
                 assert "default" in entry, (one.prog, name)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 90), ("1.5", 1.5), ("2:30", 150), ("1:00:01", 3601), ("1-00", 86400)]
+    + [("2-12:30", 217800), ("1-00:00:30", 86430), ("0-00:01:00", 60)],
+)
+def test_times_are_written_as_slurm_has_them(text, seconds):
+    assert duration(text) == seconds
