@@ -13,7 +13,12 @@ if TYPE_CHECKING:
     from mpi4py.MPI import Comm
 
 
-def refuse_different(comm: Comm, what: str, *values: Any) -> None:
+# What to do about ranks of a program, and of a command, that differ.
+_OF_PROGRAM = "pass the same, or load with comm=MPI.COMM_SELF where each rank has its own"
+OF_COMMAND = "start every rank with the same command"
+
+
+def refuse_different(comm: Comm, what: str, *values: Any, remedy: str = _OF_PROGRAM) -> None:
     """Refuse a call whose arguments differ from rank to rank; collective over `comm`.
 
     Parameters
@@ -21,16 +26,17 @@ def refuse_different(comm: Comm, what: str, *values: Any) -> None:
     comm : communicator of the ranks that make the call
     what : name of the arguments, for the error
     values : plain values, arrays, and lists or dicts of such
+    remedy : what the error tells the user to do
 
     Raises
     ------
     ValueError
         On every rank, naming the first rank that differs from rank 0.
     """
-    compare(comm, what, digest(values))
+    compare(comm, what, digest(values), remedy)
 
 
-def compare(comm: Comm, what: str, own: bytes | None) -> None:
+def compare(comm: Comm, what: str, own: bytes | None, remedy: str = _OF_PROGRAM) -> None:
     """Refuse digests that differ from rank 0's; None is a rank that leaves the word to rank 0."""
     with waiting("allgather", comm, "alike"):
         digests = comm.allgather(own)
@@ -41,10 +47,7 @@ def compare(comm: Comm, what: str, own: bytes | None) -> None:
     if digests[0] is not None:
         got = f"other {what} on rank {others[0]} than on rank 0"
     raise agreed(
-        ValueError(
-            f"call: got {got}, need the same on every rank of the communicator; pass the same, or "
-            "load with comm=MPI.COMM_SELF where each rank has its own"
-        )
+        ValueError(f"call: got {got}, need the same on every rank of the communicator; {remedy}")
     )
 
 

@@ -27,6 +27,7 @@ def run_job(settings: JobSettings) -> None:
 
     # Listen for signals before the rest is imported, which takes its time.
     with Stop(_end_s(settings.time_limit)) as stop:
+        from hpcinfer.engine.alike import OF_COMMAND, refuse_different
         from hpcinfer.job.files import open_state
         from hpcinfer.job.load import load_engine
         from hpcinfer.job.run import Job
@@ -34,6 +35,7 @@ def run_job(settings: JobSettings) -> None:
 
         # Refuse what can be refused before the model is loaded, then do the job.
         comm = world()
+        refuse_different(comm, "options", _alike(settings), remedy=OF_COMMAND)
         with (
             Watchdog(comm, settings.hang_timeout, stop.rescue),
             open_state(comm, settings) as (state, lines),
@@ -70,6 +72,12 @@ def device_of(comm: Comm, choice: str) -> Device:
     if comm.rank == 0 and warning is not None:
         print(warning, file=sys.stderr, flush=True)
     return device
+
+
+def _alike(settings: JobSettings) -> dict[str, str]:
+    """What must be equal on every rank; paths of a model and a trace may be those of a node."""
+    own = {"model", "trace", "device", "command_line"}
+    return {name: repr(value) for name, value in vars(settings).items() if name not in own}
 
 
 def _end_s(time_limit_s: float | None) -> float | None:

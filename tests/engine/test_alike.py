@@ -6,8 +6,10 @@ from helpers.paths import SHIPPED
 from mpi4py import MPI
 
 import hpcinfer
-from hpcinfer.engine.alike import digest
+from hpcinfer.engine.alike import OF_COMMAND, digest, refuse_different
 from hpcinfer.errors import is_agreed
+from hpcinfer.job import start
+from hpcinfer.job.settings import JobSettings
 
 PROMPT = "What is 27 + 45?"
 SETTINGS = {"kv_memory": 1 << 24, "context": 256, "dtype": "float32"}
@@ -88,3 +90,15 @@ def test_an_own_seed_means_the_same_under_any_name(engine):
     spread = [base | {"custom_id": name} for name in "cd"]
     tokens = [r.choices[0].token_ids for r in engine.generate(own + spread)]
     assert tokens[0] == tokens[1] and tokens[2] != tokens[3]
+
+
+def test_commands_that_differ_are_refused_but_for_paths_of_a_node(comm):
+    def compare(**own):
+        words = {"model": "M", "input": "in.jsonl", "output": ["out.h5"]} | own
+        made = start._alike(JobSettings("generate", **words))
+        refuse_different(comm, "options", made, remedy=OF_COMMAND)
+
+    compare(model=f"/node{comm.rank}/M", trace=f"/node{comm.rank}/trace")
+    if comm.size > 1:
+        message = refused(comm, lambda: compare(output=[f"out-{comm.rank}.h5"]))
+        assert message.endswith("start every rank with the same command")
