@@ -308,10 +308,15 @@ def test_help_and_version_are_printed_once(mpirun):
 # --- Refusals ------------------------------------------------------------------------------------
 
 
+def test_the_command_alone_shows_its_help_once(mpirun):
+    done = mpirun(2, *HPCINFER)
+    assert done.returncode == 2 and done.stderr == ""
+    assert done.stdout.count("usage: hpcinfer") == 1 and "generate" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "the following arguments are required: COMMAND"),
         (["frobnicate"], "got 'frobnicate', need one of generate"),
         (["generate", "{model}"], "the following arguments are required: --input, --output"),
         (["convert", "{model}"], "the following arguments are required: OUT.h5"),
@@ -324,7 +329,7 @@ def test_help_and_version_are_printed_once(mpirun):
         (["{run}", "--step-tokens", "0"], "got '0', need a whole number of 1 or more"),
         (["{run}", "--sequences", "-3"], "got '-3', need a whole number of 1 or more"),
         (["{run}", "--seed", "1e99"], "got seed '1e99', need a whole number"),
-        (["{run}", "--max-tokens", "many"], "invalid int value: 'many'"),
+        (["{run}", "--max-tokens", "many"], "got 'many', need a whole number"),
         (["{run}", "--temperature", "-1"], "sampling: got temperature = -1.0, need"),
         (["{run}", "--top-p", "nan"], "sampling: got top_p = nan, need"),
         (["{run}", "--dtype", "int8"], "got 'int8', need one of float32"),
