@@ -90,7 +90,7 @@ def load(
     layout : such as "tp=2"; all ranks along tp by default
     dtype : "float32", "bfloat16" or "float16"; as the checkpoint's config says by default
     device : "cpu", "cuda" or "auto"
-    kv_memory : bytes of the cache per rank; by default half of what is free, shared by the node's
+    kv_memory : bytes of the cache per rank, which need not be equal; by default half of what is free, shared by the node's
         ranks
     step_tokens, sequences : bounds of one step of the engine
     context : positions to allow, instead of the model's own number
@@ -117,7 +117,7 @@ def load(
     if comm.size > 1:
         end_all_ranks()
     choices = (layout, None if dtype is None else str(dtype), kernels, check_weights)
-    bounds = (kv_memory, step_tokens, sequences, context, seed, micro_batches)
+    bounds = (step_tokens, sequences, context, seed, micro_batches)
     refuse_different(comm, "arguments of load", choices, bounds)
     parsed_layout = _parsed(layout, comm, path)
     try:

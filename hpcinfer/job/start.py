@@ -75,8 +75,8 @@ def device_of(comm: Comm, choice: str) -> Device:
 
 
 def _alike(settings: JobSettings) -> dict[str, str]:
-    """What must be equal on every rank; paths of a model and a trace may be those of a node."""
-    own = {"model", "trace", "device", "command_line"}
+    """What must be equal on every rank: all but what a node may have of its own."""
+    own = {"model", "trace", "device", "kv_memory", "command_line"}
     return {name: repr(value) for name, value in vars(settings).items() if name not in own}
 
 

@@ -98,7 +98,7 @@ def test_commands_that_differ_are_refused_but_for_paths_of_a_node(comm):
         made = start._alike(JobSettings("generate", **words))
         refuse_different(comm, "options", made, remedy=OF_COMMAND)
 
-    compare(model=f"/node{comm.rank}/M", trace=f"/node{comm.rank}/trace")
+    compare(model=f"/node{comm.rank}/M", trace=f"/node{comm.rank}/trace", kv_memory=comm.rank)
     if comm.size > 1:
         message = refused(comm, lambda: compare(output=[f"out-{comm.rank}.h5"]))
         assert message.endswith("start every rank with the same command")
