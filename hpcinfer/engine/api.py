@@ -90,8 +90,8 @@ def load(
     layout : such as "tp=2"; all ranks along tp by default
     dtype : "float32", "bfloat16" or "float16"; as the checkpoint's config says by default
     device : "cpu", "cuda" or "auto"
-    kv_memory : bytes of the cache per rank, which need not be equal; by default half of what is free, shared by the node's
-        ranks
+    kv_memory : bytes of the cache per rank, which need not be equal; by default half of what is
+        free, shared by the node's ranks
     step_tokens, sequences : bounds of one step of the engine
     context : positions to allow, instead of the model's own number
     seed : of requests that do not give their own
