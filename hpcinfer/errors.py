@@ -100,6 +100,11 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
+def is_digits(text: str) -> bool:
+    """True for a whole number in the digits 0 to 9, of which alphabets and powers have others."""
+    return text.isascii() and text.isdecimal()
+
+
 def integer(value: Any) -> int | None:
     """Value as a plain int, None if it is no whole number (bool is none, 4.0 is 4)."""
     if type(value).__name__.rstrip("_") == "bool":  # Python's, or NumPy's

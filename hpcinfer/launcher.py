@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NoReturn
 
-from hpcinfer.errors import SIGNALLED, Interrupted
+from hpcinfer.errors import SIGNALLED, Interrupted, is_digits
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -117,6 +117,6 @@ def world() -> Intracomm:
 def _first_number(names: Iterable[str]) -> int | None:
     """Value of the first variable that is set to a number; None without one."""
     for name in names:
-        if os.environ.get(name, "").isdigit():
+        if is_digits(os.environ.get(name, "")):
             return int(os.environ[name])
     return None

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hpcinfer.errors import UsageError
+from hpcinfer.errors import UsageError, is_digits
 
 AXES = ("pp", "dp", "cp", "tp")
 
@@ -143,8 +143,8 @@ def _value(word: str, value: str, item: str) -> str | int | tuple[int, int]:
 
 
 def _is_length(text: str) -> bool:
-    """True for a whole number of 1 or more in the digits 0 to 9."""
-    return text.isascii() and text.isdecimal() and int(text) > 0
+    """True for a whole number of 1 or more."""
+    return is_digits(text) and int(text) > 0
 
 
 def _refuse_sides(

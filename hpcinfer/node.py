@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from hpcinfer.errors import is_digits
+
 _HUGE, _LINE = 2 << 20, 64  # bytes of a huge page, of a line of the cache
 
 # Options of the C library's allocator: freed bytes that it keeps, and those from which an array is
@@ -95,7 +97,7 @@ def peak_memory_bytes() -> int:
 def threads_per_rank() -> int | None:
     """Threads that numerical libraries may use, as the environment says; None if it does not."""
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        if os.environ.get(name, "").isdigit():
+        if is_digits(os.environ.get(name, "")):
             return int(os.environ[name])
     return None
 

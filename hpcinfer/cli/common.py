@@ -7,6 +7,8 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
+from hpcinfer.errors import is_digits
+
 if TYPE_CHECKING:
     from argparse import _ArgumentGroup as Group
 
@@ -111,7 +113,7 @@ def _add_step_options(group: Group) -> None:
 
 def _add_run_options(group: Group) -> None:
     """Options that say how a run shows itself, ends, and goes on."""
-    # Add what is shown, and how a run ends and goes on.
+    # Add what is shown, how often the state is saved, and when a run stops.
     group.add_argument("--show", action="store_true", help="print each result as it finishes")
     group.add_argument(
         "--checkpoint-every",
@@ -128,6 +130,8 @@ def _add_run_options(group: Group) -> None:
         help="stop in order after this time, with exit code 75; the end of a SLURM job is a limit "
         "too",
     )
+
+    # Add what counts as a failure, and what becomes of files that are there.
     group.add_argument(
         "--strict",
         action="store_true",
@@ -139,7 +143,6 @@ def _add_run_options(group: Group) -> None:
         help="begin anew; what an earlier run has left is kept as FILE.old-1, ...",
     )
     add_overwrite_option(group)
-
     _add_check_options(group)
 
 
@@ -268,7 +271,7 @@ def duration(text: str) -> float:
 
 def whole(text: str) -> int:
     """Whole number of the command line, which may be negative."""
-    if not _is_number(text.removeprefix("-")):
+    if not is_digits(text.removeprefix("-")):
         raise ArgumentTypeError(f"got {text!r}, need a whole number")
     return int(text)
 
@@ -286,21 +289,16 @@ def patience(text: str) -> float:
     return 0.0 if text == "0" else duration(text)
 
 
-def _is_number(text: str) -> bool:
-    """True for the digits 0 to 9, of which alphabets have others."""
-    return text.isascii() and text.isdecimal()
-
-
 def positive(text: str) -> int:
     """Positive whole number of the command line."""
-    if not _is_number(text) or int(text) < 1:
+    if not is_digits(text) or int(text) < 1:
         raise ArgumentTypeError(f"got {text!r}, need a whole number of 1 or more")
     return int(text)
 
 
 def seed(text: str) -> int:
     """Seed of the random numbers: any 64-bit number."""
-    if not _is_number(text.removeprefix("-")) or not -(2**63) <= int(text) < 2**64:
+    if not is_digits(text.removeprefix("-")) or not -(2**63) <= int(text) < 2**64:
         raise ArgumentTypeError(f"got seed {text!r}, need a whole number of 64 bits")
     return int(text) % 2**64
 
@@ -308,7 +306,7 @@ def seed(text: str) -> int:
 def shard(text: str) -> tuple[int, int]:
     """Which part of how many, written I/N."""
     i, _, n = text.partition("/")
-    if not _is_number(i) or not _is_number(n) or not 1 <= int(i) <= int(n):
+    if not is_digits(i) or not is_digits(n) or not 1 <= int(i) <= int(n):
         raise ArgumentTypeError(f"got shard {text!r}, need I/N such as 1/4, I from 1 to N")
     return int(i), int(n)
 

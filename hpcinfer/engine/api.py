@@ -373,9 +373,10 @@ class Engine:
             items = [items]
 
         # Only the first rank keeps them: there may be many.
-        kept = list(items) if items is not None and self.grid.is_root else items
-        compare(comm, "items", None if kept is None else digest(kept))
-        return list(kept or ()) if self.grid.is_root else []
+        kept = list(items) if items is not None and self.grid.is_root else []
+        given = kept if self.grid.is_root else items
+        compare(comm, "items", None if items is None or given is None else digest(given))
+        return kept
 
     def _run(
         self, make: Callable[[Engine], Task], reader: RequestReader, items: list[Item]

@@ -146,6 +146,8 @@ def _rows(engine: Engine, ready: list[Sequence]) -> SamplingBatch:
         )
         for s in ready
     ]
+
+    # Name the columns, and make arrays of them.
     names = (
         "temperature top_k top_p min_p repetition presence frequency seed key sample logprobs"
     ).split()

@@ -11,7 +11,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from hpcinfer.errors import shown
+from hpcinfer.errors import is_digits, shown
 
 SPECIAL_NAMES = (
     "bos_token",
@@ -103,7 +103,7 @@ def _added_token(value: Any) -> AddedToken:
 
 def _id_of(key: str) -> int:
     """Token id of a key of added_tokens_decoder, whose keys are ids written as strings."""
-    if not (key.isascii() and key.isdecimal()):
+    if not is_digits(key):
         raise ValueError(
             f"tokenizer_config: got a token id {shown(key)} in added_tokens_decoder, "
             "need a whole number; correct the file"

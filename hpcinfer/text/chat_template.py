@@ -38,8 +38,8 @@ class ChatTemplate:
             )
         try:
             sandbox = _Sandbox()
-            self._reads = reads_of(sandbox.parse(source))
-            self._template = sandbox.from_string(source)
+            tree = sandbox.parse(source)
+            self._reads, self._template = reads_of(tree), sandbox.from_string(tree)
         except MemoryError:
             raise
         except Exception as error:

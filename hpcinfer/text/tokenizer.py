@@ -95,19 +95,7 @@ class Encoder:
     def encode(
         self, text: str, add_special_tokens: bool = True, limit: int | None = None
     ) -> list[int]:
-        """Token ids of `text`; special tokens written out in it are read as such.
-
-        Parameters
-        ----------
-        text : what to read
-        add_special_tokens : whether to add those that the tokenizer's post-processor adds
-        limit : tokens that it may have: a text that is sure to have more is not read to its end
-
-        Raises
-        ------
-        ValueError
-            If there is no tokenizer, it cannot encode the text, or the text is too long.
-        """
+        """As `hpcinfer.text.text.Text.encode`, where its budget is kept."""
         tokenizer = self._needed()
         if limit is not None and len(text) > SHORT_TEXT:
             self._refuse_long(text, limit)
@@ -126,29 +114,14 @@ class Encoder:
         add_generation_prompt: bool = True,
         limit: int | None = None,
     ) -> list[int]:
-        """Token ids of a conversation; the template writes the special tokens, none are added.
-
-        `limit` is as in `encode`.
-        """
+        """As `Text.encode_chat`."""
         rendered = self.render_chat(messages, add_generation_prompt)
         return self.encode(rendered, add_special_tokens=False, limit=limit)
 
     def render_chat(
         self, messages: list[dict[str, Any]], add_generation_prompt: bool = True
     ) -> str:
-        """Conversation as the chat template writes it.
-
-        Parameters
-        ----------
-        messages : each with `role`, and `content` as a rule: a text, a list of parts or None;
-            other fields that are None are left out. See `hpcinfer.text.conversation`
-        add_generation_prompt : whether to open the assistant's answer at the end
-
-        Raises
-        ------
-        ValueError
-            If there is no template, or it fails, refuses the conversation or exceeds its budget.
-        """
+        """As `Text.render_chat`."""
         if self._template_source is None:
             raise ValueError(
                 "chat template: got a checkpoint without one, need one to read messages; "

@@ -33,11 +33,11 @@ _of_this_process, _depth = threading.RLock(), 0
 def compiled(function: Callable) -> Callable:
     """The function compiled for the types that it is called with; it holds no lock meanwhile."""
     # Have Numba keep it in the folder of these sources, and nowhere else.
-    before = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = str(folder() or "")
+    before, home = numba.config.CACHE_DIR, folder()
+    numba.config.CACHE_DIR = str(home or "")
     try:
         options = {"nogil": True, "fastmath": _FLAGS, "error_model": "numpy"}
-        options["cache"] = folder() is not None
+        options["cache"] = home is not None
         dispatcher = numba.njit(**options)(function)
     finally:
         numba.config.CACHE_DIR = before
