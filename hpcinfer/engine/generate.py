@@ -37,12 +37,13 @@ class GenerateTask:
         """One sequence per sample; the last of them to finish delivers the request."""
         # Begin every sample with the prompt.
         sampling, samples = request.sampling, []
+        stops = self.engine.stops(sampling)
         for sample in range(sampling.n):
             sequence = Sequence(request, sample, list(request.token_ids), len(request.token_ids))
             sequence.stream = TextStream(
                 self.engine.text, sampling.stop, after_text=request.kind != "chat"
             )
-            sequence.siblings, sequence.stops = samples, self.engine.stops(sampling)
+            sequence.siblings, sequence.stops = samples, stops
             if _has_penalties(sampling):
                 sequence.history = History(request.token_ids)
             samples.append(sequence)

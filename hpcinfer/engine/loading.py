@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 
 from hpcinfer.array import Device
+from hpcinfer.engine.alike import refuse_different
 from hpcinfer.engine.block_manager import pages_for
 from hpcinfer.engine.expert_load import ExpertLoad
 from hpcinfer.engine.placement import take_device, take_sums, take_threads
@@ -85,6 +86,7 @@ def load_parts(
         # Read the own shard, then share what others of the node have too.
         start_s = time.perf_counter()
         with agree_all(grid.comm, open_checkpoint, path) as checkpoint:
+            refuse_different(grid.comm, "model", checkpoint.checksum)
             text = _text(checkpoint, grid)
             read = partial(_read, path, checkpoint, text, grid, dtype, own, context, process.ledger)
             loaded = agree_all(grid.comm, read)

@@ -1,5 +1,8 @@
 """Calls that differ from rank to rank are refused on all; a text alone is one prompt."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 from helpers.paths import SHIPPED
@@ -102,3 +105,15 @@ def test_commands_that_differ_are_refused_but_for_paths_of_a_node(comm):
     if comm.size > 1:
         message = refused(comm, lambda: compare(output=[f"out-{comm.rank}.h5"]))
         assert message.endswith("start every rank with the same command")
+
+
+def test_other_models_are_refused_before_their_weights_are_read(comm, tmp_path):
+    if comm.size == 1:
+        pytest.skip("one rank agrees with itself")
+    path = SHIPPED
+    if comm.rank == comm.size - 1:
+        path = shutil.copytree(SHIPPED, tmp_path / "model")
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    message = refused(comm, lambda: hpcinfer.load(path, comm, **SETTINGS))
+    assert f"other model on rank {comm.size - 1} than on rank 0" in message
