@@ -86,7 +86,7 @@ def load_parts(
         # Read the own shard, then share what others of the node have too.
         start_s = time.perf_counter()
         with agree_all(grid.comm, open_checkpoint, path) as checkpoint:
-            refuse_different(grid.comm, "model", checkpoint.checksum)
+            refuse_different(grid.comm, "model", checkpoint.config, checkpoint.checksum)
             text = _text(checkpoint, grid)
             read = partial(_read, path, checkpoint, text, grid, dtype, own, context, process.ledger)
             loaded = agree_all(grid.comm, read)

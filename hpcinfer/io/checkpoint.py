@@ -17,6 +17,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import EllipsisType
 from typing import BinaryIO, cast
 
@@ -192,7 +193,7 @@ class Checkpoint:
             self.bytes_read += block.nbytes
             yield start, block
 
-    @property
+    @cached_property
     def checksum(self) -> str:
         """Identity of the weights (hex): names, shapes, types, and the first values of each tensor.
 
